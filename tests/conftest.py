@@ -1,0 +1,15 @@
+"""The worker pool, and hypothesis's profiles: `ci` (the default) and `pytest --hypothesis-profile thorough`."""
+import pytest
+from hypothesis import settings
+from pool import worker_pool
+
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=100)
+settings.register_profile("thorough", deadline=None, max_examples=2000)
+settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """`pool(n, function, *args, timeout=120, **kwargs) -> [result of each rank]`; see `pool.worker_pool`."""
+    with worker_pool() as call:
+        yield call
