@@ -1,0 +1,34 @@
+# A CPU needs no CUDA build of PyTorch: choose another with `make TORCH='torch==2.9.1' ...`
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+RUN = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/demo            ## train a GPT on real text over 4 processes
+	$(RUN) 4 -m megafn demo
+
+test: $(VENV)/test            ## every test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/bench          ## speed side by side with the peers
+	$(BIN)/python -m pytest bench --benchmark-sort=name
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+# one environment; each goal installs what it needs on top of the project itself
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/test $(VENV)/bench: $(VENV)/%: $(VENV)/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@

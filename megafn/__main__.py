@@ -1,0 +1,73 @@
+"""The command: `python -m megafn train config.toml`, `... data text prefix`, `... check config.toml`, `... demo`."""
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 with one sentence on standard error where the input is at fault."""
+    parser = argparse.ArgumentParser(prog="megafn", description="Megatron-scale training as functions. Run train and demo under torchrun for several processes.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("train", help="train what a TOML file says")
+    command.add_argument("config", help="a file as dump_config writes it")
+    command = commands.add_parser("check", help="tell every problem of a TOML file, and draw its pipeline")
+    command.add_argument("config")
+    command.add_argument("--world-size", type=int, required=True, help="number of processes")
+    command = commands.add_parser("data", help="text to indexed data: PREFIX_train, PREFIX_valid, PREFIX_test")
+    command.add_argument("text", help="documents separated by form feeds, or .jsonl with a \"text\" in each line")
+    command.add_argument("prefix")
+    command.add_argument("--tokenizer", default="bytes", help="bytes, or a tokenizer.json")
+    command.add_argument("--split", default="949,50,1", help="weights of train, valid and test; every document is cut")
+    command = commands.add_parser("demo", help="train a small GPT on English prose: torchrun --nproc-per-node 4 -m megafn demo")
+    command.add_argument("--folder", default="runs/demo", help="where the logs and the picture go")
+    command.add_argument("--iterations", type=int, default=400)
+    arguments = parser.parse_args(argv)
+    try:
+        return {"train": _train, "check": _check, "data": _data, "demo": _demo}[arguments.command](arguments)
+    except (ValueError, OSError) as error:
+        print(f"megafn: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(arguments) -> int:
+    import megafn as mf
+
+    mf.train(mf.load_config(arguments.config))
+    return 0
+
+
+def _check(arguments) -> int:
+    import megafn as mf
+
+    config = mf.load_config(arguments.config)
+    problems = mf.validate(config, arguments.world_size)
+    for problem in problems:
+        print(problem)
+    if not problems and config.parallel.pp > 1:
+        dp = mf.build_groups(config.parallel, arguments.world_size).dp_size
+        print(mf.draw_pipeline(config.parallel.pp, config.parallel.vpp, mf.num_micro_batches(config, dp)))
+    return 1 if problems else 0
+
+
+def _data(arguments) -> int:
+    import megafn as mf
+
+    try:
+        split = tuple(float(weight) for weight in arguments.split.split(","))
+    except ValueError:
+        raise ValueError(f"--split = {arguments.split!r}: three numbers are wanted, such as 949,50,1.") from None
+    for prefix in mf.index_text(arguments.text, arguments.prefix, tokenizer=arguments.tokenizer, split=split):
+        print(prefix)
+    return 0
+
+
+def _demo(arguments) -> int:
+    from megafn.demo import demo
+
+    demo(folder=arguments.folder, iterations=arguments.iterations)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

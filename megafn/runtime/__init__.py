@@ -1,0 +1,1 @@
+"""The effects: processes, devices, files. Imports `megafn.pure`; is never imported by it."""

@@ -1,0 +1,179 @@
+"""Process groups from a layout, as a value that is passed; and the objects that megatron-core keeps at module level, lent."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from datetime import timedelta
+from typing import Any, Iterator
+
+import torch
+import torch.distributed as dist
+from attrs import field, frozen
+
+from megafn.pure.config import ConfigError
+from megafn.pure.layout import Coordinates, Groups, coordinates
+from megafn.runtime import cpu
+
+_AXES = ("tp", "pp", "cp", "dp", "ep", "mp", "dp_cp", "tp_cp", "tp_dp_cp", "embd", "pos_embd")
+
+
+@frozen(kw_only=True)
+class ProcessGroups:
+    """The process groups of one layout, from this process's place in it. Made by `init_groups`.
+
+    `tp`, `pp`, `cp`, `dp`, `ep`, `mp` (tp x pp), `dp_cp`, `tp_cp`, `tp_dp_cp`, `world` are torch process groups;
+    `embd` and `pos_embd` (the stages that hold a copy of a table) are None where this process is in none.
+    """
+
+    groups: Groups
+    rank: int
+    place: Coordinates
+    device: torch.device
+    tp: Any
+    pp: Any
+    cp: Any
+    dp: Any
+    ep: Any
+    mp: Any
+    dp_cp: Any
+    tp_cp: Any
+    tp_dp_cp: Any
+    embd: Any
+    pos_embd: Any
+    world: Any
+    collection: Any = field(repr=False)      # the same groups as megatron-core's ProcessGroupCollection
+    memory_buffer: Any = field(repr=False)   # megatron-core gathers sequence-parallel activations into it
+
+    @property
+    def is_rank_zero(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def world_size(self) -> int:
+        return self.groups.world_size
+
+    @property
+    def dp_rank(self) -> int:
+        return self.place.dp
+
+    @property
+    def dp_size(self) -> int:
+        return self.groups.dp_size
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.place.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.place.pp == self.groups.parallel.pp - 1
+
+
+def world_size() -> int:
+    """Number of processes of this run: the process group's, else WORLD_SIZE as torchrun sets it, else 1."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def _default_group(timeout: timedelta) -> Iterator[None]:
+    """torch's default process group: the one that is there, or one of our own for the length of the `with`."""
+    if dist.is_initialized():
+        yield
+        return
+    if cpu.device().type == "cuda":
+        torch.cuda.set_device(cpu.device())
+    if world_size() == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(cpu.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(cpu.backend(), timeout=timeout)
+    try:
+        yield
+        dist.barrier()          # nobody closes a connection that another still reads from
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[ProcessGroups]:
+    """Make the process groups of a layout; leaving the `with` takes them away again.
+
+    Joins the processes that torchrun started (gloo on CPU, NCCL on GPUs), or makes a group of one process where
+    nothing was started. Nesting and repetition are fine: two layouts can be open at once. Every group carries
+    the timeout, so that a dead or hung peer ends a collective instead of holding it for ever.
+    Raises ConfigError where the layout is for another number of processes.
+    """
+    if groups.world_size != world_size():
+        raise ConfigError(f"world_size = {world_size()}: these groups are for {groups.world_size} processes; "
+                          f"start {groups.world_size} (torchrun --nproc-per-node {groups.world_size}) or build_groups for {world_size()}.")
+    from megatron.core.parallel_state import GlobalMemoryBuffer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    timeout = timedelta(seconds=timeout_seconds)
+    with _default_group(timeout):
+        rank, made = dist.get_rank(), {}
+        try:
+            def mine(lists):
+                found = None
+                for ranks in lists:                       # every process makes every group, in one order
+                    if ranks not in made:                 # equal groups are one
+                        made[ranks] = dist.new_group(ranks, timeout=timeout)
+                    if rank in ranks:
+                        found = made[ranks]
+                return found
+
+            pg = {axis: mine(getattr(groups, axis)) for axis in _AXES}
+            pg["world"] = mine((tuple(range(groups.world_size)),))
+            collection = ProcessGroupCollection()
+            same = dict(expt_tp="tp", tp_ep="tp", tp_ep_pp="mp", expt_dp="dp_cp", intra_dp_cp="dp_cp",
+                        intra_expt_dp="dp_cp", intra_dist_opt="world")       # ep = 1: experts lie as the rest does
+            for name in (*_AXES, *same):
+                setattr(collection, name, pg[same.get(name, name)])
+            collection.hcp, collection.inter_dist_opt = [], None
+            yield ProcessGroups(groups=groups, rank=rank, place=coordinates(groups, rank), device=cpu.device(),
+                                collection=collection, memory_buffer=GlobalMemoryBuffer(), **pg)
+        finally:
+            for ranks, group in made.items():
+                if rank in ranks and dist.is_initialized():
+                    dist.destroy_process_group(group)
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed from anything printable: the same in every process and on every day.
+
+    >>> derive_seed(1234, "decoder.layers.0.mlp.linear_fc1.weight") == derive_seed(1234, "decoder.layers.0.mlp.linear_fc1.weight")
+    True
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+@contextlib.contextmanager
+def megatron(pg: ProcessGroups, *seed: object) -> Iterator[None]:
+    """megatron-core's surroundings for one call: its few module-level objects are this layout's, then as they were.
+
+    These are the CPU seam, the memory buffer and the random states. The random states are a function of `seed`
+    (the run's seed and the position in the run) and of the place in the grid: equal over tp in the default state,
+    different in the tensor-parallel one, different for each pp, dp and cp. So nothing of them has to be kept
+    between calls, two open layouts cannot disturb each other, and a resumed run draws what it would have drawn.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    kept = (("_CUDA_RNG_STATE_TRACKER", mcore_random), ("_CUDA_RNG_STATE_TRACKER_INITIALIZED", mcore_random),
+            ("_GLOBAL_MEMORY_BUFFER", parallel_state))
+    before = [getattr(owner, name) for name, owner in kept]
+    devices = [pg.device] if pg.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), cpu.megatron_on_cpu():
+        try:
+            parallel_state._GLOBAL_MEMORY_BUFFER = pg.memory_buffer
+            mcore_random._CUDA_RNG_STATE_TRACKER = None
+            mcore_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+            number = derive_seed(*seed, pg.place.pp, pg.place.dp, pg.place.cp)
+            torch.manual_seed(number)
+            mcore_random.model_parallel_cuda_manual_seed(number, tp_rank=pg.place.tp, ep_rank=0, etp_rank=pg.place.tp)
+            yield
+        finally:
+            for (name, owner), value in zip(kept, before):
+                setattr(owner, name, value)

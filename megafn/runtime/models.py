@@ -1,0 +1,109 @@
+"""One stage of a model, composed from megatron-core's pieces; each is handed its process groups."""
+from __future__ import annotations
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from megafn.pure.config import TrainConfig, padded_vocab_size
+from megafn.runtime.groups import ProcessGroups
+from megafn.runtime.layers import block_spec, cp_positions, transformer_config
+from megafn.runtime.weights import initialize_weights
+
+
+class _HidePadding(torch.autograd.Function):
+    """Columns that only pad the vocabulary get the dtype's minimum, in place; their gradient is zero."""
+
+    @staticmethod
+    def forward(context, logits, count):
+        context.count = count
+        context.mark_dirty(logits)
+        logits[..., logits.size(-1) - count:] = torch.finfo(logits.dtype).min
+        return logits
+
+    @staticmethod
+    def backward(context, gradient):
+        padding = gradient[..., gradient.size(-1) - context.count:]
+        if padding.any():                       # never from a softmax; a copy, for another may read this gradient
+            gradient = gradient.clone()
+            gradient[..., gradient.size(-1) - context.count:] = 0
+        return gradient, None
+
+
+class Stage(LanguageModule):
+    """A pipeline stage's chunk of a model: embedding on the first, a block of layers, the output layer on the last.
+
+    tokens, position_ids [batch, sequence / cp] -> logits [sequence / cp, batch, padded vocabulary / tp] on the last
+    stage, the hidden state elsewhere. attention_mask: bool [batch or 1, 1, sequence / cp or 1, sequence], True = hidden.
+    """
+
+    def __init__(self, config: TrainConfig, mcore: TransformerConfig, pg: ProcessGroups, *,
+                 pre_process: bool, post_process: bool, vp_stage: int | None):
+        super().__init__(mcore, pg_collection=pg.collection)
+        model, tp = config.model, config.parallel.tp
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = model.tie_word_embeddings
+        self.place, self.position_rows = pg.place, model.position_rows if model.position_embedding == "learned_absolute" else None
+        vocabulary = padded_vocab_size(model.vocab_size, tp)
+        here = min(max(model.vocab_size - pg.place.tp * (vocabulary // tp), 0), vocabulary // tp)
+        self.padding = vocabulary // tp - here               # columns of this tp rank that are no token
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(mcore, vocabulary, model.position_rows, model.position_embedding, tp_group=pg.tp)
+        self.rotary = None
+        if model.position_embedding == "rope":
+            self.rotary = RotaryEmbedding(model.head_size, model.rotary_percent, rotary_base=model.rotary_base,
+                                          use_cpu_initialization=pg.device.type == "cpu", cp_group=pg.cp)
+        self.decoder = TransformerBlock(mcore, block_spec(config, mcore, pg, vp_stage), pre_process=pre_process,
+                                        post_process=post_process, pg_collection=pg.collection, vp_stage=vp_stage)
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                model.hidden_size, vocabulary, config=mcore, init_method=mcore.init_method, bias=False, skip_bias_add=False,
+                gather_output=False, skip_weight_param_allocation=pre_process and model.tie_word_embeddings, tp_group=pg.tp)
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor):
+        """The schedule hands over the previous stage's hidden state [sequence / cp (/ tp), batch, hidden]."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, tokens, position_ids=None, attention_mask=None):
+        cp = self.cp_group.size()
+        sequence = tokens.size(1) * cp
+        hidden = rotary = None
+        if self.pre_process:
+            if self.position_rows is not None and sequence > self.position_rows:
+                raise ValueError(f"sequence length = {sequence}: the position table has {self.position_rows} rows; "
+                                 f"raise model.max_position_embeddings or shorten the sequence.")
+            if position_ids is None:
+                position_ids = cp_positions(sequence, cp, self.place.cp, tokens.device).expand_as(tokens)
+            hidden = self.embedding(tokens, position_ids)
+        if self.rotary is not None:
+            rotary = self.rotary.get_emb(sequence)
+            if cp > 1:
+                rotary = rotary[cp_positions(sequence, cp, self.place.cp, rotary.device)]
+        hidden = self.decoder(hidden, attention_mask, rotary_pos_emb=rotary)
+        if not self.post_process:
+            return hidden
+        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=shared)
+        return _HidePadding.apply(logits, self.padding) if self.padding else logits
+
+
+def build_stage(config: TrainConfig, pg: ProcessGroups, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> Stage:
+    """The built-in model function: one chunk of the model, initialised by (config.seed, parameter name).
+
+    A user's own model function takes the same arguments and returns a module with what megatron-core's schedules
+    ask of it (`config`, `set_input_tensor`, `model_type`, ...); wrapping this one is the easy way.
+    """
+    mcore = transformer_config(config, pg)
+    mcore.init_method = mcore.output_layer_init_method = mcore.embedding_init_method = lambda weight: weight   # ours follows
+    stage = Stage(config, mcore, pg, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+    stage.to(device=pg.device, dtype=mcore.params_dtype)
+    initialize_weights(stage, config.model, pg, config.seed)
+    return stage

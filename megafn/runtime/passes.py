@@ -1,0 +1,106 @@
+"""Forward and backward passes of a global batch over the pipeline, by megatron-core's schedules."""
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.utils import get_model_config
+
+from megafn.pure.config import TrainConfig
+from megafn.runtime.groups import ProcessGroups
+from megafn.runtime.layers import cp_positions
+from megafn.runtime.losses import Loss
+from megafn.runtime.steps import Batch, Step
+
+
+def _tokens(batch: Batch) -> torch.Tensor:
+    """The tensor [batch, sequence] whose shape is the micro-batch's."""
+    found = batch.get("tokens")
+    if found is None:
+        found = next((value for value in batch.values() if value.dim() == 2), None)
+    if found is None:
+        raise ValueError(f"step.batch returned {sorted(batch)}: a tensor [batch, sequence] is wanted among them.")
+    return found
+
+
+def cut_sequence(batch: Batch, pg: ProcessGroups) -> Batch:
+    """A micro-batch cut over context parallel: of each tensor [batch, sequence, ...] this rank's part of the sequence.
+
+    A mask [batch, 1, queries, keys] is cut by its queries. Raises ValueError where 2 cp does not divide the sequence.
+    """
+    if pg.cp.size() == 1:
+        return batch
+    sequence = _tokens(batch).size(1)
+    mine = cp_positions(sequence, pg.cp.size(), pg.place.cp, pg.device)
+
+    def cut(value):
+        axis = 2 if value.dim() == 4 else 1
+        return value.index_select(axis, mine) if value.dim() > 1 and value.size(axis) == sequence else value
+
+    return {key: cut(value) for key, value in batch.items()}
+
+
+def run_schedule(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[Batch], forward: Callable, loss_func: Callable,
+                 pg: ProcessGroups, *, forward_only: bool, collect: bool = False) -> list[Any]:
+    """megatron-core's schedule for this layout over micro-batches already cut; what loss_func gave, on the last stage.
+
+    loss_func(micro_batch, output) is called on the last stage: -> (loss sum, token count, anything), or, with
+    `collect`, anything.
+    """
+    shapes = {tuple(_tokens(batch).shape[:2]) for batch in micro_batches}
+    for chunk in chunks:
+        get_model_config(chunk).variable_seq_lengths = len(shapes) > 1        # then stages tell each other the shapes
+    micro_batch_size, sequence = max(shapes)
+    several, pipelined = len(chunks) > 1, pg.pp.size() > 1
+    communicator = {"p2p_communicator": P2PCommunicator(pp_group=pg.pp, config=get_model_config(chunks[0]))} if pipelined else {}
+
+    def forward_step(iterator, model):
+        micro_batch = next(iterator)
+        return forward(model, micro_batch), partial(loss_func, micro_batch)
+
+    return get_forward_backward_func(pp_size=pg.pp.size(), vp_size=len(chunks) if several else None)(
+        forward_step_func=forward_step, model=list(chunks) if several else chunks[0],
+        data_iterator=[iter(micro_batches) for _ in chunks] if several else iter(micro_batches),
+        num_microbatches=len(micro_batches), seq_length=sequence * pg.cp.size(), micro_batch_size=micro_batch_size,
+        forward_only=forward_only, collect_non_loss_data=collect, pg_collection=pg.collection, **communicator)
+
+
+def run_step(chunks: Sequence[torch.nn.Module], batch: Iterable[Any], step: Step, config: TrainConfig, pg: ProcessGroups, *,
+             forward_only: bool) -> dict[str, float]:
+    """One global batch: sums of loss, count and the step's report over micro-batches, data and context parallel, on every rank.
+
+    batch: this rank's raw micro-batches. Unless forward_only, gradients are left in the chunks' buffers, divided by
+    the global count. Raises ValueError where the batch is empty or a sum is not what it should be.
+    """
+    micro_batches = [cut_sequence(step.batch(raw, config, pg), pg) for raw in batch]
+    if not micro_batches:
+        raise ValueError("batch = (): a global batch holds at least one micro-batch for each rank.")
+
+    def loss_func(micro_batch, output):
+        loss = step.loss(output, micro_batch, pg)
+        if not isinstance(loss, Loss):
+            raise TypeError(f"step.loss returned {type(loss).__name__}: return megafn.Loss(sum=..., count=...).")
+        count = torch.as_tensor(loss.count, device=pg.device)
+        sums = {"loss": loss.sum, "count": count, **{f"report/{key}": torch.as_tensor(value) for key, value in loss.report.items()}}
+        return loss.sum, count.to(torch.int), {key: value.detach().double() for key, value in sums.items()}
+
+    sums = run_schedule(chunks, micro_batches, step.forward, loss_func, pg, forward_only=forward_only)
+    return _totals(sums, pg)
+
+
+def _totals(sums: list[Mapping[str, torch.Tensor]], pg: ProcessGroups) -> dict[str, float]:
+    keys, totals = (), []
+    if pg.is_last_stage:
+        keys = sorted(sums[0])
+        total = torch.stack([torch.stack([one[key] for one in sums]).sum() for key in keys])
+        dist.all_reduce(total, group=pg.dp_cp)
+        totals = total.tolist()
+    if pg.pp.size() > 1:                                  # earlier stages know neither names nor numbers
+        message = [(keys, totals)]
+        dist.broadcast_object_list(message, src=dist.get_process_group_ranks(pg.pp)[-1], group=pg.pp, device=pg.device)
+        keys, totals = message[0]
+    return dict(zip(keys, totals))

@@ -1,0 +1,91 @@
+"""Where metrics go: each sink is a function of a `Metrics` record. Rank zero alone has any."""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import attrs
+
+from megafn.pure.config import TrainConfig
+from megafn.runtime.groups import ProcessGroups
+
+Sink = Callable[[Any], None]
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Sink]:
+    """A bar with loss, learning rate, gradient norm and tokens per second; an evaluation gets a line of its own."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="it", dynamic_ncols=True) as bar:
+        def sink(metrics):
+            norm = "skipped" if metrics.grad_norm is None else f"{metrics.grad_norm:.3f}"
+            bar.set_postfix_str(f"loss {metrics.loss:.4f}, lr {metrics.lr:.2e}, grad norm {norm}, {metrics.tokens_per_second:,.0f} tokens/s", refresh=False)
+            bar.update(metrics.iteration - bar.n)
+            if metrics.valid is not None:
+                bar.write(f"iteration {metrics.iteration}: held-out loss {metrics.valid.loss:.4f}, perplexity {metrics.valid.perplexity:.2f}")
+        yield sink
+
+
+def scalars(metrics: Any) -> dict[str, float]:
+    """The numbers of a record by their TensorBoard names; what is None is left out."""
+    plain = attrs.asdict(metrics, recurse=False)
+    report, valid = plain.pop("report"), plain.pop("valid")
+    named = {f"train/{key}": value for key, value in plain.items() if key != "iteration" and value is not None}
+    named |= {f"train/{key}": value for key, value in report.items()}
+    if valid is not None:
+        named |= {"valid/loss": valid.loss, "valid/perplexity": valid.perplexity, **{f"valid/{key}": value for key, value in valid.report.items()}}
+    return named
+
+
+@contextlib.contextmanager
+def tensorboard(folder: str) -> Iterator[Sink]:
+    """TensorBoard scalars by iteration."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder) as writer:
+        def sink(metrics):
+            for name, value in scalars(metrics).items():
+                writer.add_scalar(name, value, metrics.iteration)
+        yield sink
+
+
+@contextlib.contextmanager
+def jsonl(path: str) -> Iterator[Sink]:
+    """One JSON object a record, appended and flushed; what is no number in JSON (NaN, infinity) is null."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        def finite(value):
+            if isinstance(value, dict):
+                return {key: finite(item) for key, item in value.items()}
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        def sink(metrics):
+            file.write(json.dumps(finite(attrs.asdict(metrics))) + "\n")
+            file.flush()
+        yield sink
+
+
+@contextlib.contextmanager
+def open_sinks(config: TrainConfig, pg: ProcessGroups) -> Iterator[tuple[Sink, ...]]:
+    """The sinks of a config for the length of a run: called every `log.interval` iterations, after the last, and with each evaluation."""
+    log = config.log
+    with contextlib.ExitStack() as stack:
+        made = []
+        if pg.is_rank_zero:
+            if log.progress:
+                made.append(stack.enter_context(progress(config.iterations)))
+            if log.tensorboard_dir is not None:
+                made.append(stack.enter_context(tensorboard(log.tensorboard_dir)))
+            if log.jsonl is not None:
+                made.append(stack.enter_context(jsonl(log.jsonl)))
+
+        def now_and_then(sink):
+            def wrapped(metrics):
+                if metrics.iteration % log.interval == 0 or metrics.iteration == config.iterations or metrics.valid is not None:
+                    sink(metrics)
+            return wrapped
+        yield tuple(map(now_and_then, made))

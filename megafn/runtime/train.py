@@ -1,0 +1,202 @@
+"""The recipe: `train`, and the functions that it is made of, each callable from a loop of one's own."""
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from typing import Any, Callable, Iterable, Mapping, Sequence
+
+import attrs
+import torch
+from attrs import field, frozen
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.utils import get_model_config
+
+from megafn.pure.config import ConfigError, TrainConfig, num_micro_batches
+from megafn.pure.layout import build_groups
+from megafn.pure.schedule import make_schedule
+from megafn.pure.validate import check
+from megafn.runtime import cpu
+from megafn.runtime.agreement import agreed
+from megafn.runtime.data import batches as read_batches
+from megafn.runtime.data import group_batches
+from megafn.runtime.groups import ProcessGroups, init_groups, megatron, world_size
+from megafn.runtime.layers import check_parallel_layers
+from megafn.runtime.models import build_stage
+from megafn.runtime.optimizer import build_optimizer, set_lr
+from megafn.runtime.passes import run_step
+from megafn.runtime.sinks import open_sinks
+from megafn.runtime.steps import Step, step_fn
+
+
+@frozen(kw_only=True)
+class Report:
+    """Means over a set of tokens. Equal on every rank."""
+
+    loss: float
+    perplexity: float                     # exp(min(20, loss)), as accelerate's
+    count: int                            # tokens that count
+    report: Mapping[str, float]           # the step's other sums, each divided by count
+
+
+@frozen(kw_only=True)
+class Metrics:
+    """One iteration. Equal on every rank, times apart."""
+
+    iteration: int
+    consumed_samples: int
+    loss: float
+    lr: float
+    weight_decay: float
+    grad_norm: float | None               # None where the update was skipped
+    count: int
+    skipped: bool                         # fp16: the scaled gradients overflowed, nothing was updated
+    loss_scale: float
+    seconds: float
+    tokens_per_second: float
+    report: Mapping[str, float]
+    valid: Report | None = None           # where this iteration was followed by an evaluation
+
+
+@frozen(kw_only=True, eq=False)
+class State:
+    """Where a run stands. Its tensors are torch's: `train_step` changes them in place and returns a new record."""
+
+    config: TrainConfig
+    pg: ProcessGroups = field(repr=False)
+    chunks: tuple[torch.nn.Module, ...] = field(repr=False)      # one, or vpp of them, each in megatron-core's DistributedDataParallel
+    optimizer: Any = field(repr=False)
+    schedule: Callable = field(repr=False)
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped_samples: int = 0              # consumed without an update: the schedule did not move
+
+
+def setup(config: TrainConfig, pg: ProcessGroups, *, model: Callable = build_stage) -> State:
+    """Model chunks, optimizer and schedule of this process, at iteration 0.
+
+    model(config, pg, *, pre_process, post_process, vp_stage) -> module builds one chunk; see `build_stage`.
+    Raises ConfigError where the config does not fit the layout.
+    """
+    check(config, pg.world_size, cuda=pg.device.type == "cuda")
+    vpp = config.parallel.vpp
+    with megatron(pg, config.seed, "setup"):
+        chunks = []
+        for i in range(vpp):
+            chunk = model(config, pg, pre_process=pg.is_first_stage and i == 0, post_process=pg.is_last_stage and i == vpp - 1,
+                          vp_stage=i if vpp > 1 else None)
+            check_parallel_layers(chunk, pg)
+            chunks.append(chunk)
+        chunks = [DistributedDataParallel(
+            get_model_config(chunk), DistributedDataParallelConfig(
+                use_distributed_optimizer=config.optimizer.use_distributed_optimizer, grad_reduce_in_fp32=True),
+            chunk, pg_collection=pg.collection) for chunk in chunks]
+        optimizer = build_optimizer(config, chunks, pg)
+        for chunk in chunks:
+            mcore = get_model_config(chunk)
+            mcore.finalize_model_grads_func, mcore.grad_scale_func = finalize_model_grads, optimizer.scale_loss
+    return State(config=config, pg=pg, chunks=tuple(chunks), optimizer=optimizer, schedule=make_schedule(config))
+
+
+def _report(totals: Mapping[str, float]) -> Report:
+    count = totals["count"]
+    if count <= 0:
+        raise ValueError(f"loss_mask: {count:.0f} tokens count in this whole global batch, so it has no mean loss; give at least one token a label.")
+    loss = totals["loss"] / count
+    return Report(loss=loss, perplexity=math.exp(min(20.0, loss)) if loss == loss else math.nan, count=int(count),
+                  report={key.removeprefix("report/"): value / count for key, value in totals.items() if key.startswith("report/")})
+
+
+def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, Metrics]:
+    """One update; the old state's buffers are donated: its tensors now belong to the state returned.
+
+    batch: this rank's share of one global batch, raw micro-batches, as many on every rank. The gradient is that of
+    (sum of losses) / (sum of counts), both over the whole global batch, however it was cut.
+    Raises ValueError, before the update, where no token of the global batch counts.
+    """
+    started = time.perf_counter()
+    config, pg, optimizer = state.config, state.pg, state.optimizer
+    at = state.schedule(state.consumed_samples - state.skipped_samples)
+    set_lr(optimizer, at.lr, at.weight_decay)
+    with megatron(pg, config.seed, "train", state.consumed_samples):
+        for chunk in state.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        report = _report(run_step(state.chunks, batch, step, config, pg, forward_only=False))
+        updated, grad_norm, _ = optimizer.step()
+    seconds, samples = time.perf_counter() - started, config.global_batch_size
+    state = attrs.evolve(state, iteration=state.iteration + 1, consumed_samples=state.consumed_samples + samples,
+                         skipped_samples=state.skipped_samples + (0 if updated else samples))
+    return state, Metrics(
+        iteration=state.iteration, consumed_samples=state.consumed_samples, loss=report.loss, lr=at.lr, weight_decay=at.weight_decay,
+        grad_norm=float(grad_norm) if updated and grad_norm is not None else None, count=report.count, skipped=not updated,
+        loss_scale=float(optimizer.get_loss_scale()), seconds=seconds,
+        tokens_per_second=samples * config.model.seq_length / seconds, report=report.report)
+
+
+def evaluate(state: State, batches: Iterable[Iterable[Any]], step: Step) -> Report:
+    """Mean loss over global batches, forward only; equal on every rank. `batches` must be as long on every rank.
+
+    Raises ValueError where there is no batch.
+    """
+    totals: dict[str, float] = {}
+    with megatron(state.pg, state.config.seed, "evaluate"), torch.no_grad():
+        for chunk in state.chunks:
+            chunk.eval()
+        for batch in batches:
+            for key, value in run_step(state.chunks, batch, step, state.config, state.pg, forward_only=True).items():
+                totals[key] = totals.get(key, 0.0) + value
+        for chunk in state.chunks:
+            chunk.train()
+    if not totals:
+        raise ValueError("batches: nothing to evaluate on; give at least one global batch (eval_iters, or a longer validation text).")
+    return _report(totals)
+
+
+def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid_batches: Iterable[Any] | None = None,
+        on_metrics: Sequence[Callable[[Metrics], Any]] = ()) -> State:
+    """Train from where the state stands to the config's last iteration; the old state's buffers are donated.
+
+    The arguments are those of `train`, in process groups of one's own. Evaluates every `eval_interval` iterations and
+    after the last. Where `batches` ends early, the run ends there with a warning.
+    """
+    config, pg = state.config, state.pg
+
+    def stream(split, given, consumed_samples, count):
+        if given is None:
+            return read_batches(config, pg, split=split, consumed_samples=consumed_samples, count=count)
+        return agreed(group_batches(given, num_micro_batches(config, pg.dp_size)), pg, count=count)
+
+    def due(iteration):
+        to_validate = config.eval_iters > 0 and (valid_batches is not None or batches is None)
+        return to_validate and (iteration == config.iterations or config.eval_interval and iteration % config.eval_interval == 0)
+
+    with open_sinks(config, pg) as sinks:
+        for batch in stream("train", batches, state.consumed_samples, config.iterations - state.iteration):
+            state, metrics = train_step(state, batch, step)
+            if due(state.iteration):
+                metrics = attrs.evolve(metrics, valid=evaluate(state, stream("valid", valid_batches, 0, config.eval_iters), step))
+            for sink in (*sinks, *on_metrics):
+                sink(metrics)
+    if state.iteration < config.iterations:
+        warnings.warn(f"batches ended at iteration {state.iteration} of {config.iterations}: give more of them, or lower train_iters.", stacklevel=2)
+    return state
+
+
+def train(config: TrainConfig, *, step: Step | None = None, model: Callable = build_stage, batches: Iterable[Any] | None = None,
+          valid_batches: Iterable[Any] | None = None, on_metrics: Sequence[Callable[[Metrics], Any]] = ()) -> State:
+    """Train a config from start to end; returns the last state. Run it under torchrun, or as one plain process.
+
+    step: the family's three functions, or your own. model: a function that builds one model chunk, see `build_stage`.
+    batches: raw micro-batches of this rank's data-parallel position, as a DataLoader gives them (instead of config.data);
+    valid_batches: likewise, iterated anew for each evaluation. on_metrics: called with the `Metrics` of every iteration,
+    on every rank. Raises ConfigError with every problem of the config before any process group or file exists.
+    """
+    world = world_size()
+    check(config, world, cuda=cpu.device().type == "cuda")
+    if config.data is None and batches is None:
+        raise ConfigError("data = None: name a text or an indexed dataset in config.data, or give train your own batches.")
+    step = step if step is not None else step_fn(config.model.family)
+    with init_groups(build_groups(config.parallel, world), timeout_seconds=config.timeout_seconds) as pg:
+        return fit(setup(config, pg, model=model), step, batches=batches, valid_batches=valid_batches, on_metrics=on_metrics)
