@@ -280,7 +280,8 @@ def test_a_micro_batch_that_one_stage_leaves_out_is_pointed_at(pipeline, data):
     order = pipeline_order(*pipeline)
     stage, i, chunk = (data.draw(st.integers(0, most - 1)) for most in (pp, m, vpp))
     ops = [op for op in order[stage] if (op.micro_batch, op.chunk) != (i, chunk)]
-    assert refusal(changed(order, stage, ops)) == f"stage {stage}, index {len(ops)}: the ops end without {Op('F', i, chunk)}; add it"
+    says = refusal(changed(order, stage, ops))
+    assert says == f"stage {stage}, index {len(ops)}: the ops end without {Op('F', i, chunk)}; add it"
 
 
 @given(pipelines(), st.data())
