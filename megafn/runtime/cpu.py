@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -20,8 +21,9 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:
             return function(*args).replace("torch.", "torch.cuda.", 1)   # the optimizer compares type names
-        if function == _GRAD and not args[0].is_leaf and not args[0].retains_grad:
-            return None                                                  # as torch would, without its warning about it
+        if function == _GRAD and not args[0].is_leaf:                    # the distributed optimizer's shards are views;
+            with warnings.catch_warnings(action="ignore"):               # their gradient is set by hand, torch doubts it
+                return function(*args)
         device = kwargs.get("device")
         if device is not None and (isinstance(device, int) or "cuda" in str(device)):
             kwargs["device"] = "cpu"

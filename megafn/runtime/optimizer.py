@@ -23,7 +23,8 @@ def build_optimizer(config: TrainConfig, chunks: list[torch.nn.Module], pg: Proc
         McoreOptimizerConfig(
             optimizer=optimizer.name, lr=config.schedule.lr, min_lr=config.schedule.min_lr, weight_decay=config.schedule.weight_decay,
             adam_beta1=optimizer.beta1, adam_beta2=optimizer.beta2, adam_eps=optimizer.eps, sgd_momentum=optimizer.momentum,
-            clip_grad=optimizer.clip_grad or math.inf,    # infinity clips nothing, and the norm is known use_distributed_optimizer=optimizer.use_distributed_optimizer,
+            clip_grad=optimizer.clip_grad or math.inf,       # infinity clips nothing, and the norm is known
+            use_distributed_optimizer=optimizer.use_distributed_optimizer,
             params_dtype=dtype, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
             initial_loss_scale=precision.initial_loss_scale, min_loss_scale=precision.min_loss_scale,
             loss_scale_window=precision.loss_scale_window, hysteresis=precision.hysteresis),
