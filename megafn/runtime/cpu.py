@@ -42,6 +42,7 @@ def megatron_on_cpu():
     if torch.cuda.is_available():
         yield
         return
+    import megatron.core.tensor_parallel.layers as mcore_layers
     import megatron.core.tensor_parallel.random as mcore_random
 
     cpu = torch.device("cpu")
@@ -53,6 +54,7 @@ def megatron_on_cpu():
         (torch.cuda, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
         (mcore_random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
         (mcore_random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
+        (mcore_layers.linear_with_grad_accumulation_and_async_allreduce, "warned", True),    # of a CUDA variable
     )
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in answers]
     try:

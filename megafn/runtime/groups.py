@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import warnings
 from datetime import timedelta
 from typing import Any, Iterator
 
@@ -165,7 +166,8 @@ def megatron(pg: ProcessGroups, *seed: object) -> Iterator[None]:
             ("_GLOBAL_MEMORY_BUFFER", parallel_state))
     before = [getattr(owner, name) for name, owner in kept]
     devices = [pg.device] if pg.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), cpu.megatron_on_cpu():
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings(), cpu.megatron_on_cpu():
+        warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)      # megatron-core calls older names
         try:
             parallel_state._GLOBAL_MEMORY_BUFFER = pg.memory_buffer
             mcore_random._CUDA_RNG_STATE_TRACKER = None

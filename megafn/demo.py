@@ -1,0 +1,95 @@
+"""`make demo`: a small GPT learns English prose over tensor parallel 2 x pipeline parallel 2; shows what came of it."""
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import megafn as mf
+
+PROMPT = "The statement "
+
+
+def demo_config(folder: str, iterations: int, world_size: int) -> mf.TrainConfig:
+    """A GPT of 1.3 million parameters; four processes share it as 2 x 2, fewer (or one) as tensor parallel."""
+    parallel = mf.ParallelConfig(tp=2, pp=2) if world_size % 4 == 0 else mf.ParallelConfig(tp=world_size)
+    return mf.TrainConfig(
+        model=mf.ModelConfig(num_layers=4, hidden_size=160, num_attention_heads=4, seq_length=128, position_embedding="rope"),
+        parallel=parallel,
+        schedule=mf.ScheduleConfig(lr=3e-3, min_lr=3e-4, decay="cosine", warmup_fraction=0.05, weight_decay=0.1),
+        data=mf.DataConfig(train=mf.demo_text()),
+        log=mf.LogConfig(tensorboard_dir=f"{folder}/tensorboard", jsonl=f"{folder}/metrics.jsonl"),
+        micro_batch_size=8, global_batch_size=32, train_iters=iterations, eval_interval=max(1, iterations // 8), eval_iters=5)
+
+
+def entropy(text: str) -> float:
+    """Entropy in nats per byte of a text whose bytes are drawn one by one: the loss of a model that knows frequencies alone.
+
+    >>> round(entropy("abab"), 4) == round(math.log(2), 4)
+    True
+    """
+    data = text.encode()
+    return -sum(n / len(data) * math.log(n / len(data)) for n in Counter(data).values())
+
+
+def sample(state: mf.State, count: int = 240) -> str:
+    """What the model writes behind PROMPT."""
+    tokenizer = mf.load_tokenizer(state.config.data.tokenizer)
+    prompt = torch.tensor([tokenizer.encode(PROMPT).tolist()])
+    return tokenizer.decode(mf.generate(state, prompt, count=count, temperature=0.7, seed=state.config.seed)[0].numpy())
+
+
+def draw(history: list[mf.Metrics], baseline: float, path: Path) -> None:
+    """The curves as a PNG: loss and held-out loss, learning rate, gradient norm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    loss, lr, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+    steps = [m.iteration for m in history]
+    valid = [(m.iteration, m.valid.loss) for m in history if m.valid is not None]
+    loss.plot(steps, [m.loss for m in history], linewidth=0.9, label="training loss")
+    loss.plot(*zip(*valid), "o-", label="held-out loss")
+    loss.axhline(baseline, color="grey", linestyle="--", linewidth=0.9, label="byte frequencies alone")
+    loss.set_ylabel("nats per byte")
+    loss.legend()
+    lr.plot(steps, [m.lr for m in history], linewidth=0.9)
+    lr.set_ylabel("learning rate")
+    norm.plot(steps, [m.grad_norm for m in history], linewidth=0.9)
+    norm.set_ylabel("gradient norm")
+    norm.set_xlabel("iteration")
+    figure.savefig(path, dpi=120)
+
+
+def demo(*, folder: str = "runs/demo", iterations: int = 300) -> None:
+    """Train, and print a table, two samples and where the picture and the logs are. Run it under torchrun."""
+    world = mf.world_size()
+    config, history, started = demo_config(folder, iterations, world), [], time.perf_counter()
+    mf.check(config, world)
+    step = mf.step_fn(config.model.family)
+    with mf.init_groups(mf.build_groups(config.parallel, world)) as pg:
+        state = mf.setup(config, pg)
+        before = sample(state)
+        first = mf.evaluate(state, mf.batches(config, pg, split="valid"), step)
+        state = mf.fit(state, step, on_metrics=[history.append])
+        after = sample(state)
+        if not pg.is_rank_zero:
+            return
+    baseline = entropy(Path(config.data.train).read_text(encoding="utf-8"))
+    last, speed = history[-1], sorted(m.tokens_per_second for m in history)[len(history) // 2]
+    draw(history, baseline, Path(folder, "curves.png"))
+    tokens = config.global_batch_size * config.model.seq_length * config.train_iters
+    layout = f"tensor parallel {config.parallel.tp} x pipeline parallel {config.parallel.pp}"
+    rows = [("layout", f"{layout}, {world} process{'es' if world > 1 else ''}"),
+            ("tokens trained on", f"{tokens:,} ({speed:,.0f} a second, median)"),
+            ("training loss", f"{history[0].loss:.3f} -> {last.loss:.3f} nats per byte"),
+            ("held-out loss", f"{first.loss:.3f} -> {last.valid.loss:.3f} nats per byte (perplexity {last.valid.perplexity:.2f})"),
+            ("byte frequencies alone", f"{baseline:.3f} nats per byte (unigram entropy of the text)"),
+            ("time", f"{time.perf_counter() - started:.0f} s"),
+            ("picture", f"{folder}/curves.png"),
+            ("logs", f"{folder}/metrics.jsonl, tensorboard --logdir {folder}/tensorboard")]
+    width = max(len(name) for name, _ in rows)
+    print("", *(f"{name:<{width}}  {value}" for name, value in rows), sep="\n")
+    print(f"\n--- a sample before training\n{before}\n\n--- and after\n{after}")
