@@ -256,6 +256,17 @@ def test_avg_losses_and_gather_do_what_accelerates_do(pool, n):
         np.testing.assert_array_equal(tree["b"][1]["c"].numpy(), flags.reshape(-1))
 
 
+def gather_unequal():
+    with mf.init_groups(mf.build_groups(mf.ParallelConfig(), 2), timeout_seconds=30) as pg:
+        for tensor in (torch.ones(3 + pg.rank), torch.ones(2, dtype=(torch.float32, torch.float64)[pg.rank])):
+            with pytest.raises(ValueError, match="gather: shapes .* differ over the ranks"):
+                mf.gather(tensor, pg.dp)
+
+
+def test_gather_refuses_shapes_that_differ(pool):
+    pool(2, gather_unequal)
+
+
 def test_gather_refuses_what_is_no_tensor():
     with pytest.raises(TypeError, match="gather: float is neither a tensor"):
         mf.gather({"a": 1.0}, ALONE.tp)

@@ -9,7 +9,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 IGNORE = -100               # a label that takes no part, as in torch's cross_entropy
-_CPU_BLOCK = 2**18          # elements worked on at once: 1 MiB of fp32, which stays in the cache
+_CPU_BLOCK = 2**20          # elements worked on at once: 4 MiB of fp32, which stays in the cache
 _GPU_BLOCK = 2**24          # 64 MiB of fp32: enough to fill a GPU
 
 
@@ -116,11 +116,16 @@ def gather(tensors: Any, group: Any) -> Any:
 
     `tensors`: a tensor of one shape on every rank, or lists, tuples and dicts of them, nested at will; the result is
     nested alike. A scalar becomes [ranks]. As accelerate's `gather_across_data_parallel_groups`.
-    Raises TypeError for anything else.
+    Raises TypeError for anything else, and ValueError where shapes differ over the ranks (which would end the process).
     """
     if isinstance(tensors, Tensor):
-        rows = _gather_rows(tensors.reshape(-1) if tensors.ndim == 0 else tensors.contiguous(), group)
-        return rows.flatten(0, 1)
+        tensor = tensors.reshape(1) if tensors.ndim == 0 else tensors.contiguous()
+        shape = [tensor.element_size(), tensor.ndim, *tensor.shape]
+        shapes = _gather_rows(torch.tensor(shape + [0] * (16 - len(shape)), device=tensor.device), group).tolist()
+        if shapes != [shapes[0]] * len(shapes):
+            raise ValueError(f"gather: shapes {sorted({tuple(x[2:2 + x[1]]) for x in shapes})} (or dtypes) differ over the ranks; "
+                             "pad, or drop what is over.")
+        return _gather_rows(tensor, group).flatten(0, 1)
     if isinstance(tensors, Mapping):
         return type(tensors)({key: gather(value, group) for key, value in tensors.items()})
     if isinstance(tensors, tuple) and hasattr(tensors, "_fields"):           # a named tuple
