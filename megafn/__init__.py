@@ -1,36 +1,94 @@
-"""megafn: Megatron-scale training as functions, without Megatron's globals. Loaded lazily: nothing that runs, no torch."""
+"""megafn: Megatron-scale training as functions, without Megatron's globals.
+
+The public API, loaded lazily: `import megafn` brings no torch until something that runs is touched.
+"""
 from importlib import import_module
 
 _HOME = {
-    "megafn.pure.config": "ModelConfig ParallelConfig RecomputeConfig PrecisionConfig OptimizerConfig ScheduleConfig DataConfig "
-                          "LogConfig TrainConfig ConfigError to_dict from_dict load_config dump_config padded_vocab_size num_micro_batches",
-    "megafn.pure.validate": "Problem validate check",
-    "megafn.pure.layout": "Groups Coordinates build_groups coordinates rank_of group_of",
-    "megafn.pure.schedule": "LrWd make_schedule",
-    "megafn.pure.sampling": "sample_indices batch_indices",
-    "megafn.pure.pipeline": "Op pipeline_order bubble peak_activations timeline check_order draw_pipeline",
-    "megafn.runtime.groups": "ProcessGroups init_groups world_size",
-    "megafn.runtime.losses": "Loss cross_entropy logsumexp argmax token_loss avg_losses gather",
-    "megafn.runtime.layers": "transformer_config",
-    "megafn.runtime.weights": "initialize_weights whole_parameters",
-    "megafn.runtime.models": "Stage build_stage",
-    "megafn.runtime.tokenizer": "Tokenizer byte_tokenizer load_tokenizer",
-    "megafn.runtime.text": "demo_text index_text read_documents",
-    "megafn.runtime.data": "batches group_batches",
-    "megafn.runtime.steps": "Step step_fn",
-    "megafn.runtime.generate": "logits generate",
-    "megafn.runtime.sinks": "progress tensorboard jsonl",
-    "megafn.runtime.train": "State Metrics Report setup train_step evaluate fit train",
+    "ModelConfig": "pure.config",
+    "ParallelConfig": "pure.config",
+    "RecomputeConfig": "pure.config",
+    "PrecisionConfig": "pure.config",
+    "OptimizerConfig": "pure.config",
+    "ScheduleConfig": "pure.config",
+    "DataConfig": "pure.config",
+    "LogConfig": "pure.config",
+    "TrainConfig": "pure.config",
+    "ConfigError": "pure.config",
+    "padded_vocab_size": "pure.config",
+    "num_micro_batches": "pure.config",
+    "Problem": "pure.config",
+    "to_dict": "pure.dicts",
+    "from_dict": "pure.dicts",
+    "load_config": "pure.dicts",
+    "dump_config": "pure.dicts",
+    "validate": "pure.validate",
+    "check": "pure.validate",
+    "Groups": "pure.layout",
+    "Coordinates": "pure.layout",
+    "build_groups": "pure.layout",
+    "coordinates": "pure.layout",
+    "rank_of": "pure.layout",
+    "group_of": "pure.layout",
+    "LrWd": "pure.schedule",
+    "make_schedule": "pure.schedule",
+    "deal": "pure.sampling",
+    "sample_indices": "pure.sampling",
+    "batch_indices": "pure.sampling",
+    "Op": "pure.pipeline",
+    "pipeline_order": "pure.pipeline",
+    "bubble": "pure.pipeline",
+    "peak_activations": "pure.pipeline",
+    "timeline": "pure.pipeline",
+    "check_order": "pure.pipeline",
+    "draw_pipeline": "pure.pipeline",
+    "ProcessGroups": "runtime.groups",
+    "init_groups": "runtime.groups",
+    "world_size": "runtime.groups",
+    "Loss": "runtime.losses",
+    "cross_entropy": "runtime.losses",
+    "logsumexp": "runtime.losses",
+    "argmax": "runtime.losses",
+    "token_loss": "runtime.losses",
+    "avg_losses": "runtime.losses",
+    "gather": "runtime.losses",
+    "transformer_config": "runtime.layers",
+    "initialize_weights": "runtime.weights",
+    "whole_parameters": "runtime.weights",
+    "Stage": "runtime.models",
+    "build_stage": "runtime.models",
+    "Tokenizer": "runtime.tokenizer",
+    "byte_tokenizer": "runtime.tokenizer",
+    "load_tokenizer": "runtime.tokenizer",
+    "demo_text": "runtime.text",
+    "index_text": "runtime.text",
+    "read_documents": "runtime.text",
+    "batches": "runtime.data",
+    "group_batches": "runtime.data",
+    "Step": "runtime.steps",
+    "step_fn": "runtime.steps",
+    "logits": "runtime.generate",
+    "generate": "runtime.generate",
+    "progress": "runtime.sinks",
+    "tensorboard": "runtime.sinks",
+    "jsonl": "runtime.sinks",
+    "State": "runtime.train",
+    "Metrics": "runtime.train",
+    "Report": "runtime.train",
+    "setup": "runtime.train",
+    "train_step": "runtime.train",
+    "evaluate": "runtime.train",
+    "fit": "runtime.train",
+    "train": "runtime.train",
 }
-_MODULE = {name: module for module, names in _HOME.items() for name in names.split()}
-__all__ = sorted(_MODULE)
+__all__ = list(_HOME)
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    if name not in _MODULE:
+    if name not in _HOME:
         raise AttributeError(f"module 'megafn' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_MODULE[name]), name)
+    value = globals()[name] = getattr(import_module(f"megafn.{_HOME[name]}"), name)
     return value
 
 

@@ -59,7 +59,7 @@ def transformer_config(config: TrainConfig, pg: ProcessGroups) -> TransformerCon
         deallocate_pipeline_outputs=pg.device.type == "cuda", moe_token_dispatcher_type="alltoall",   # asked for by variable lengths
         calculate_per_token_loss=True, gradient_accumulation_fusion=False,
         bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False,
-        attention_softmax_in_fp32=False, **interleaved, **recomputed)
+        attention_softmax_in_fp32=False, cuda_graph_scope=[], **interleaved, **recomputed)
 
 
 class Norm(torch.nn.Module):

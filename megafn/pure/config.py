@@ -1,0 +1,219 @@
+"""Everything a run is decided by, as frozen values. `dicts` reads and writes them, `validate` judges them."""
+from __future__ import annotations
+
+from typing import Any
+
+from attrs import frozen
+
+
+class ConfigError(ValueError):
+    """A config that cannot be read or cannot run; the message names each field, its value and the remedy."""
+
+
+@frozen
+class Problem:
+    """One reason for which a config is refused. `str` of it is "field = value: remedy"."""
+
+    field: str              # dotted, as in "parallel.tp"
+    value: Any
+    remedy: str             # what is asked of the field, and what to do
+
+    def __str__(self) -> str:
+        return f"{self.field} = {_shown(self.value)}: {self.remedy}"
+
+
+@frozen(kw_only=True)
+class ModelConfig:
+    """The architecture. Lengths are in tokens; a field left None follows from the others (see the properties)."""
+
+    family: str = "gpt"
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    seq_length: int
+    vocab_size: int = 256                      # the true number of token ids; padding for tp is not part of it
+    num_query_groups: int | None = None        # key and value heads of grouped-query attention; None: one per head
+    kv_channels: int | None = None             # width of a head; None: hidden_size / num_attention_heads
+    ffn_hidden_size: int | None = None         # None: 4 * hidden_size
+    max_position_embeddings: int | None = None # rows of a learned position table; None: seq_length
+    position_embedding: str = "learned_absolute"   # or "rope", "none"
+    rotary_base: float = 10_000.0
+    rotary_percent: float = 1.0
+    activation: str = "gelu"                   # or "gelu_tanh" (GPT-2), "relu", and the gated "swiglu", "geglu"
+    normalization: str = "LayerNorm"           # or "RMSNorm"
+    norm_epsilon: float = 1e-5
+    qk_layernorm: bool = False
+    add_bias_linear: bool = True
+    add_qkv_bias: bool = False                 # a bias on query, key and value alone (where add_bias_linear is off)
+    tie_word_embeddings: bool = True           # the output layer shares the word embeddings' table
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_method_std: float = 0.02
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size if self.ffn_hidden_size is not None else 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        return self.kv_channels if self.kv_channels is not None else self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups if self.num_query_groups is not None else self.num_attention_heads
+
+    @property
+    def position_rows(self) -> int:
+        return self.max_position_embeddings if self.max_position_embeddings is not None else self.seq_length
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in ("swiglu", "geglu")
+
+
+@frozen(kw_only=True)
+class ParallelConfig:
+    """How the model is cut. The data-parallel size is no field: it follows from the world size."""
+
+    tp: int = 1                                # tensor parallel
+    pp: int = 1                                # pipeline parallel
+    vpp: int = 1                               # model chunks per pipeline stage (interleaving)
+    cp: int = 1                                # context parallel: the sequence is cut
+    ep: int = 1                                # expert parallel (refused until experts are built)
+    sequence_parallel: bool = False
+    order: str = "tp-cp-ep-dp-pp"              # the axis named first changes fastest with the rank
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+
+
+@frozen(kw_only=True)
+class RecomputeConfig:
+    """Which activations the backward pass computes again instead of keeping them (arXiv 2205.05198)."""
+
+    granularity: str | None = None             # None, "selective" (core attention) or "full" (whole layers)
+    method: str = "uniform"                    # for "full": "uniform" or "block"
+    num_layers: int = 1                        # for "full": layers per recomputed chunk (uniform), or layers recomputed (block)
+
+
+@frozen(kw_only=True)
+class PrecisionConfig:
+    """Number formats. fp16 scales its loss and runs on CUDA alone."""
+
+    dtype: str = "fp32"                        # or "bf16", "fp16"; weights are updated in fp32 whatever it says
+    initial_loss_scale: float = 2.0**32
+    min_loss_scale: float = 1.0
+    loss_scale_window: int = 1000
+    hysteresis: int = 2
+
+
+@frozen(kw_only=True)
+class OptimizerConfig:
+    name: str = "adam"                         # AdamW (weight decay is decoupled), or "sgd"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.9                      # of sgd
+    clip_grad: float = 1.0                     # global L2 norm; 0 is off
+    use_distributed_optimizer: bool = False    # optimizer state cut over data parallel ranks (ZeRO 1, arXiv 1910.02054)
+
+
+@frozen(kw_only=True)
+class ScheduleConfig:
+    """Learning rate and weight decay over the run; see `make_schedule`. At most one of each `*_iters`, `*_samples`, `*_fraction`."""
+
+    lr: float = 1e-3                           # the peak
+    min_lr: float = 0.0
+    init_lr: float = 0.0                       # where warm-up starts
+    decay: str = "cosine"                      # "constant", "linear", "cosine", "inverse-square-root", "wsd"
+    decay_iters: int | None = None             # None: the whole run
+    decay_samples: int | None = None
+    warmup_iters: int | None = None
+    warmup_samples: int | None = None
+    warmup_fraction: float | None = None       # of the decay length
+    wsd_decay_style: str = "exponential"       # "linear", "cosine", "exponential", "minus_sqrt"
+    wsd_decay_iters: int | None = None         # None: the last 10% of the decay length
+    wsd_decay_samples: int | None = None
+    weight_decay: float = 0.01
+    weight_decay_incr_style: str = "constant"  # or "linear", "cosine", from start_weight_decay to end_weight_decay
+    start_weight_decay: float | None = None
+    end_weight_decay: float | None = None
+
+
+@frozen(kw_only=True)
+class DataConfig:
+    """Corpora. A source is a text file, or the prefix of an indexed dataset (`prefix.bin`, `prefix.idx`).
+
+    A source, several of them, or a blend of (weight, source) pairs. Where `valid` or `test` is None,
+    every document of `train` is cut by the weights of `split`.
+    """
+
+    train: str | tuple[str, ...] | tuple[tuple[float, str], ...]
+    valid: str | tuple[str, ...] | tuple[tuple[float, str], ...] | None = None
+    test: str | tuple[str, ...] | tuple[tuple[float, str], ...] | None = None
+    split: tuple[float, ...] = (949.0, 50.0, 1.0)   # train, valid, test
+    tokenizer: str = "bytes"                   # or the path of a Hugging Face tokenizer.json
+    sampler: str = "single"                    # in order, once; or "cyclic": shuffled anew each epoch, endless
+    reset_position_ids: bool = False           # positions start anew behind each end of document
+    reset_attention_mask: bool = False         # no attention across an end of document
+    eod_mask_loss: bool = False                # no loss at an end of document
+    cache: str | None = None                   # folder of the indexed form of texts; None: the user's cache folder
+    prefetch: int = 2                          # global batches read ahead by a thread; 0: none
+
+
+@frozen(kw_only=True)
+class LogConfig:
+    progress: bool = True
+    tensorboard_dir: str | None = None
+    jsonl: str | None = None                   # a file of one JSON object a step
+    interval: int = 1                          # iterations between records
+
+
+@frozen(kw_only=True)
+class TrainConfig:
+    """A whole run. Batch sizes are in sequences; `global_batch_size` = micro_batch_size * dp * number of micro-batches."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    data: DataConfig | None = None             # None: `train` is given `batches`
+    log: LogConfig = LogConfig()
+    micro_batch_size: int
+    global_batch_size: int
+    train_iters: int | None = None             # the horizon: exactly one of these two
+    train_samples: int | None = None
+    eval_interval: int | None = None           # iterations between evaluations; None: only after the last
+    eval_iters: int = 10                       # global batches of an evaluation
+    seed: int = 1234
+    timeout_seconds: float = 600.0             # a collective that takes longer ends the run
+
+    @property
+    def iterations(self) -> int:
+        """Number of global batches of the run; samples that do not fill one are not trained on."""
+        if self.train_iters is not None:
+            return self.train_iters
+        return (self.train_samples or 0) // self.global_batch_size
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """The vocabulary's size rounded up to a multiple of tp.
+
+    >>> padded_vocab_size(50257, 4)
+    50260
+    """
+    return -(-vocab_size // tp) * tp
+
+
+def num_micro_batches(config: TrainConfig, dp: int) -> int:
+    """Micro-batches that each data-parallel rank runs per iteration."""
+    return config.global_batch_size // (config.micro_batch_size * dp)
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:           # an int of thousands of digits has no repr, nor has every object
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,228 @@
+"""Configs from and to dicts and TOML, through cattrs; and what a field's type is and is called."""
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import attrs
+import tomli_w
+from cattrs import AttributeValidationNote, ClassValidationError, Converter, ForbiddenExtraKeysError
+from cattrs.gen import make_dict_structure_fn
+
+from megafn.pure.config import ConfigError, Problem, TrainConfig
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain dicts, lists, strings and numbers, as TOML can hold them: None is left out, a tuple is a list.
+
+    Raises ConfigError naming the field where a value, such as a function, cannot be written to a file.
+
+    >>> from megafn.pure.config import ParallelConfig
+    >>> to_dict(ParallelConfig(tp=2))
+    {'tp': 2, 'pp': 1, 'vpp': 1, 'cp': 1, 'ep': 1, 'sequence_parallel': False, 'order': 'tp-cp-ep-dp-pp'}
+    """
+    def plain(value: Any, at: str) -> Any:
+        if attrs.has(type(value)):
+            fields = ((a.name, getattr(value, a.name)) for a in attrs.fields(type(value)))
+            return {name: plain(item, f"{at}.{name}" if at else name) for name, item in fields if item is not None}
+        if isinstance(value, (list, tuple)):
+            return [plain(item, at) for item in value]
+        kind = "function" if callable(value) else f"value of type {type(value).__name__}"
+        if isinstance(value, (bool, int, float, str)):
+            if not isinstance(value, str) or not any("\ud800" <= letter <= "\udfff" for letter in value):
+                return value
+            kind = "string that is no Unicode"
+        raise refusal([Problem(at, value, f"a {kind} cannot be written to a file; leave it out and set it in code")])
+
+    return plain(config, "")
+
+
+def from_dict(mapping: Mapping[str, Any], cls: type = TrainConfig) -> Any:
+    """The config of class `cls` that a nested mapping describes; the inverse of `to_dict`.
+
+    Nothing is converted but lists to tuples: "3" and True are no integers, while 3 will do for a float.
+
+    Raises ConfigError with every problem at once: unknown fields with the nearest name, missing ones, wrong types.
+
+    >>> from megafn.pure.config import ParallelConfig
+    >>> from_dict({"tp": 2, "order": "tp-dp-pp"}, ParallelConfig).tp
+    2
+    >>> from_dict({"tp": "2", "vp": 2}, ParallelConfig)
+    Traceback (most recent call last):
+    megafn.pure.config.ConfigError: 2 problems:
+      tp = '2': give an integer
+      vp = 2: there is no such field; did you mean "vpp"?
+    """
+    try:
+        return _converter().structure(mapping, cls)
+    except (ClassValidationError, _Misfit) as error:
+        raise refusal(_told(error, mapping, cls, "")) from None
+
+
+def load_config(path: str | os.PathLike[str]) -> TrainConfig:
+    """The TrainConfig in a TOML file. Raises ConfigError naming the file, with every problem in it (see `from_dict`)."""
+    try:
+        mapping = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
+    except (ValueError, RecursionError) as error:             # ValueError: not TOML, or not UTF-8
+        raise ConfigError(f"{path}: is no TOML ({error}); correct it there") from None
+    try:
+        return from_dict(mapping)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def dump_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
+    """Write a config as TOML for `load_config`; the file is replaced whole or not at all.
+
+    Raises ConfigError as `to_dict` does, OSError where the folder cannot be written to.
+    """
+    data, path = tomli_w.dumps(to_dict(config)).encode(), Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def refusal(problems: Iterable[Problem | str]) -> ConfigError:
+    """The error that tells of all problems, one a line."""
+    lines = [str(problem) for problem in problems]
+    return ConfigError(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
+
+
+def leaves(config: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted path, value, type) of every field of a config, sections included; one that has a wrong type is not entered."""
+    kinds = get_type_hints(type(config))
+    for attribute in attrs.fields(type(config)):
+        value, kind = getattr(config, attribute.name), kinds[attribute.name]
+        yield at + attribute.name, value, kind
+        if attrs.has(type(value)) and fits(value, kind):
+            yield from leaves(value, f"{at}{attribute.name}.")
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type. An int will do for a float, a bool for no number; an int has 64 bits, as in TOML.
+
+    >>> fits(3, float), fits(True, int), fits(("a", "b"), tuple[str, ...] | None)
+    (True, False, True)
+    """
+    arms = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(fits(value, arm) for arm in arms)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        return all(fits(item, arms[0]) for item in value) if arms[-1] is Ellipsis else \
+            len(value) == len(arms) and all(map(fits, value, arms))
+    if isinstance(value, int) and kind in (int, float):
+        return not isinstance(value, bool) and -2**63 <= value < 2**63
+    return isinstance(value, kind)
+
+
+def said(kind: Any) -> str:
+    """A field's type in words.
+
+    >>> said(str | tuple[tuple[float, str], ...] | None)
+    'a string or an array (tuple) of [number, string] pairs, or leave it out'
+    """
+    arms = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        words = " or ".join(said(arm) for arm in arms if arm is not NoneType)
+        return f"{words}, or leave it out" if NoneType in arms else words
+    words = {int: "integer", float: "number", bool: "true or false", str: "string"}
+    if get_origin(kind) is tuple:
+        pair = ", ".join(words[arm] for arm in get_args(arms[0]) if arm in words)
+        return f"an array (tuple) of {f'[{pair}] pairs' if pair else f'{words[arms[0]]}s'}"
+    if kind not in words:
+        return f"a table ({kind.__name__})"
+    return words[kind] if kind is bool else f"{'an' if kind is int else 'a'} {words[kind]}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence that proposes the name most like `name`; empty where none is like it.
+
+    >>> nearest("GTP", ["gpt", "bert"])
+    '; did you mean "gpt"?'
+    """
+    lower = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f'; did you mean "{lower[close[0]]}"?' if close else ""
+
+
+class _Misfit(ValueError):
+    """Raised by the converter: a value that its field cannot take."""
+
+    def __init__(self, value: Any, kind: Any):
+        self.value, self.kind = value, kind
+
+
+@functools.cache
+def _converter() -> Converter:
+    converter = Converter(forbid_extra_keys=True, detailed_validation=True)
+
+    def section(kind: type) -> Any:
+        structure = make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True)
+
+        def hook(value: Any, _: Any) -> Any:
+            if not isinstance(value, Mapping):
+                raise _Misfit(value, kind)
+            return structure(value, kind)
+        return hook
+
+    def leaf(value: Any, kind: Any) -> Any:
+        frozen = _tupled(value)
+        if not fits(frozen, kind):
+            raise _Misfit(value, kind)
+        return frozen
+
+    converter.register_structure_hook_factory(attrs.has, section)
+    for kind in (bool, int, float, str):                       # cattrs's own hooks of these convert
+        converter.register_structure_hook(kind, leaf)
+    converter.register_structure_hook_func(lambda kind: not any(map(attrs.has, (kind, *get_args(kind)))), leaf)
+    return converter
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _told(error: Exception, mapping: Any, root: type, at: str) -> Iterator[Problem | str]:
+    """cattrs's tree of errors below `at`, as a flat list in the order of the fields."""
+    if isinstance(error, _Misfit):
+        yield Problem(at or "config", error.value, f"give {said(error.kind)}")
+    elif isinstance(error, KeyError):
+        yield f"{at} is missing: give {said(dict(_fields(root))[at])}"
+    elif isinstance(error, ForbiddenExtraKeysError):
+        own, everywhere = [a.name for a in attrs.fields(error.cl)], dict(_fields(root))
+        for key in sorted(error.extra_fields, key=str):
+            path = f"{at}.{key}" if at else str(key)
+            moved = [known for known in everywhere if known.endswith(f".{key}")]
+            hint = f'; did you mean "{moved[0]}"?' if moved else nearest(str(key), own) or f"; there are {', '.join(own)}"
+            yield Problem(path, mapping[key], f"there is no such field{hint}")
+    else:
+        for inner in error.exceptions:
+            name = next((note.name for note in getattr(inner, "__notes__", ()) if isinstance(note, AttributeValidationNote)), None)
+            if name is None:
+                yield from _told(inner, mapping, root, at)
+            else:
+                yield from _told(inner, mapping.get(name), root, f"{at}.{name}" if at else name)
+
+
+def _fields(cls: type, at: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, type) of every field of a config class."""
+    for name, kind in get_type_hints(cls).items():
+        yield at + name, kind
+        for section in filter(attrs.has, (kind, *get_args(kind))):
+            yield from _fields(section, f"{at}{name}.")

@@ -1,0 +1,200 @@
+"""What `validate` holds a config to, as data: choices, ranges, fields without effect, and rules between fields.
+
+Fields are dotted paths, several in one string. What layers, stages and batches must satisfy is megatron-core 0.16.1's:
+`TransformerConfig`, `get_num_layers_to_build`, `get_transformer_layer_offset`, its schedules and optimizers.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf, lcm
+from typing import Any
+
+from megafn.pure.dicts import nearest
+from megafn.pure.layout import AXES
+from megafn.pure.schedule import DECAYS, WEIGHT_DECAY_INCR_STYLES, WSD_DECAY_STYLES
+
+FAMILIES = {"gpt": True, "bert": False, "t5": False}            # whether it is built
+
+# What a string may be.
+CHOICES = {
+    "model.position_embedding": ("learned_absolute", "rope", "none"),
+    "model.activation": ("gelu", "gelu_tanh", "relu", "swiglu", "geglu"),
+    "model.normalization": ("LayerNorm", "RMSNorm"),
+    "recompute.granularity": ("selective", "full"),
+    "recompute.method": ("uniform", "block"),
+    "precision.dtype": ("fp32", "bf16", "fp16"),
+    "optimizer.name": ("adam", "sgd"),
+    "schedule.decay": DECAYS,
+    "schedule.wsd_decay_style": WSD_DECAY_STYLES,
+    "schedule.weight_decay_incr_style": WEIGHT_DECAY_INCR_STYLES,
+    "data.sampler": ("single", "cyclic"),
+}
+
+
+def _sources(sources: Any) -> bool:
+    blend = sources if isinstance(sources, tuple) else (sources,)
+    pairs = [source if isinstance(source, tuple) else (1.0, source) for source in blend]
+    return bool(pairs) and all(source and 0 < weight < inf for weight, source in pairs)
+
+
+# (fields, whether a value is fine, remedy)
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("model.num_layers model.hidden_size model.num_attention_heads model.seq_length model.vocab_size model.num_query_groups "
+     "model.kv_channels model.ffn_hidden_size model.max_position_embeddings parallel.tp parallel.pp parallel.vpp parallel.cp "
+     "parallel.ep parallel.num_layers_in_first_pipeline_stage parallel.num_layers_in_last_pipeline_stage recompute.num_layers "
+     "precision.loss_scale_window precision.hysteresis log.interval micro_batch_size global_batch_size train_iters "
+     "train_samples eval_interval world_size", lambda value: value >= 1, "give 1 or more"),
+    ("schedule.decay_iters schedule.decay_samples schedule.warmup_iters schedule.warmup_samples schedule.wsd_decay_iters "
+     "schedule.wsd_decay_samples data.prefetch eval_iters", lambda value: value >= 0, "give 0 or more"),
+    ("model.rotary_base model.norm_epsilon optimizer.eps precision.initial_loss_scale precision.min_loss_scale "
+     "timeout_seconds", lambda value: 0 < value < inf, "give a finite number above 0"),
+    ("model.init_method_std optimizer.clip_grad schedule.lr schedule.min_lr schedule.init_lr schedule.weight_decay "
+     "schedule.start_weight_decay schedule.end_weight_decay", lambda value: 0 <= value < inf, "give a finite number, 0 or more"),
+    ("model.hidden_dropout model.attention_dropout optimizer.beta1 optimizer.beta2 optimizer.momentum schedule.warmup_fraction",
+     lambda value: 0 <= value < 1, "give 0 or more, and less than 1"),
+    ("model.rotary_percent", lambda value: 0 < value <= 1, "give more than 0, and 1 at most"),
+    ("seed", lambda value: 0 <= value < 2**32, "give 0 to 2**32 - 1, the seeds that numpy takes"),
+    ("data.train data.valid data.test", _sources, "name at least one source, none of them empty, each weight finite and above 0"),
+    ("data.split", lambda split: len(split) == 3 and all(0 <= weight < inf for weight in split) and split[0] > 0,
+     "give three finite weights, for train, valid and test: 0 or more, and that of train above 0"),
+    ("data.tokenizer data.cache log.tensorboard_dir log.jsonl", bool, "give a name that is not empty"),
+)
+
+# (fields, the one that decides whether they are read, its values for which they are); else they must be as by default.
+DEAD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("model.rotary_base model.rotary_percent", "model.position_embedding", ("rope",)),
+    ("data.reset_position_ids", "model.position_embedding", ("learned_absolute",)),
+    ("optimizer.beta1 optimizer.beta2 optimizer.eps", "optimizer.name", ("adam",)),
+    ("optimizer.momentum", "optimizer.name", ("sgd",)),
+    ("precision.initial_loss_scale precision.min_loss_scale precision.loss_scale_window precision.hysteresis",
+     "precision.dtype", ("fp16",)),
+    ("recompute.method recompute.num_layers", "recompute.granularity", ("full",)),
+)
+
+
+def _family(family: str) -> str | None:
+    built = ", ".join(name for name in FAMILIES if FAMILIES[name])
+    if family not in FAMILIES:
+        return f"choose one of {built}{nearest(family, FAMILIES)}"
+    return None if FAMILIES[family] else f"this family is not built yet; choose one of {built}"
+
+
+def _head_size(hidden: int, heads: int, kv_channels: int | None) -> int | None:
+    return kv_channels if kv_channels is not None else None if hidden % heads else hidden // heads
+
+
+def _even_head(embedding: str, *sizes: Any) -> str | None:
+    if embedding == "rope" and (head := _head_size(*sizes)) and head % 2:
+        return f"it turns a head's channels in pairs, and a head has {head}; give an even kv_channels"
+
+
+def _rotary_percent(percent: float, embedding: str, *sizes: Any) -> str | None:
+    if embedding == "rope" and (head := _head_size(*sizes)) and not head % 2 and ((width := int(head * percent)) % 2 or not width):
+        return f"it turns {width} of a head's {head} channels, and that must be even and not 0; choose an even number / {head}"
+
+
+def _layers(layers: int, pp: int, vpp: int, first: int | None, last: int | None) -> str | None:
+    """Stages (pp) of equal chunks (vpp), where first and last stage may be given; a chunk has one layer at least."""
+    if pp == 1:
+        stray = {first, last} - {None, layers}
+        return "with pp = 1 the one stage holds them all; leave num_layers_in_first_ and _last_pipeline_stage out" if stray else None
+    middle = pp - (first is not None) - (last is not None)
+    left, share = layers - (first or 0) - (last or 0), middle * vpp
+    if not middle:
+        if left:
+            return f"first and last stage hold {first + last}; leave one of the two out or choose their sum"
+        if vpp > 1:                 # a division by zero in get_transformer_layer_offset
+            return "megatron-core cannot interleave two stages that are both given; leave num_layers_in_last_pipeline_stage out"
+    elif left < share or left % share:
+        chunks = f" of vpp = {vpp} chunks each" if vpp > 1 else ""
+        rest = f"{left} of them are left for {middle} stages" if left != layers else f"they are cut into pp = {pp} stages"
+        return f"{rest}{chunks}, which takes a multiple of {share}; change num_layers, pp, vpp or what first and last stage hold"
+
+
+def _chunk(layers: int, pp: int, vpp: int, first: int | None, last: int | None) -> int:
+    """Layers of the largest chunk, where `_layers` has no objection."""
+    middle = pp - (first is not None) - (last is not None)
+    return max(first or 0, last or 0, (layers - (first or 0) - (last or 0)) // middle if middle > 0 else 0) // vpp
+
+
+def _recomputed(count: int, granularity: str | None, *cut: Any) -> str | None:
+    if granularity == "full" and not _layers(*cut) and count > _chunk(*cut):
+        return f"no stage's chunk has more than {_chunk(*cut)} layers; give that at most"
+
+
+def _sequence(length: int, tp: int, cp: int, sequence_parallel: bool) -> str | None:
+    share = lcm(2 * cp if cp > 1 else 1, tp * cp if sequence_parallel else 1)
+    if length % share:
+        over = [f"cp = {cp} (into 2 * cp pieces)"] * (cp > 1) + [f"sequence_parallel (tp = {tp})"] * sequence_parallel
+        return f"{' and '.join(over)} cut it; choose a multiple of {share}"
+
+
+def _order(order: str, tp: int, pp: int, cp: int, ep: int, world_size: int) -> str | None:
+    """As `build_groups`: each axis once; one of size 1 may be left out."""
+    sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "dp": world_size // (tp * pp * cp)}
+    axes = order.lower().split("-")
+    if len(set(axes)) < len(axes) or set(axes) - set(AXES) or any(sizes[axis] > 1 for axis in set(AXES) - set(axes)):
+        return f"name each of {', '.join(AXES)} once, the fastest first, as in {'-'.join(AXES)}"
+
+
+def _world(world_size: int, tp: int, pp: int, cp: int) -> str | None:
+    if world_size % (size := tp * pp * cp):
+        return f"tp * pp * cp = {size} must divide it; start a multiple of {size} processes or change tp, pp or cp"
+
+
+def _batch(batch: int, micro: int, world_size: int, tp: int, pp: int, cp: int, vpp: int) -> str | None:
+    dp = 1 if _world(world_size, tp, pp, cp) else world_size // (tp * pp * cp)      # unknown: what is known is judged
+    count, rest = divmod(batch, micro * dp)
+    if rest:
+        return f"micro_batch_size * dp = {micro} * {dp} must divide it; choose a multiple of {micro * dp}"
+    if vpp > 1 and count % pp:
+        return (f"these are {count} micro-batches and interleaving (vpp = {vpp}) runs groups of pp = {pp}; choose a multiple of "
+                f"micro_batch_size * dp * pp = {micro * dp * pp}")
+
+
+def _no_valid(split: tuple[float, ...], valid: Any, interval: int | None, iters: int) -> str | None:
+    if valid is None and interval and iters and not split[1]:
+        return "eval_interval asks for evaluations and no text is left for them; give the second weight, data.valid or no eval_interval"
+
+
+# (fields, the blamed one first; from their values a remedy, or nothing)
+RULES: tuple[tuple[str, Callable[..., Any]], ...] = (
+    ("model.family", _family),
+    ("world_size parallel.tp parallel.pp parallel.cp", _world),
+    ("parallel.order parallel.tp parallel.pp parallel.cp parallel.ep world_size", _order),
+    ("parallel.ep", lambda ep: ep > 1 and "experts are not built; set ep to 1"),
+    ("parallel.vpp parallel.pp", lambda vpp, pp: vpp > 1 and pp == 1 and "interleaving needs pp of 2 or more; raise pp or set vpp to 1"),
+    ("parallel.sequence_parallel parallel.tp", lambda on, tp: on and tp == 1 and "it has no effect with tp = 1; raise tp or leave it out"),
+    ("model.num_attention_heads parallel.tp", lambda heads, tp: heads % tp and f"tp = {tp} must divide it; choose a multiple of {tp}"),
+    ("model.num_query_groups parallel.tp",      # fewer groups than tp: megatron-core asks a global for the rank
+     lambda groups, tp: groups and groups % tp and f"tp = {tp} must divide it; choose a multiple of {tp} or a smaller tp"),
+    ("model.num_query_groups model.num_attention_heads",
+     lambda groups, heads: groups and heads % groups and f"it must divide num_attention_heads = {heads}; choose a divisor"),
+    ("model.hidden_size model.num_attention_heads model.kv_channels", lambda hidden, heads, kv: kv is None and hidden % heads and
+     f"num_attention_heads = {heads} must divide it; choose a multiple of {heads} or give kv_channels, the width of a head"),
+    ("model.ffn_hidden_size parallel.tp", lambda ffn, tp: ffn and ffn % tp and f"tp = {tp} must divide it; choose a multiple of {tp}"),
+    ("model.hidden_size model.ffn_hidden_size parallel.tp", lambda hidden, ffn, tp: ffn is None and 4 * hidden % tp and
+     f"tp = {tp} must divide ffn_hidden_size, 4 * hidden_size unless given; give ffn_hidden_size as a multiple of {tp}"),
+    ("model.num_layers parallel.pp parallel.vpp parallel.num_layers_in_first_pipeline_stage "
+     "parallel.num_layers_in_last_pipeline_stage", _layers),
+    *((f"parallel.num_layers_in_{end}_pipeline_stage parallel.vpp parallel.pp", lambda layers, vpp, pp: layers and pp > 1 and
+       layers % vpp and f"vpp = {vpp} must divide it; choose a multiple of {vpp}") for end in ("first", "last")),
+    ("model.seq_length parallel.tp parallel.cp parallel.sequence_parallel", _sequence),
+    ("model.max_position_embeddings model.position_embedding model.seq_length", lambda rows, embedding, length:
+     embedding == "learned_absolute" and rows and rows < length and f"it must reach seq_length = {length}; raise it or shorten that"),
+    ("model.position_embedding model.hidden_size model.num_attention_heads model.kv_channels", _even_head),
+    ("model.rotary_percent model.position_embedding model.hidden_size model.num_attention_heads model.kv_channels", _rotary_percent),
+    ("global_batch_size micro_batch_size world_size parallel.tp parallel.pp parallel.cp parallel.vpp", _batch),
+    ("train_samples global_batch_size", lambda samples, batch: samples and samples < batch and
+     f"it does not fill one global batch; give global_batch_size = {batch} or more"),
+    ("recompute.num_layers recompute.granularity model.num_layers parallel.pp parallel.vpp "
+     "parallel.num_layers_in_first_pipeline_stage parallel.num_layers_in_last_pipeline_stage", _recomputed),
+    ("precision.dtype cuda", lambda dtype, cuda: dtype == "fp16" and cuda is False and "fp16 runs on CUDA alone; choose bf16 or fp32"),
+    ("precision.min_loss_scale precision.initial_loss_scale precision.dtype", lambda least, first, dtype:
+     dtype == "fp16" and least > first and f"choose initial_loss_scale = {first} at most"),
+    ("optimizer.use_distributed_optimizer optimizer.name", lambda on, name: on and name == "sgd" and
+     "megatron-core's distributed optimizer shards Adam alone; leave it out or choose adam"),
+    ("eval_interval eval_iters", lambda interval, iters: interval and not iters and
+     "eval_iters = 0 leaves nothing to evaluate; leave it out or raise eval_iters"),
+    ("data.split data.valid eval_interval eval_iters", _no_valid),
+)
