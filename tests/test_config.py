@@ -85,6 +85,7 @@ def test_every_form_of_a_source_is_read(train):
     ({"train": [0.3, "a"]}, DataConfig, "train", "= [0.3, 'a']: give a string or an array (tuple) of strings or an array (tuple) "
                                                  "of [number, string] pairs"),
     ({"train": [["a", 0.3]]}, DataConfig, "train", "= [['a', 0.3]]: give a string"),
+    ({"train": [[0.3, "a", "b"]]}, DataConfig, "train", "= [[0.3, 'a', 'b']]: give a string"),
     ({"train": "a", "split": "abc"}, DataConfig, "split", "= 'abc': give an array (tuple) of numbers"),
     ({**RUN, "parallel": 7}, TrainConfig, "parallel", "= 7: give a table (ParallelConfig)"),
     ({**RUN, "data": "a.txt"}, TrainConfig, "data", "= 'a.txt': give a table (DataConfig)"),
@@ -118,7 +119,8 @@ def test_a_number_without_fraction_will_do_for_a_float():
 
 
 def test_the_nearest_name_heeds_no_case_and_is_not_far_fetched():
-    assert nearest("Tp", ["tp", "pp"]) == '; did you mean "tp"?' and nearest("zebra", ["tp", "pp"]) == ""
+    assert nearest("Tp", ["tp", "pp"]) == '; did you mean "tp"?' and nearest("relu", ["RELU"]) == '; did you mean "RELU"?'
+    assert nearest("zebra", ["tp", "pp"]) == ""
 
 
 @pytest.mark.parametrize("value, told", [(len, "a function"), (object(), "a value of type object"), ("\ud800", "a string that is no Unicode")])

@@ -94,6 +94,7 @@ BAD = [      # changes of CONFIG, and the fields that are blamed on 8 processes;
     ({"model.activation": "GELU"}, "model.activation"), ({"model.normalization": "layernorm"}, "model.normalization"),
     ({"parallel.tp": 3, "parallel.pp": 1, "model.ffn_hidden_size": 3, "model.num_attention_heads": 12, "model.hidden_size": 36}, "world_size"),
     ({"parallel.vpp": 2, "parallel.pp": 1}, "parallel.vpp"),
+    ({"parallel.vpp": 3, "parallel.pp": 1, "parallel.num_layers_in_first_pipeline_stage": 8}, "parallel.vpp"),
     ({"parallel.vpp": 3}, "model.num_layers"),
     ({"parallel.vpp": 2, "global_batch_size": 12}, "global_batch_size"), ({"parallel.vpp": 2, "global_batch_size": 4}, "global_batch_size"),
     ({"parallel.vpp": 2, "parallel.num_layers_in_first_pipeline_stage": 3}, "model.num_layers parallel.num_layers_in_first_pipeline_stage"),
@@ -119,7 +120,7 @@ BAD = [      # changes of CONFIG, and the fields that are blamed on 8 processes;
     ({"recompute.granularity": "full", "recompute.num_layers": 5}, "recompute.num_layers"),
     ({"recompute.granularity": "full", "recompute.num_layers": 3, "parallel.vpp": 2}, "recompute.num_layers"),
     ({"recompute.granularity": "full", "recompute.num_layers": 7, "parallel.num_layers_in_last_pipeline_stage": 6}, "recompute.num_layers"),
-    ({"recompute.num_layers": 2}, "recompute.num_layers"), ({"recompute.method": "block"}, "recompute.method"),
+    ({"recompute.num_layers": 2}, "recompute.num_layers"), ({"recompute.num_layers": 9}, "recompute.num_layers"), ({"recompute.method": "block"}, "recompute.method"),
     ({"recompute.granularity": "selective", "recompute.num_layers": 2}, "recompute.num_layers"),
     ({"train_iters": None}, "train_iters"), ({"train_samples": 100}, "train_iters"), ({"train_iters": None, "train_samples": 15}, "train_samples"),
     ({"eval_interval": 5, "eval_iters": 0}, "eval_interval"), ({"eval_interval": 5, "data.split": (1.0, 0.0, 1.0)}, "data.split"),
@@ -135,6 +136,37 @@ BAD = [      # changes of CONFIG, and the fields that are blamed on 8 processes;
 @pytest.mark.parametrize("changes, blamed", BAD)
 def test_each_bad_config_is_blamed_on_its_field_alone(changes, blamed):
     assert fields_of(validate(changed(CONFIG, changes), 8)) == blamed.split()
+
+
+GOOD = [     # the last that is not refused
+    {"parallel.order": "PP-DP-TP"}, {"parallel.order": "tp-dp-cp-pp"},
+    {"model.hidden_size": 9, "model.kv_channels": 4, "parallel.tp": 4},         # 4 * 9 is what tp cuts
+    {"model.num_query_groups": 2}, {"model.max_position_embeddings": 32}, {"model.position_embedding": "rope", "model.max_position_embeddings": 8},
+    {"model.position_embedding": "rope", "model.rotary_percent": 0.25, "model.rotary_base": 5e5},
+    {"recompute.granularity": "full", "recompute.num_layers": 6, "parallel.num_layers_in_last_pipeline_stage": 6},
+    {"recompute.granularity": "full", "recompute.num_layers": 6, "parallel.num_layers_in_first_pipeline_stage": 6},
+    {"recompute.granularity": "full", "recompute.num_layers": 4, "recompute.method": "block"}, {"recompute.granularity": "selective"},
+    {"precision.dtype": "fp16", "precision.initial_loss_scale": 4.0, "precision.min_loss_scale": 4.0},
+    {"optimizer.name": "sgd", "optimizer.momentum": 0.0}, {"optimizer.use_distributed_optimizer": True, "optimizer.beta2": 0.999},
+    {"train_iters": None, "train_samples": 16}, {"data": None}, {"eval_iters": 0, "data.split": (1.0, 0.0, 0.0)},
+    {"data.split": (1.0, 0.0, 0.0)}, {"data.split": (1.0, 0.0, 0.0), "data.valid": "v", "eval_interval": 5}, {"eval_interval": 5},
+    {"model.add_bias_linear": True, "model.add_qkv_bias": True}, {"model.vocab_size": 1},
+    {"parallel.cp": 2, "data.reset_attention_mask": True, "data.reset_position_ids": True},
+]
+
+
+@pytest.mark.parametrize("changes", GOOD)
+def test_what_can_run_is_accepted_up_to_the_edge(changes):
+    assert validate(changed(CONFIG, changes), 8) == ()
+
+
+def test_a_world_size_that_fits_nothing_leaves_the_rest_judged():
+    assert fields_of(validate(changed(CONFIG, {"global_batch_size": 2}), 6)) == ["world_size"]
+    assert fields_of(validate(changed(CONFIG, {"global_batch_size": 3}), 6)) == ["global_batch_size", "world_size"]
+
+
+def test_a_section_of_a_wrong_class_is_one_problem_whatever_it_holds():
+    assert fields_of(validate(changed(CONFIG, {"parallel": OptimizerConfig(beta1="x")}), 8)) == ["parallel"]
 
 
 INF, NAN = float("inf"), float("nan")

@@ -173,7 +173,7 @@ def _converter() -> Converter:
     converter = Converter(forbid_extra_keys=True, detailed_validation=True)
 
     def section(kind: type) -> Any:
-        structure = make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True)
+        structure = make_dict_structure_fn(kind, converter)
 
         def hook(value: Any, _: Any) -> Any:
             if not isinstance(value, Mapping):
