@@ -80,7 +80,8 @@ def corpora(config: TrainConfig, split: str = "train", *, tokenizer: Tokenizer |
     blend = [(None, own)] if isinstance(own, str) else [one if not isinstance(one, str) else (None, one) for one in own]
     if not blend or any(w is not None and not (0 < w < math.inf) for w, _ in blend) or len({w is None for w, _ in blend}) > 1:
         raise ConfigError(f"{field} = {own!r}: give one source or more, all of them with a weight above 0 or none")
-    return tuple(_corpus(config, tokenizer, split, field, source, weight, weights, PARTS.index(part)) for weight, source in blend)
+    return tuple(_corpus(config, tokenizer, split, field, source, weight, weights, PARTS.index(part))
+                 for weight, source in blend)
 
 
 def _corpus(config: TrainConfig, tokenizer: Tokenizer, split: str, field: str, source: str, weight: float | None,
