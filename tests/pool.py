@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
-GRACE = 5.0                                    # seconds that ranks may go on after another one failed
+GRACE = 10.0                                   # seconds that ranks may go on after another one failed
 
 
 class PoolError(RuntimeError):
@@ -61,7 +61,7 @@ def clear_leftovers(rng_before):
 
 
 def run_call(message):
-    """(True, result) or (False, traceback text) of one pickled call."""
+    """(True, result, when) or (False, traceback text, when) of one pickled call; the clock is the same for all processes."""
     path, env, call = pickle.loads(message)
     sys.path[:] = path                          # test modules are found as in the test process
     before = rng_states()
@@ -69,12 +69,12 @@ def run_call(message):
         try:
             function, args, kwargs = pickle.loads(call)
             # plain pickle copies tensors into the bytes; multiprocessing's would share memory through descriptors
-            reply = True, pickle.dumps(function(*args, **kwargs))
+            reply = True, pickle.dumps(function(*args, **kwargs)), time.monotonic()
         except BaseException:
-            reply = False, traceback.format_exc()
+            reply = False, traceback.format_exc(), time.monotonic()
     left = clear_leftovers(before)
     if left and reply[0]:
-        reply = False, "left behind: " + "; ".join(left)
+        reply = False, "left behind: " + "; ".join(left), reply[2]
     return reply
 
 
@@ -167,16 +167,17 @@ def worker_pool(size=8):
             for connection in ready:
                 rank = waiting.pop(connection)
                 try:
-                    good, reply = connection.recv()
+                    good, reply, when = connection.recv()
                 except (EOFError, ConnectionResetError):
                     workers[rank][0].join(5)
-                    good, reply = False, f"the worker died, exit code {workers[rank][0].exitcode}"
+                    good, reply, when = False, f"the worker died, exit code {workers[rank][0].exitcode}", 0.0
                     dead.append(rank)
                 if good:
                     results[rank] = pickle.loads(reply)
                 else:
-                    failures.append(f"rank {rank} of {n}: {reply}")
+                    failures.append((when, f"rank {rank} of {n}: {reply}"))
                     end = min(end, time.monotonic() + GRACE)
+        failures = [text for _, text in sorted(failures)]       # the cause first: a death, then the earliest exception
         hung = sorted(waiting.values())
         if hung:
             why = f"no answer within {GRACE:g} s of that failure" if failures else f"no answer in {timeout:g} s"
