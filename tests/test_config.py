@@ -93,7 +93,8 @@ def test_every_form_of_a_source_is_read(train):
     ({**RUN, "parallel": {"sequence_paralel": True}}, TrainConfig, "parallel.sequence_paralel",
      '= True: there is no such field; did you mean "sequence_parallel"?'),
     ({**RUN, "tp": 2}, TrainConfig, "tp", '= 2: there is no such field; did you mean "parallel.tp"?'),
-    ({**RUN, "log": {"zzz": 1}}, TrainConfig, "log.zzz", "= 1: there is no such field; there are progress, tensorboard_dir, jsonl, interval"),
+    ({**RUN, "log": {"zzz": 1}}, TrainConfig, "log.zzz",
+     "= 1: there is no such field; there are progress, tensorboard_dir, jsonl, interval"),
     ({**RUN, 3: 4}, TrainConfig, "3", "= 4: there is no such field; there are model,"),
     ({name: value for name, value in RUN.items() if name != "micro_batch_size"}, TrainConfig, "micro_batch_size",
      "is missing: give an integer"),
@@ -108,7 +109,8 @@ def test_one_wrong_thing_is_one_sentence_with_field_value_and_remedy(mapping, cl
 
 def test_all_that_is_wrong_is_told_at_once():
     with pytest.raises(ConfigError) as raised:
-        from_dict({"model": {"num_layers": "4", "seq_length": 1.5, "hiden_size": 64}, "parallel": {"tp": True, "pq": 1}, "micro_batch_size": 1})
+        from_dict({"model": {"num_layers": "4", "seq_length": 1.5, "hiden_size": 64}, "parallel": {"tp": True, "pq": 1},
+                   "micro_batch_size": 1})
     told = [line.split()[0] for line in str(raised.value).splitlines()]
     assert told == ["8", "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.seq_length", "model.hiden_size",
                     "parallel.tp", "parallel.pq", "global_batch_size"]
@@ -123,7 +125,8 @@ def test_the_nearest_name_heeds_no_case_and_is_not_far_fetched():
     assert nearest("zebra", ["tp", "pp"]) == ""
 
 
-@pytest.mark.parametrize("value, told", [(len, "a function"), (object(), "a value of type object"), ("\ud800", "a string that is no Unicode")])
+@pytest.mark.parametrize("value, told", [(len, "a function"), (object(), "a value of type object"),
+                                         ("\ud800", "a string that is no Unicode")])
 def test_what_a_file_cannot_hold_is_refused_by_field(value, told):
     config = attrs.evolve(from_dict(RUN), log=LogConfig(jsonl=value))
     with pytest.raises(ConfigError, match=rf"^log\.jsonl = .*: {told} cannot be written to a file; leave it out"):

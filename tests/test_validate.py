@@ -8,7 +8,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from test_config import CONFIGS
 
-from megafn.pure.config import (ConfigError, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, Problem,
+from megafn.pure.config import (ConfigError, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig,
                                 RecomputeConfig, ScheduleConfig, TrainConfig)
 from megafn.pure.dicts import leaves
 from megafn.pure.layout import AXES, build_groups
@@ -44,8 +44,9 @@ def is_true_to(problems, config, world_size):
 # It never raises
 
 JUNK = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(), st.text(), st.text("-tpcedx"), st.binary(), st.complex_numbers(),
-    st.sampled_from([10**5000, -2**63, 2**63 - 1, 1e308, len, object(), int, ..., ModelConfig, MODEL, DataConfig(train=()), "bert", "rope", "wsd"]),
+    st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(), st.text(), st.text("-tpcedx"), st.binary(),
+    st.sampled_from([10**5000, -2**63, 2**63 - 1, 1e308, 1j, len, object(), int, ..., ModelConfig, MODEL, DataConfig(train=()),
+                     "bert", "rope", "wsd"]),
     st.recursive(st.none() | st.integers() | st.floats() | st.text(), lambda inner: st.tuples(inner, inner) | st.lists(inner) |
                  st.lists(inner).map(tuple) | st.dictionaries(st.text(), inner), max_leaves=6))
 
@@ -92,7 +93,8 @@ BAD = [      # changes of CONFIG, and the fields that are blamed on 8 processes;
     ({"model.rotary_base": 5e5}, "model.rotary_base"), ({"model.rotary_percent": 0.5}, "model.rotary_percent"),
     ({"model.position_embedding": "none", "data.reset_position_ids": True}, "data.reset_position_ids"),
     ({"model.activation": "GELU"}, "model.activation"), ({"model.normalization": "layernorm"}, "model.normalization"),
-    ({"parallel.tp": 3, "parallel.pp": 1, "model.ffn_hidden_size": 3, "model.num_attention_heads": 12, "model.hidden_size": 36}, "world_size"),
+    ({"parallel.tp": 3, "parallel.pp": 1, "model.ffn_hidden_size": 3, "model.num_attention_heads": 12,
+      "model.hidden_size": 36}, "world_size"),
     ({"parallel.vpp": 2, "parallel.pp": 1}, "parallel.vpp"),
     ({"parallel.vpp": 3, "parallel.pp": 1, "parallel.num_layers_in_first_pipeline_stage": 8}, "parallel.vpp"),
     ({"parallel.vpp": 3}, "model.num_layers"),
@@ -101,31 +103,38 @@ BAD = [      # changes of CONFIG, and the fields that are blamed on 8 processes;
     ({"parallel.vpp": 2, "parallel.num_layers_in_last_pipeline_stage": 3}, "model.num_layers parallel.num_layers_in_last_pipeline_stage"),
     ({"parallel.num_layers_in_first_pipeline_stage": 8}, "model.num_layers"),
     ({"parallel.num_layers_in_first_pipeline_stage": 3, "parallel.num_layers_in_last_pipeline_stage": 4}, "model.num_layers"),
-    ({"parallel.vpp": 2, "parallel.num_layers_in_first_pipeline_stage": 4, "parallel.num_layers_in_last_pipeline_stage": 4}, "model.num_layers"),
+    ({"parallel.vpp": 2, "parallel.num_layers_in_first_pipeline_stage": 4, "parallel.num_layers_in_last_pipeline_stage": 4},
+     "model.num_layers"),
     ({"parallel.pp": 1, "parallel.num_layers_in_last_pipeline_stage": 4}, "model.num_layers"),
     ({"parallel.ep": 2}, "parallel.ep"),
     ({"parallel.tp": 1, "parallel.sequence_parallel": True}, "parallel.sequence_parallel"),
     ({"parallel.sequence_parallel": True, "model.seq_length": 31}, "model.seq_length"),
     ({"parallel.cp": 2, "model.seq_length": 30}, "model.seq_length"),
-    ({"parallel.cp": 2, "parallel.tp": 4, "parallel.pp": 1, "parallel.sequence_parallel": True, "model.seq_length": 28}, "model.seq_length"),
+    ({"parallel.cp": 2, "parallel.tp": 4, "parallel.pp": 1, "parallel.sequence_parallel": True, "model.seq_length": 28},
+     "model.seq_length"),
     ({"parallel.order": "tp-dp"}, "parallel.order"), ({"parallel.order": "tp-cp-ep-dp-pp-tp"}, "parallel.order"),
-    ({"parallel.order": "tp,pp,dp"}, "parallel.order"), ({"parallel.order": ""}, "parallel.order"), ({"parallel.order": "tp-pp"}, "parallel.order"),
+    ({"parallel.order": "tp,pp,dp"}, "parallel.order"), ({"parallel.order": ""}, "parallel.order"),
+    ({"parallel.order": "tp-pp"}, "parallel.order"),
     ({"micro_batch_size": 3}, "global_batch_size"), ({"global_batch_size": 6}, "global_batch_size"),
     ({"optimizer.name": "adamw"}, "optimizer.name"), ({"optimizer.name": "sgd", "optimizer.beta2": 0.9}, "optimizer.beta2"),
     ({"optimizer.momentum": 0.5}, "optimizer.momentum"),
     ({"optimizer.name": "sgd", "optimizer.use_distributed_optimizer": True}, "optimizer.use_distributed_optimizer"),
     ({"precision.dtype": "float16"}, "precision.dtype"), ({"precision.hysteresis": 1}, "precision.hysteresis"),
     ({"precision.dtype": "fp16", "precision.initial_loss_scale": 2.0, "precision.min_loss_scale": 4.0}, "precision.min_loss_scale"),
-    ({"recompute.granularity": "ful"}, "recompute.granularity"), ({"recompute.granularity": "full", "recompute.method": "blok"}, "recompute.method"),
+    ({"recompute.granularity": "ful"}, "recompute.granularity"),
+    ({"recompute.granularity": "full", "recompute.method": "blok"}, "recompute.method"),
     ({"recompute.granularity": "full", "recompute.num_layers": 5}, "recompute.num_layers"),
     ({"recompute.granularity": "full", "recompute.num_layers": 3, "parallel.vpp": 2}, "recompute.num_layers"),
     ({"recompute.granularity": "full", "recompute.num_layers": 7, "parallel.num_layers_in_last_pipeline_stage": 6}, "recompute.num_layers"),
-    ({"recompute.num_layers": 2}, "recompute.num_layers"), ({"recompute.num_layers": 9}, "recompute.num_layers"), ({"recompute.method": "block"}, "recompute.method"),
+    ({"recompute.num_layers": 2}, "recompute.num_layers"), ({"recompute.num_layers": 9}, "recompute.num_layers"),
+    ({"recompute.method": "block"}, "recompute.method"),
     ({"recompute.granularity": "selective", "recompute.num_layers": 2}, "recompute.num_layers"),
-    ({"train_iters": None}, "train_iters"), ({"train_samples": 100}, "train_iters"), ({"train_iters": None, "train_samples": 15}, "train_samples"),
+    ({"train_iters": None}, "train_iters"), ({"train_samples": 100}, "train_iters"),
+    ({"train_iters": None, "train_samples": 15}, "train_samples"),
     ({"eval_interval": 5, "eval_iters": 0}, "eval_interval"), ({"eval_interval": 5, "data.split": (1.0, 0.0, 1.0)}, "data.split"),
     ({"schedule.decay": "cosin"}, "schedule.decay"), ({"schedule.min_lr": 1.0}, "schedule.min_lr"),
-    ({"schedule.warmup_iters": 100}, "schedule.warmup_iters"), ({"schedule.warmup_samples": 5, "schedule.warmup_iters": 5}, "schedule.warmup_samples"),
+    ({"schedule.warmup_iters": 100}, "schedule.warmup_iters"),
+    ({"schedule.warmup_samples": 5, "schedule.warmup_iters": 5}, "schedule.warmup_samples"),
     ({"schedule.decay_iters": 5, "schedule.decay_samples": 5}, "schedule.decay_samples"),
     ({"schedule.weight_decay_incr_style": "linear"}, "schedule.weight_decay_incr_style"),
     ({"schedule.end_weight_decay": 0.1}, "schedule.end_weight_decay"), ({"schedule.wsd_decay_iters": 5}, "schedule.wsd_decay_iters"),
@@ -141,7 +150,8 @@ def test_each_bad_config_is_blamed_on_its_field_alone(changes, blamed):
 GOOD = [     # the last that is not refused
     {"parallel.order": "PP-DP-TP"}, {"parallel.order": "tp-dp-cp-pp"},
     {"model.hidden_size": 9, "model.kv_channels": 4, "parallel.tp": 4},         # 4 * 9 is what tp cuts
-    {"model.num_query_groups": 2}, {"model.max_position_embeddings": 32}, {"model.position_embedding": "rope", "model.max_position_embeddings": 8},
+    {"model.num_query_groups": 2}, {"model.max_position_embeddings": 32},
+    {"model.position_embedding": "rope", "model.max_position_embeddings": 8},
     {"model.position_embedding": "rope", "model.rotary_percent": 0.25, "model.rotary_base": 5e5},
     {"recompute.granularity": "full", "recompute.num_layers": 6, "parallel.num_layers_in_last_pipeline_stage": 6},
     {"recompute.granularity": "full", "recompute.num_layers": 6, "parallel.num_layers_in_first_pipeline_stage": 6},
@@ -182,8 +192,8 @@ OUT_OF_RANGE = {     # field: (values that are refused, values that are not), wh
        schedule.wsd_decay_iters schedule.wsd_decay_samples data.prefetch eval_iters""".split()},
     **{path: ([0, 0.0, -1, INF, NAN], [1, 1e-9]) for path in """model.rotary_base model.norm_epsilon optimizer.eps
        precision.initial_loss_scale precision.min_loss_scale timeout_seconds""".split()},
-    **{path: ([-1e-9, INF, NAN], [0, 0.5]) for path in """model.init_method_std optimizer.clip_grad schedule.lr schedule.min_lr schedule.init_lr
-       schedule.weight_decay schedule.start_weight_decay schedule.end_weight_decay""".split()},
+    **{path: ([-1e-9, INF, NAN], [0, 0.5]) for path in """model.init_method_std optimizer.clip_grad schedule.lr schedule.min_lr
+       schedule.init_lr schedule.weight_decay schedule.start_weight_decay schedule.end_weight_decay""".split()},
     **{path: FRACTION for path in """model.hidden_dropout model.attention_dropout optimizer.beta1 optimizer.beta2 optimizer.momentum
        schedule.warmup_fraction""".split()},
     "model.rotary_percent": ([0, -1, 1.1, NAN], [1, 1.0, 0.5]),
@@ -214,10 +224,12 @@ def test_a_world_size_that_the_layout_does_not_divide_is_refused(world_size):
 
 def test_a_choice_that_is_none_is_answered_with_the_nearest():
     told = {path: validate(changed(CONFIG, {path: value}), 8)[0].remedy for path, value in {
-        "model.family": "GTP", "model.activation": "swigloo", "schedule.decay": "inverse_square_root", "precision.dtype": "bfloat16"}.items()}
+        "model.family": "GTP", "model.activation": "swigloo", "schedule.decay": "inverse_square_root",
+        "precision.dtype": "bfloat16"}.items()}
     assert told["model.family"] == 'choose one of gpt; did you mean "gpt"?'
     assert told["model.activation"] == 'choose one of gelu, gelu_tanh, relu, swiglu, geglu; did you mean "swiglu"?'
-    assert told["schedule.decay"].endswith('; did you mean "inverse-square-root"?') and told["precision.dtype"].endswith('; did you mean "bf16"?')
+    assert told["schedule.decay"].endswith('; did you mean "inverse-square-root"?')
+    assert told["precision.dtype"].endswith('; did you mean "bf16"?')
 
 
 def test_a_family_that_is_known_but_not_built_is_said_to_be_so():
@@ -226,7 +238,8 @@ def test_a_family_that_is_known_but_not_built_is_said_to_be_so():
 
 
 def test_the_number_that_is_asked_for_is_accepted():
-    for changes, path, number in [({"parallel.vpp": 2, "global_batch_size": 12}, "global_batch_size", 8), ({"micro_batch_size": 3}, "global_batch_size", 6),
+    for changes, path, number in [({"parallel.vpp": 2, "global_batch_size": 12}, "global_batch_size", 8),
+    ({"micro_batch_size": 3}, "global_batch_size", 6),
                                   ({"parallel.cp": 2, "parallel.sequence_parallel": True, "model.seq_length": 30}, "model.seq_length", 4)]:
         config = changed(CONFIG, changes)
         (problem,) = validate(config, 16 if "parallel.cp" in changes else 8)
@@ -237,7 +250,8 @@ def test_the_number_that_is_asked_for_is_accepted():
 
 def test_everything_is_told_at_once():
     assert validate(attrs.evolve(CONFIG, parallel=ParallelConfig(tp=2, pp=4)), 16) == ()
-    config = changed(CONFIG, {"parallel.tp": 3, "parallel.pp": 5, "seed": -1, "model.activation": "x", "schedule.lr": "1", "micro_batch_size": 7})
+    config = changed(CONFIG, {"parallel.tp": 3, "parallel.pp": 5, "seed": -1, "model.activation": "x", "schedule.lr": "1",
+                              "micro_batch_size": 7})
     assert fields_of(validate(config, 16)) == ["global_batch_size", "model.activation", "model.hidden_size", "model.num_attention_heads",
                                               "model.num_layers", "schedule.lr", "seed", "world_size"]
     with pytest.raises(ConfigError) as raised:
@@ -262,37 +276,40 @@ def test_fp16_is_refused_only_where_there_is_known_to_be_no_cuda():
 @st.composite
 def runs(draw):
     """A config and a world size that fit by construction."""
-    at = lambda *choices: draw(st.sampled_from(choices))        # noqa: E731
+    at = lambda *choices: draw(st.sampled_from(choices))
     tp, pp, cp, dp = at(1, 2, 3), at(1, 2, 3, 4), at(1, 2), at(1, 2)
     vpp = at(1, 2, 3) if pp > 1 else 1
     stage, first, last = vpp * at(1, 2), at(None, vpp, 2 * vpp), at(None, vpp, 3 * vpp)
     if pp == 1 or pp == 2 and vpp > 1:
         first, last = at((None, None), (first, None), (None, last)) if pp == 2 else (None, None)
     groups = tp * at(1, 2)
-    heads, sequence_parallel, granularity = groups * at(1, 3), tp > 1 and at(True, False), at(None, "selective", "full")
-    layers = (first or stage if pp > 1 else stage) + (pp - 2) * stage + (last or stage) if pp > 1 else stage
+    heads, sequence_parallel = groups * at(1, 3), tp > 1 and at(True, False)
+    stages = [first or stage, *[stage] * (pp - 2), last or stage] if pp > 1 else [stage]
     micro = at(1, 2)
-    schedule = at(ScheduleConfig(), ScheduleConfig(decay="wsd", warmup_iters=2, wsd_decay_iters=3), ScheduleConfig(decay="linear", warmup_fraction=0.5),
+    schedule = at(ScheduleConfig(), ScheduleConfig(decay="wsd", warmup_iters=2, wsd_decay_iters=3),
+                  ScheduleConfig(decay="linear", warmup_fraction=0.5),
                   ScheduleConfig(weight_decay_incr_style="cosine", start_weight_decay=0.0, end_weight_decay=0.1, decay_samples=50))
     return TrainConfig(
-        model=ModelConfig(num_layers=layers, hidden_size=heads * 2, num_attention_heads=heads, num_query_groups=at(None, groups),
+        model=ModelConfig(num_layers=sum(stages), hidden_size=heads * 2, num_attention_heads=heads, num_query_groups=at(None, groups),
                           seq_length=2 * tp * cp * at(1, 2), ffn_hidden_size=tp * at(1, 8), kv_channels=at(None, 4), vocab_size=at(2, 7),
                           position_embedding=at("learned_absolute", "rope", "none"), activation=at("gelu", "swiglu", "relu"),
                           normalization=at("LayerNorm", "RMSNorm"), add_qkv_bias=at(True, False), hidden_dropout=at(0.0, 0.1)),
-        parallel=ParallelConfig(tp=tp, pp=pp, vpp=vpp, cp=cp, sequence_parallel=sequence_parallel, order="-".join(draw(st.permutations(AXES))),
+        parallel=ParallelConfig(tp=tp, pp=pp, vpp=vpp, cp=cp, sequence_parallel=sequence_parallel,
+                                order="-".join(draw(st.permutations(AXES))),
                                 num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last),
         optimizer=at(OptimizerConfig(use_distributed_optimizer=True), OptimizerConfig(name="sgd", momentum=0.0)),
         precision=PrecisionConfig(dtype=at("fp32", "bf16")), schedule=schedule, train_iters=20,
-        recompute=RecomputeConfig(granularity=granularity, **({"method": "block", "num_layers": stage // vpp if pp != 2 else 1} if granularity == "full" else {})),
+        recompute=at(RecomputeConfig(), RecomputeConfig(granularity="selective"),
+                     RecomputeConfig(granularity="full", method="block", num_layers=max(stages) // vpp)),
         micro_batch_size=micro, global_batch_size=micro * dp * at(1, 2) * (pp if vpp > 1 else 1)), tp * pp * cp * dp
 
 
-def stages(mcore, pp, vpp):
+def chunks_of(mcore, pp, vpp):
     """(first layer, number of layers) of each model chunk in the order in which a token passes them."""
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-    return [(get_transformer_layer_offset(mcore, vp_stage=chunk, pp_rank=stage), get_num_layers_to_build(mcore, vp_stage=chunk, pp_rank=stage))
-            for chunk in range(vpp) for stage in range(pp)]
+    chunks = [dict(vp_stage=chunk, pp_rank=stage) for chunk in range(vpp) for stage in range(pp)]
+    return [(get_transformer_layer_offset(mcore, **chunk), get_num_layers_to_build(mcore, **chunk)) for chunk in chunks]
 
 
 @given(runs())
@@ -305,7 +322,7 @@ def test_what_fits_by_construction_is_accepted_and_everyone_takes_it(run):
     assert build_groups(config.parallel, world_size).world_size == world_size
     assert make_schedule(config)(0).lr >= 0
     mcore = transformer_config(config, SimpleNamespace(device=device("cpu")))
-    assert sum(count for _, count in stages(mcore, config.parallel.pp, config.parallel.vpp)) == config.model.num_layers
+    assert sum(count for _, count in chunks_of(mcore, config.parallel.pp, config.parallel.vpp)) == config.model.num_layers
 
 
 def megatron_config(model, parallel):
@@ -319,7 +336,8 @@ def megatron_config(model, parallel):
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage)
 
 
-@given(layers=st.integers(1, 16), pp=st.integers(1, 5), vpp=st.integers(1, 3), first=st.none() | st.integers(0, 8), last=st.none() | st.integers(0, 8))
+@given(layers=st.integers(1, 16), pp=st.integers(1, 5), vpp=st.integers(1, 3),
+       first=st.none() | st.integers(0, 8), last=st.none() | st.integers(0, 8))
 @example(layers=4, pp=2, vpp=2, first=2, last=2)        # megatron-core divides by zero
 @example(layers=4, pp=1, vpp=1, first=1, last=1)        # it builds one layer of the four, and says nothing
 @example(layers=4, pp=1, vpp=1, first=4, last=None)
@@ -331,7 +349,7 @@ def test_stages_are_accepted_exactly_when_megatron_core_cuts_the_layers_as_asked
     parallel = ParallelConfig(pp=pp, vpp=vpp, num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last)
     config = attrs.evolve(CONFIG, model=attrs.evolve(MODEL, num_layers=layers), parallel=parallel, global_batch_size=2 * pp)
     try:
-        rows = [range(start, start + count) for start, count in stages(megatron_config(config.model, parallel), pp, vpp)]
+        rows = [range(start, start + count) for start, count in chunks_of(megatron_config(config.model, parallel), pp, vpp)]
         runs = all(rows) and [layer for row in rows for layer in row] == list(range(layers)) and \
             first in (None, sum(map(len, rows[::pp]))) and last in (None, sum(map(len, rows[pp - 1::pp])))
     except (ValueError, AssertionError, ZeroDivisionError):
@@ -342,7 +360,8 @@ def test_stages_are_accepted_exactly_when_megatron_core_cuts_the_layers_as_asked
 @given(tp=st.integers(1, 6), heads=st.integers(1, 12), groups=st.none() | st.integers(1, 12), sequence_parallel=st.booleans())
 def test_what_megatron_cores_config_refuses_of_heads_is_refused(tp, heads, groups, sequence_parallel):
     parallel = ParallelConfig(tp=tp, sequence_parallel=sequence_parallel)
-    model = attrs.evolve(MODEL, hidden_size=heads * 2, num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=tp, seq_length=60)
+    model = attrs.evolve(MODEL, hidden_size=heads * 2, num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=tp,
+                         seq_length=60)
     accepted = validate(attrs.evolve(CONFIG, model=model, parallel=parallel), tp) == ()
     try:
         megatron_config(model, parallel)
