@@ -57,7 +57,7 @@ def _data(arguments) -> int:
         split = tuple(float(weight) for weight in arguments.split.split(","))
     except ValueError:
         raise ValueError(f"--split = {arguments.split!r}: three numbers are wanted, such as 949,50,1.") from None
-    for prefix in mf.index_text(arguments.text, arguments.prefix, tokenizer=arguments.tokenizer, split=split):
+    for prefix in mf.index_text(arguments.text, arguments.prefix, tokenizer=arguments.tokenizer, split=split).values():
         print(prefix)
     return 0
 

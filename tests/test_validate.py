@@ -131,7 +131,7 @@ BAD = [      # changes of CONFIG, and the fields that are blamed on 8 processes;
     ({"recompute.granularity": "selective", "recompute.num_layers": 2}, "recompute.num_layers"),
     ({"train_iters": None}, "train_iters"), ({"train_samples": 100}, "train_iters"),
     ({"train_iters": None, "train_samples": 15}, "train_samples"),
-    ({"eval_interval": 5, "eval_iters": 0}, "eval_interval"), ({"eval_interval": 5, "data.split": (1.0, 0.0, 1.0)}, "data.split"),
+    ({"eval_interval": 5, "eval_iters": 0}, "eval_interval"), ({"data.split": (1.0, 0.0, 1.0)}, "data.split"),
     ({"schedule.decay": "cosin"}, "schedule.decay"), ({"schedule.min_lr": 1.0}, "schedule.min_lr"),
     ({"schedule.warmup_iters": 100}, "schedule.warmup_iters"),
     ({"schedule.warmup_samples": 5, "schedule.warmup_iters": 5}, "schedule.warmup_samples"),
@@ -159,7 +159,7 @@ GOOD = [     # the last that is not refused
     {"precision.dtype": "fp16", "precision.initial_loss_scale": 4.0, "precision.min_loss_scale": 4.0},
     {"optimizer.name": "sgd", "optimizer.momentum": 0.0}, {"optimizer.use_distributed_optimizer": True, "optimizer.beta2": 0.999},
     {"train_iters": None, "train_samples": 16}, {"data": None}, {"eval_iters": 0, "data.split": (1.0, 0.0, 0.0)},
-    {"data.split": (1.0, 0.0, 0.0)}, {"data.split": (1.0, 0.0, 0.0), "data.valid": "v", "eval_interval": 5}, {"eval_interval": 5},
+    {"data.split": (1.0, 0.0, 0.0), "eval_iters": 0}, {"data.split": (1.0, 0.0, 0.0), "data.valid": "v", "eval_interval": 5}, {"eval_interval": 5},
     {"model.add_bias_linear": True, "model.add_qkv_bias": True}, {"model.vocab_size": 1},
     {"parallel.cp": 2, "data.reset_attention_mask": True, "data.reset_position_ids": True},
 ]

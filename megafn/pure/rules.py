@@ -152,9 +152,9 @@ def _batch(batch: int, micro: int, world_size: int, tp: int, pp: int, cp: int, v
                 f"micro_batch_size * dp * pp = {micro * dp * pp}")
 
 
-def _no_valid(split: tuple[float, ...], valid: Any, interval: int | None, iters: int) -> str | None:
-    if valid is None and interval and iters and not split[1]:
-        return "eval_interval asks for evaluations and no text is left for them; give the second weight, data.valid or no eval_interval"
+def _no_valid(split: tuple[float, ...], valid: Any, iters: int) -> str | None:
+    if valid is None and iters and not split[1]:
+        return "no text is left for evaluations; give the second weight or data.valid, or set eval_iters to 0"
 
 
 # (fields, the blamed one first; from their values a remedy, or nothing)
@@ -196,5 +196,5 @@ RULES: tuple[tuple[str, Callable[..., Any]], ...] = (
      "megatron-core's distributed optimizer shards Adam alone; leave it out or choose adam"),
     ("eval_interval eval_iters", lambda interval, iters: interval and not iters and
      "eval_iters = 0 leaves nothing to evaluate; leave it out or raise eval_iters"),
-    ("data.split data.valid eval_interval eval_iters", _no_valid),
+    ("data.split data.valid eval_iters", _no_valid),
 )

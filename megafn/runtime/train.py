@@ -18,6 +18,7 @@ from megafn.pure.schedule import make_schedule
 from megafn.pure.validate import check
 from megafn.runtime import cpu
 from megafn.runtime.agreement import agreed
+from megafn.runtime.corpora import corpora
 from megafn.runtime.data import batches as read_batches
 from megafn.runtime.data import group_batches
 from megafn.runtime.groups import ProcessGroups, init_groups, megatron, world_size
@@ -198,5 +199,8 @@ def train(config: TrainConfig, *, step: Step | None = None, model: Callable = bu
     if config.data is None and batches is None:
         raise ConfigError("data = None: name a text or an indexed dataset in config.data, or give train your own batches.")
     step = step if step is not None else step_fn(config.model.family)
+    if batches is None:
+        for split in ("train", "valid") if config.eval_iters and valid_batches is None else ("train",):
+            corpora(config, split)               # missing, damaged or too short: told now, not when it is first read
     with init_groups(build_groups(config.parallel, world), timeout_seconds=config.timeout_seconds) as pg:
         return fit(setup(config, pg, model=model), step, batches=batches, valid_batches=valid_batches, on_metrics=on_metrics)
