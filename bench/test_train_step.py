@@ -1,0 +1,78 @@
+"""Tokens per second of one optimizer step, megafn beside its peers. Prints; never asserts speed.
+
+The peers take turns, round by round in one process, and ratios are medians over rounds: a machine that other
+work slows down slows all of them alike.
+"""
+import statistics
+import time
+
+import megafn as mf
+import pytest
+import rivals
+import torch
+from rivals import BATCH, HIDDEN, LAYERS, SEQUENCE, VOCABULARY
+
+ROUNDS = {"fp32": 9, "bf16": 11}
+PEERS = (("megafn train_step", rivals.megafn_step, None),
+         ("(a) bare megatron-core loop, same modules", rivals.bare_step, 1.00),
+         ("(b) megatron-core GPTModel, local spec", rivals.local_spec_step, 1.10),
+         ("(c) transformers GPT-2, SDPA", rivals.transformers_step, 1.25),
+         ("(d) plain torch GPT, SDPA", rivals.plain_step, None),
+         ("(d) plain torch GPT, compiled", rivals.compiled_step, 1.00))
+
+
+def matmul_gflops(dtype, seconds=0.5):
+    """Best of repeated products of 2048 x 2048 matrices: what this machine's matmul can do."""
+    a, b, best, end = *torch.randn(2, 2048, 2048, dtype=dtype), 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_train_step_beside_its_peers(dtype, table):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    try:
+        with mf.init_groups(mf.build_groups(mf.ParallelConfig(), world_size=1)) as pg, rivals.megatron_globals():
+            runs, counts = {}, {}
+            for name, make, _ in PEERS:
+                runs[name], counts[name] = make(pg, dtype)
+            assert len(set(counts.values())) == 1, f"not the same model: {counts}"
+            text = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE + 1))
+            for run in runs.values():                                        # compiles, allocates, warms up
+                losses = [run(text) for _ in range(2)]
+                assert 8 < losses[1] < losses[0] < 11, losses                # ln 8192 = 9.01: it learns
+            seconds = {name: [] for name in runs}
+            peak = matmul_gflops(mf.runtime.layers.DTYPES[dtype])
+            for _ in range(ROUNDS[dtype]):
+                for name, run in runs.items():
+                    start = time.perf_counter()
+                    run(text)
+                    seconds[name].append(time.perf_counter() - start)
+                peak = max(peak, matmul_gflops(mf.runtime.layers.DTYPES[dtype]))
+    finally:
+        torch.set_num_threads(before)
+    table(*rows(dtype, seconds, next(iter(counts.values())), peak))
+
+
+def rows(dtype, seconds, parameters, peak):
+    tokens = BATCH * SEQUENCE
+    flop = (6 * (parameters - SEQUENCE * HIDDEN) + 12 * LAYERS * HIDDEN * SEQUENCE) * tokens
+    ours = seconds[PEERS[0][0]]
+    yield (f"train_step, {dtype}: {LAYERS} layers x {HIDDEN}, sequence {SEQUENCE}, batch {BATCH}, vocabulary {VOCABULARY}, 2 threads, "
+           f"{len(ours)} interleaved rounds; {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+    yield f"{'':44}{'tokens/s':>10}{'best':>8}{'GFLOP/s':>9}{'of peak':>9}{'megafn is':>11}{'goal':>7}"
+    for name, _, goal in PEERS:
+        mine = seconds[name]
+        gflops = flop / statistics.median(mine) / 1e9
+        ratio = statistics.median(theirs / own for theirs, own in zip(mine, ours))
+        goals = f"{goal:.2f}x" if goal else ""
+        yield (f"{name:44}{tokens / statistics.median(mine):10.0f}{tokens / min(mine):8.0f}{gflops:9.0f}{gflops / peak:9.2f}"
+               f"{ratio:10.2f}x{goals:>7}")
+    yield (f"matmul peak {peak:.0f} GFLOP/s (2048 x 2048, {dtype}, best of all rounds); goal 0.80 of it in fp32. FLOP of a step: "
+           f"(6 N + 12 L h s) tokens, N = {parameters - SEQUENCE * HIDDEN:,} without the position table.")
