@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--split", default="949,50,1", help="weights of train, valid and test; every document is cut")
     command = commands.add_parser("demo", help="train a small GPT on English prose: torchrun --nproc-per-node 4 -m megafn demo")
     command.add_argument("--folder", default="runs/demo", help="where the logs and the picture go")
-    command.add_argument("--iterations", type=int, default=300)
+    command.add_argument("--iterations", type=int, default=240)
     arguments = parser.parse_args(argv)
     try:
         return {"train": _train, "check": _check, "data": _data, "demo": _demo}[arguments.command](arguments)

@@ -22,7 +22,7 @@ def demo_config(folder: str, iterations: int, world_size: int) -> mf.TrainConfig
         schedule=mf.ScheduleConfig(lr=3e-3, min_lr=3e-4, decay="cosine", warmup_fraction=0.05, weight_decay=0.1),
         data=mf.DataConfig(train=mf.demo_text()),
         log=mf.LogConfig(tensorboard_dir=f"{folder}/tensorboard", jsonl=f"{folder}/metrics.jsonl"),
-        micro_batch_size=8, global_batch_size=32, train_iters=iterations, eval_interval=max(1, iterations // 8), eval_iters=5)
+        micro_batch_size=8, global_batch_size=32, train_iters=iterations, eval_interval=max(1, iterations // 6), eval_iters=5)
 
 
 def entropy(text: str) -> float:
@@ -35,7 +35,7 @@ def entropy(text: str) -> float:
     return -sum(n / len(data) * math.log(n / len(data)) for n in Counter(data).values())
 
 
-def sample(state: mf.State, count: int = 240) -> str:
+def sample(state: mf.State, count: int = 200) -> str:
     """What the model writes behind PROMPT."""
     tokenizer = mf.load_tokenizer(state.config.data.tokenizer)
     prompt = torch.tensor([tokenizer.encode(PROMPT).tolist()])
@@ -63,7 +63,7 @@ def draw(history: list[mf.Metrics], baseline: float, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def demo(*, folder: str = "runs/demo", iterations: int = 300) -> None:
+def demo(*, folder: str = "runs/demo", iterations: int = 240) -> None:
     """Train, and print a table, two samples and where the picture and the logs are. Run it under torchrun."""
     world = mf.world_size()
     config, history, started = demo_config(folder, iterations, world), [], time.perf_counter()
