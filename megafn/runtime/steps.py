@@ -1,6 +1,7 @@
 """What one family does with a micro-batch: batch, forward and loss, three plain functions in a frozen record."""
 from __future__ import annotations
 
+from math import lcm
 from typing import Any, Callable, Mapping
 
 import torch
@@ -29,11 +30,33 @@ class Step:
     loss: Callable[[torch.Tensor, Batch, ProcessGroups], Loss]
 
 
-def _integers(raw: Mapping[str, Any], key: str) -> torch.Tensor:
-    value = torch.as_tensor(raw[key])
-    if value.dim() != 2 or value.is_floating_point():
-        raise ValueError(f"batch[{key!r}] = {value.dtype} of shape {list(value.shape)}: integers [batch, sequence] are wanted.")
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _tensor(raw: Mapping[str, Any], key: str, wanted: str) -> torch.Tensor:
+    try:
+        return torch.as_tensor(raw[key])
+    except (TypeError, ValueError, RuntimeError) as error:          # ragged lists, texts, None
+        raise ValueError(f"batch[{key!r}] is no tensor ({error}): {wanted} are wanted.") from None
+
+
+def _integers(raw: Mapping[str, Any], key: str, shape: torch.Size | None = None) -> torch.Tensor:
+    """raw[key] as int64 [batch, sequence]; of `shape`, where that is given."""
+    wanted = f"integers {'[batch, sequence], neither of them 0,' if shape is None else f'of shape {list(shape)}, that of the tokens,'}"
+    value = _tensor(raw, key, wanted)
+    if value.dim() != 2 or value.dtype not in _INTEGERS or not value.numel() or shape not in (None, value.shape):
+        raise ValueError(f"batch[{key!r}] = {value.dtype} of shape {list(value.shape)}: {wanted} are wanted.")
     return value.long()
+
+
+def _zeros_and_ones(raw: Mapping[str, Any], key: str, shape: torch.Size) -> torch.Tensor:
+    wanted = f"zeros and ones of shape {list(shape)}, that of the tokens,"
+    value = _tensor(raw, key, wanted)
+    if value.shape != shape:
+        raise ValueError(f"batch[{key!r}] of shape {list(value.shape)}: {wanted} are wanted.")
+    if value.device.type == "cpu" and (bad := value[(value != 0) & (value != 1)]).numel():
+        raise ValueError(f"batch[{key!r}] holds {bad[0].item()}: {wanted} are wanted; weights belong in a loss of your own.")
+    return value
 
 
 def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
@@ -58,6 +81,32 @@ def hide(attention_mask: torch.Tensor) -> torch.Tensor | None:
     return ~(seen | torch.eye(sequence, dtype=torch.bool, device=real.device))
 
 
+def _hidden(raw: Mapping[str, Any], shape: torch.Size) -> torch.Tensor:
+    """raw["attention_mask"], bool [batch or 1, 1, sequence or 1, sequence], True = hidden."""
+    (batch, sequence), wanted = shape, "bools [batch or 1, 1, sequence or 1, sequence], True = hidden,"
+    mask = _tensor(raw, "attention_mask", wanted)
+    fits = mask.dim() == 4 and mask.dtype == torch.bool and mask.size(0) in (1, batch) and mask.size(1) == 1
+    if not (fits and mask.size(2) in (1, sequence) and mask.size(3) == sequence):
+        raise ValueError(f"batch['attention_mask'] = {mask.dtype} of shape {list(mask.shape)}: {wanted} are wanted beside tokens of shape "
+                         f"{list(shape)}; for a mask [batch, sequence] of 1 = real, name the tokens 'input_ids'.")
+    return mask
+
+
+def _check_length(length: int, position_ids: torch.Tensor | None, config: TrainConfig) -> None:
+    """On every rank alike: were it seen on one pipeline stage alone, the others would wait for it."""
+    model, parallel = config.model, config.parallel
+    unit = lcm(2 * parallel.cp if parallel.cp > 1 else 1, parallel.tp * parallel.cp if parallel.sequence_parallel else 1)
+    if length % unit:
+        raise ValueError(f"batch: sequences of {length} tokens, which cp = {parallel.cp} and tp = {parallel.tp} cut; pad them to a multiple of {unit}.")
+    if model.position_embedding == "learned_absolute":
+        if length > model.position_rows:
+            raise ValueError(f"batch: sequences of {length} tokens, and the position table has {model.position_rows} rows; "
+                             "raise model.max_position_embeddings or shorten them.")
+        if position_ids is not None and position_ids.device.type == "cpu" and not 0 <= position_ids.min() <= position_ids.max() < model.position_rows:
+            raise ValueError(f"batch['position_ids'] from {position_ids.min()} to {position_ids.max()}: the position table has "
+                             f"{model.position_rows} rows; give 0 to {model.position_rows - 1}, or raise model.max_position_embeddings.")
+
+
 def gpt_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Batch:
     """A micro-batch of next-token prediction from one of three kinds of raw batch.
 
@@ -65,36 +114,41 @@ def gpt_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) ->
     - input_ids [b, s], with attention_mask [b, s] (1 = real), labels [b, s] (-100: no loss; not shifted) and position_ids
       where given: as a Hugging Face collator gives them. The last position has no label.
     - text [b, s + 1]: inputs are all but the last token, labels all but the first.
-    Raises ValueError on other keys, other shapes and ids outside the vocabulary.
+    Raises ValueError on other keys, shapes and dtypes, on ids outside the vocabulary and positions outside a learned table.
     """
     if not isinstance(raw, Mapping):
         raise ValueError(f"batch = {type(raw).__name__}: a mapping with 'tokens' and 'labels', 'input_ids', or 'text' is wanted.")
     if "tokens" in raw and "labels" in raw:
-        batch = {"tokens": _integers(raw, "tokens"), "labels": _integers(raw, "labels")}
-        mask = raw["loss_mask"] if "loss_mask" in raw else batch["labels"] != -100
-        batch["loss_mask"] = torch.as_tensor(mask) * (batch["labels"] != -100)
-        batch |= {key: raw[key] for key in ("position_ids", "attention_mask") if raw.get(key) is not None}
+        tokens = _integers(raw, "tokens")
+        batch = {"tokens": tokens, "labels": _integers(raw, "labels", tokens.shape)}
+        batch["loss_mask"] = (batch["labels"] != -100).long()
+        if raw.get("loss_mask") is not None:
+            batch["loss_mask"] = _zeros_and_ones(raw, "loss_mask", tokens.shape) * batch["loss_mask"]
+        if raw.get("attention_mask") is not None:
+            batch["attention_mask"] = _hidden(raw, tokens.shape)
     elif "text" in raw:
         text = _integers(raw, "text")
+        if text.size(1) < 2:
+            raise ValueError(f"batch['text'] of shape {list(text.shape)}: at least two tokens of each sequence are wanted, [batch, sequence + 1].")
         batch = {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
         batch["loss_mask"] = torch.ones_like(batch["labels"])
     elif "input_ids" in raw:
         tokens = _integers(raw, "input_ids")
-        real = torch.as_tensor(raw["attention_mask"]) if raw.get("attention_mask") is not None else torch.ones_like(tokens)
-        if real.shape != tokens.shape:
-            raise ValueError(f"batch['attention_mask'] of shape {list(real.shape)}: that of input_ids, {list(tokens.shape)}, is wanted.")
-        labels = _integers(raw, "labels") if raw.get("labels") is not None else tokens.masked_fill(real == 0, -100)
+        real = _zeros_and_ones(raw, "attention_mask", tokens.shape) if raw.get("attention_mask") is not None else torch.ones_like(tokens)
+        labels = _integers(raw, "labels", tokens.shape) if raw.get("labels") is not None else tokens.masked_fill(real == 0, -100)
         labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)     # the label of a position is the next token
         batch = {"tokens": tokens, "labels": labels, "loss_mask": (labels != -100).long()}
-        if raw.get("position_ids") is not None:
-            batch["position_ids"] = _integers(raw, "position_ids")
         mask = hide(real)
         if mask is not None:
             batch["attention_mask"] = mask
     else:
         raise ValueError(f"batch keys = {sorted(map(str, raw))}: 'tokens' and 'labels', 'input_ids', or 'text' is wanted.")
-    check_ids("batch['tokens']", batch["tokens"], config.model.vocab_size)
-    check_ids("batch['labels']", batch["labels"].clamp(min=0), config.model.vocab_size)
+    tokens, model = batch["tokens"], config.model
+    if raw.get("position_ids") is not None:
+        batch["position_ids"] = _integers(raw, "position_ids", tokens.shape)
+    check_ids("batch['tokens']", tokens, model.vocab_size)
+    check_ids("batch['labels']", batch["labels"].masked_fill(batch["labels"] == -100, 0), model.vocab_size)
+    _check_length(tokens.size(1), batch.get("position_ids"), config)
     return {key: value.to(pg.device, non_blocking=True) for key, value in batch.items()}
 
 
