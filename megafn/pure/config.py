@@ -108,6 +108,8 @@ class PrecisionConfig:
 
 @frozen(kw_only=True)
 class OptimizerConfig:
+    """Which update follows from the gradients, and what is done to them before it."""
+
     name: str = "adam"                         # AdamW (weight decay is decoupled), or "sgd"
     beta1: float = 0.9
     beta2: float = 0.95
@@ -162,6 +164,8 @@ class DataConfig:
 
 @frozen(kw_only=True)
 class LogConfig:
+    """What rank zero writes; nothing where a field is None."""
+
     progress: bool = True
     tensorboard_dir: str | None = None
     jsonl: str | None = None                   # a file of one JSON object a step
@@ -207,7 +211,12 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 
 
 def num_micro_batches(config: TrainConfig, dp: int) -> int:
-    """Micro-batches that each data-parallel rank runs per iteration."""
+    """Micro-batches that each data-parallel rank runs per iteration.
+
+    >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> num_micro_batches(TrainConfig(model=model, micro_batch_size=2, global_batch_size=16, train_iters=9), dp=2)
+    4
+    """
     return config.global_batch_size // (config.micro_batch_size * dp)
 
 

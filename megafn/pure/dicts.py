@@ -66,7 +66,12 @@ def from_dict(mapping: Mapping[str, Any], cls: type = TrainConfig) -> Any:
 
 
 def load_config(path: str | os.PathLike[str]) -> TrainConfig:
-    """The TrainConfig in a TOML file. Raises ConfigError naming the file, with every problem in it (see `from_dict`)."""
+    """The TrainConfig in a TOML file. Raises ConfigError naming the file, with every problem in it (see `from_dict`).
+
+    >>> load_config("nowhere.toml")
+    Traceback (most recent call last):
+    megafn.pure.config.ConfigError: nowhere.toml: cannot be read (No such file or directory); give the path of a TOML file
+    """
     try:
         mapping = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -83,6 +88,15 @@ def dump_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
     """Write a config as TOML for `load_config`; the file is replaced whole or not at all.
 
     Raises ConfigError as `to_dict` does, OSError where the folder cannot be written to.
+
+    >>> import tempfile
+    >>> from megafn.pure.config import ModelConfig
+    >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> config = TrainConfig(model=model, micro_batch_size=2, global_batch_size=16, train_iters=9)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     dump_config(config, f"{folder}/config.toml")
+    ...     load_config(f"{folder}/config.toml") == config
+    True
     """
     data, path = tomli_w.dumps(to_dict(config)).encode(), Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")

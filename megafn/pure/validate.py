@@ -57,7 +57,14 @@ def validate(config: TrainConfig, world_size: int, *, cuda: bool | None = None) 
 
 
 def check(config: TrainConfig, world_size: int, *, cuda: bool | None = None) -> None:
-    """Raises ConfigError with all that `validate` finds, one problem a line."""
+    """Raises ConfigError with all that `validate` finds, one problem a line.
+
+    >>> from megafn.pure.config import ModelConfig
+    >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> check(TrainConfig(model=model, micro_batch_size=2, global_batch_size=5, train_iters=9), world_size=1)
+    Traceback (most recent call last):
+    megafn.pure.config.ConfigError: global_batch_size = 5: micro_batch_size * dp = 2 * 1 must divide it; choose a multiple of 2
+    """
     if problems := validate(config, world_size, cuda=cuda):
         raise refusal(problems)
 

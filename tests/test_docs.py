@@ -1,0 +1,169 @@
+"""The documentation says what the code does: its blocks run, its tables are the code's, its links lead somewhere."""
+import ast
+import doctest
+import inspect
+import re
+from pathlib import Path
+
+import attrs
+import pytest
+from pool import ROOT
+
+import megafn as mf
+from megafn.pure.rules import CHOICES, FAMILIES
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def python_of(page):
+    """The Python blocks of a page as one script whose line numbers are the page's."""
+    lines, inside = [], False
+    for line in page.read_text().splitlines():
+        if line.startswith("```"):
+            inside = line == "```python"
+            lines.append("")
+        else:
+            lines.append(line if inside else "")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------- blocks
+
+def run_page(name):
+    """Runs a page's blocks as a script; what it printed."""
+    import contextlib
+    import io
+
+    page, printed = DOCS / name, io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        exec(compile(python_of(page), page, "exec"), {"__name__": "__main__"})
+    return printed.getvalue()
+
+
+def test_the_tutorial_runs_as_it_stands(pool):
+    printed, *others = pool(4, run_page, "tutorial.md")
+    assert re.findall(r"^ *(\d+)  loss \d", printed, re.M) == [str(i) for i in range(1, 9)] and others == [""] * 3
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if ">>>" in page.read_text()], ids=lambda page: page.name)
+def test_examples_of_a_page_print_what_it_says(page):
+    result = doctest.testfile(str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE, encoding="utf-8")
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_the_readme_shows_the_quickstart_as_it_is():
+    script = (DOCS / "scripts" / "quickstart.py").read_text().split('"""')[2].strip()
+    assert script in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_links_of_a_page_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_index_names_every_page_and_script():
+    index = (DOCS / "README.md").read_text()
+    pages = {page.name for page in PAGES} - {"README.md"} | {f"scripts/{script.name}" for script in (DOCS / "scripts").glob("*.py")}
+    assert pages == set(re.findall(r"\]\(([\w/-]+\.(?:md|py))\)", index))
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+def tables(page):
+    """{heading: [cells of each row]} of a page; the head of each table is left out."""
+    found, heading = {}, ""
+    for line in (DOCS / page).read_text().splitlines():
+        if line.startswith("#"):
+            heading = line.strip("# ")
+        elif line.startswith("|"):
+            found.setdefault(heading, []).append([cell.strip() for cell in line.strip("|").split("|")])
+    return {heading: rows[2:] for heading, rows in found.items()}
+
+
+def shown(attribute):
+    if attribute.default is attrs.NOTHING:
+        return "required"
+    return "defaults" if attrs.has(type(attribute.default)) else f"`{attribute.default!r}`"
+
+
+CONFIGS = {name: getattr(mf, name) for name in mf.__all__ if name.endswith("Config")}
+
+
+def test_the_configuration_page_has_every_config():
+    assert set(tables("configuration.md")) == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_configuration_page_has_every_field_with_its_default(name):
+    rows = tables("configuration.md")[name]
+    assert [row[:2] for row in rows] == [[f"`{a.name}`", shown(a)] for a in attrs.fields(CONFIGS[name])]
+    assert all(len(row) == 4 and row[3] for row in rows)
+
+
+def test_the_configuration_page_names_every_choice():
+    rows = {a.name: row for a, row in zip(attrs.fields(mf.TrainConfig), tables("configuration.md")["TrainConfig"], strict=True)}
+    sections = {name: tables("configuration.md")[row[2].strip("`")] for name, row in rows.items() if row[2].strip("`") in CONFIGS}
+    for path, choices in {**CHOICES, "model.family": FAMILIES}.items():
+        section, field = path.split(".")
+        meaning = next(row[3] for row in sections[section] if row[0] == f"`{field}`")
+        assert [choice for choice in choices if f"`{choice}`" not in meaning] == [], path
+
+
+def imports():
+    """Modules of megatron.core that megafn's code imports, or imports from."""
+    found = set()
+    for path in (ROOT / "megafn").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron"):
+                # `from megatron.core import parallel_state` imports a module, not a name
+                below = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "megatron.core" else [node.module]
+                if node.module == "megatron.core.tensor_parallel" and [alias.name for alias in node.names] == ["random"]:
+                    below = ["megatron.core.tensor_parallel.random"]
+                found.update(below)
+            elif isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names if alias.name.startswith("megatron"))
+    return {name.removeprefix("megatron.core.") for name in found}
+
+
+def test_the_megatron_core_page_names_every_module_that_is_imported_and_no_other():
+    named = [row[0].strip("`") for row in tables("megatron-core.md")["What is used"]]
+    assert named == sorted(named) and set(named) == imports()
+
+
+def test_what_the_megatron_core_page_says_of_megafn_is_there():
+    import importlib
+
+    for *_, here, why in tables("megatron-core.md")["What is not used, and stands in its place"]:
+        path = here.strip("`")
+        try:
+            importlib.import_module(path)
+        except ModuleNotFoundError:
+            module, _, name = path.rpartition(".")
+            assert hasattr(importlib.import_module(module), name), path
+        assert why
+
+
+# --------------------------------------------------------------------------------------------------- docstrings
+
+@pytest.mark.parametrize("name", mf.__all__)
+def test_a_public_name_says_in_its_first_line_what_it_does(name):
+    value = getattr(mf, name)
+    own = inspect.getdoc(value) if "__doc__" in vars(value) or inspect.isfunction(value) else None
+    assert own and re.match(r"\S.{9,160}[.:;](\s|$)", own.splitlines()[0] + "\n"), f"{name}: {own!r}"
+
+
+@pytest.mark.parametrize("name", [name for name in mf.__all__ if inspect.isfunction(getattr(mf, name))])
+def test_a_public_pure_function_has_an_executed_example(name):
+    function = getattr(mf, name)
+    if not function.__module__.startswith("megafn.pure"):
+        pytest.skip("it runs something")
+    assert ">>>" in function.__doc__
+
+
+def test_nothing_public_is_undocumented():
+    pages = "".join(page.read_text() for page in [*PAGES, ROOT / "README.md", *Path(DOCS / "scripts").glob("*.py")])
+    for name in ("train", "fit", "setup", "train_step", "evaluate", "batches", "init_groups", "build_groups", "validate", "make_schedule"):
+        assert re.search(rf"\b{name}\b", pages), name
