@@ -157,6 +157,26 @@ class Attention(MegatronModule):
                                                   enable_gqa=query.size(1) != key.size(1))
 
 
+class _BiasInside:
+    """Before a parallel linear layer of megatron-core: without tensor parallelism, one `addmm` with the bias inside.
+
+    megatron-core hands the bias on to be added by itself: one more pass over memory, one more tensor of the activation's size.
+    """
+
+    def forward(self, input_, weight=None, **options):
+        if self.tp_group.size() > 1:
+            return super().forward(input_, *([] if weight is None else [weight]), **options)
+        return F.linear(input_, self.weight if weight is None else weight, self.bias), None
+
+
+class ColumnLinear(_BiasInside, ColumnParallelLinear):
+    pass
+
+
+class RowLinear(_BiasInside, RowParallelLinear):
+    pass
+
+
 def block_spec(config: TrainConfig, mcore: TransformerConfig, pg: ProcessGroups, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Which modules megatron-core builds a stage's block of: causal self-attention and MLP, norms before each."""
     norm_of_heads = Norm if config.model.qk_layernorm else None
@@ -164,11 +184,11 @@ def block_spec(config: TrainConfig, mcore: TransformerConfig, pg: ProcessGroups,
         input_layernorm=Norm,
         self_attention=ModuleSpec(
             module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal},
-            submodules=SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=Attention, linear_proj=RowParallelLinear,
+            submodules=SelfAttentionSubmodules(linear_qkv=ColumnLinear, core_attention=Attention, linear_proj=RowLinear,
                                                q_layernorm=norm_of_heads, k_layernorm=norm_of_heads)),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=Norm,
-        mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+        mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
         mlp_bda=get_bias_dropout_add))
     count = get_num_layers_to_build(mcore, vp_stage=vp_stage, pp_rank=pg.place.pp)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm)
