@@ -1,0 +1,361 @@
+"""The law: every layout trains as the single process does; and the single process computes what others say a GPT computes."""
+from functools import cache
+
+import attrs
+import pytest
+import torch
+import torch.nn.functional as F
+from equivalence import assert_equal, run_layout, tiny, uneven
+
+import megafn as mf
+from megafn.runtime.groups import megatron
+from megafn.runtime.weights import parts
+
+
+@pytest.fixture(scope="session")
+def single(pool):
+    """The single process's run of a config, made once a session."""
+    return cache(lambda config: pool(1, run_layout, config, as_of_two)[0])
+
+
+def as_of_two(config, iteration):
+    """`uneven` as micro-batches of two rows would have it, however the config cuts the batch."""
+    return uneven(attrs.evolve(config, micro_batch_size=2), iteration)
+
+
+def obeys(pool, single, processes, base, layout, **tolerances):
+    results = pool(processes, run_layout, tiny(**base, **layout), as_of_two)
+    assert_equal(single(tiny(**base)), results, **tolerances)
+
+
+# ------------------------------------------------------------------------------------------------------ layouts
+
+SP, DIST, DEEP = dict(sequence_parallel=True), dict(use_distributed_optimizer=True), dict(num_layers=8)
+LAYOUTS = {                                                  # name: (processes, layout, what it asks of the model)
+    "tp2": (2, dict(tp=2)),
+    "tp4": (4, dict(tp=4)),
+    "tp2-sp": (2, dict(tp=2, **SP)),
+    "tp4-sp": (4, dict(tp=4, **SP)),
+    "pp2": (2, dict(pp=2)),
+    "pp4": (4, dict(pp=4)),
+    "pp2-vpp2": (2, dict(pp=2, vpp=2)),
+    "pp4-vpp2": (4, dict(pp=4, vpp=2), DEEP),
+    "pp2-vpp4": (2, dict(pp=2, vpp=4), DEEP),
+    "cp2": (2, dict(cp=2)),
+    "cp4": (4, dict(cp=4)),
+    "dp2": (2, dict()),
+    "dp8": (8, dict()),
+    "dp2-dist": (2, DIST),
+    "dp4-dist": (4, DIST),
+    "tp2-pp2": (4, dict(tp=2, pp=2)),
+    "tp2-pp2-sp": (4, dict(tp=2, pp=2, **SP)),
+    "tp2-cp2-sp": (4, dict(tp=2, cp=2, **SP)),
+    "pp2-dp2-dist": (4, dict(pp=2, **DIST)),                 # the tied table lies in two stages and in shards
+    "pp2-vpp2-dp2": (4, dict(pp=2, vpp=2)),
+    "cp2-dp2-dist": (4, dict(cp=2, **DIST)),
+    "cp2-pp2": (4, dict(cp=2, pp=2)),
+    "tp2-dp4-dist": (8, dict(tp=2, **DIST)),
+    "tp2-pp2-dp2-sp-dist": (8, dict(tp=2, pp=2, **SP, **DIST)),
+    "tp2-cp2-pp2-sp": (8, dict(tp=2, cp=2, pp=2, **SP)),
+    "tp2-cp2-dp2-sp-dist": (8, dict(tp=2, cp=2, **SP, **DIST)),
+    "pp4-vpp2-dp2-dist": (8, dict(pp=4, vpp=2, **DIST), DEEP),
+    # uneven stages
+    "pp2-first3": (2, dict(pp=2, num_layers_in_first_pipeline_stage=3)),
+    "pp2-last3": (2, dict(pp=2, num_layers_in_last_pipeline_stage=3)),
+    "pp4-first1-last3": (4, dict(pp=4, num_layers_in_first_pipeline_stage=1, num_layers_in_last_pipeline_stage=3), DEEP),
+    "pp2-vpp2-first6": (2, dict(pp=2, vpp=2, num_layers_in_first_pipeline_stage=6), DEEP),
+    # other orders of the ranks: groups of neighbours and groups with strides change places
+    "order-pp-dp-tp": (8, dict(tp=2, pp=2, order="pp-dp-cp-ep-tp", **SP, **DIST)),
+    "order-dp-cp-tp": (8, dict(tp=2, cp=2, order="dp-cp-tp-pp-ep", **SP)),
+    "order-pp-tp": (4, dict(tp=2, pp=2, order="pp-tp-cp-ep-dp")),
+    "order-cp-pp": (4, dict(pp=2, cp=2, order="pp-cp-tp-dp-ep")),
+    # recomputation
+    "selective": (1, dict(granularity="selective")),
+    "selective-tp2-cp2": (4, dict(tp=2, cp=2, granularity="selective")),
+    "full-uniform": (1, dict(granularity="full")),
+    "full-uniform2-tp2-sp": (2, dict(tp=2, granularity="full", num_layers=2, **SP)),
+    "full-block1-pp2-cp2": (4, dict(pp=2, cp=2, granularity="full", method="block")),
+    "full-uniform-pp2-vpp2": (2, dict(pp=2, vpp=2, granularity="full")),
+}
+
+
+def recomputation(layout):
+    """`tiny` gives num_layers to the model; here it is the recomputation's."""
+    return {"recompute": mf.RecomputeConfig(**{key: layout.pop(key) for key in list(layout) if key in ("granularity", "method", "num_layers")})}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_trains_as_the_single_process_does(name, pool, single):
+    processes, layout, *base = LAYOUTS[name]
+    layout = dict(layout)
+    obeys(pool, single, processes, *(base or [{}]), layout | recomputation(layout))
+
+
+# ------------------------------------------------------------------------------------------------- model shapes
+
+GPT2 = dict(position_embedding="learned_absolute", activation="gelu_tanh", normalization="LayerNorm", vocab_size=96)
+LLAMA = dict(position_embedding="rope", activation="swiglu", normalization="RMSNorm", num_query_groups=2, ffn_hidden_size=48,
+             add_bias_linear=False, tie_word_embeddings=False)
+SHAPES = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "llama-tied": LLAMA | dict(tie_word_embeddings=True),
+    "qk-layernorm": dict(qk_layernorm=True, position_embedding="rope"),     # unturned, the keys' bias has no gradient: softmax is blind to it
+    "qk-rmsnorm": LLAMA | dict(qk_layernorm=True),
+    "qkv-bias": LLAMA | dict(add_qkv_bias=True),
+    "rotary-half": dict(position_embedding="rope", rotary_percent=0.5, rotary_base=500.0),
+    "wide-heads": dict(kv_channels=12, ffn_hidden_size=20),
+    "geglu": dict(activation="geglu"),
+    "relu": dict(activation="relu", normalization="RMSNorm", norm_epsilon=1e-3),
+    "no-positions": dict(position_embedding="none", init_method_std=0.1),
+    "more-positions": dict(max_position_embeddings=40),
+}
+
+
+@pytest.mark.parametrize("layout", ["tp2-pp2-sp", "tp2-cp2-dist"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_model_shape_obeys_the_law(shape, layout, pool, single):
+    made = dict(tp=2, pp=2, **SP) if layout == "tp2-pp2-sp" else dict(tp=2, cp=2, **DIST)
+    if shape in ("gpt2", "llama") and layout == "tp2-cp2-dist":
+        made |= SP | dict(pp=2)                              # the two shapes that most models have: over 8 processes
+        return obeys(pool, single, 8, SHAPES[shape], made)
+    obeys(pool, single, 4, SHAPES[shape], made)
+
+
+# ------------------------------------------------------------------------------- optimizers, schedules, cutting
+
+@pytest.mark.parametrize("base, processes, layout", [
+    (dict(clip_grad=0.0), 2, dict(tp=2, **SP)),
+    (dict(clip_grad=0.05), 4, dict(pp=2, **DIST)),
+    (dict(name="sgd", momentum=0.5, lr=0.5), 4, dict(tp=2, pp=2)),
+    (dict(decay="wsd", wsd_decay_iters=4, weight_decay_incr_style="linear", start_weight_decay=0.0, end_weight_decay=1.0), 4, dict(cp=2, **DIST)),
+], ids=["no clipping", "hard clipping", "sgd", "wsd and a ramp of weight decay"])
+def test_optimizers_and_schedules_obey_the_law(base, processes, layout, pool, single):
+    obeys(pool, single, processes, base, layout)
+
+
+@pytest.mark.parametrize("micro_batch_size, processes, layout", [
+    (1, 1, {}), (16, 1, {}), (4, 2, dict(pp=2)), (8, 2, {}), (1, 4, dict(pp=2, vpp=2)), (4, 4, dict(tp=2, **DIST))])
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(micro_batch_size, processes, layout, pool, single):
+    obeys(pool, single, processes, {}, layout | dict(micro_batch_size=micro_batch_size))
+
+
+def test_the_law_can_be_broken(pool, single):
+    """Data, weights or a learning rate that differ a little fail it: the comparison sees what it should."""
+    reference = single(tiny())
+    for changes in (dict(seed=4321), dict(lr=1.01e-2), dict(weight_decay=0.2), dict(eps=1.1e-3)):
+        with pytest.raises(AssertionError):
+            assert_equal(reference, [single(tiny(**changes))])
+
+
+# --------------------------------------------------------------------------------------------------------- bf16
+
+@pytest.mark.parametrize("processes, layout", [
+    (2, DIST), (2, dict(pp=2, vpp=2)), (8, dict(tp=2, cp=2, **SP, **DIST))], ids=["dp2-dist", "pp2-vpp2", "tp2-cp2-dp2-sp-dist"])
+def test_bf16_obeys_the_law_as_far_as_bf16_allows(processes, layout, pool, single):
+    """Each rounding to bf16 is off by 2^-9 of the value, and a layout rounds elsewhere: partial sums of tp, hidden states sent.
+
+    So loss and grad norm, means over many tokens, stay within 2^-10 and 2^-8. A weight lies on a grid of 2^-7 of its
+    value, coarser than the whole update of a norm's, and may fall on a neighbour; beyond that 1/16 of its update,
+    for some dozen roundings between a gradient and the loss.
+    """
+    obeys(pool, single, processes, dict(dtype="bf16"), layout, loss=2**-10, grad_norm=2**-8, parameter=1 / 16, grid=2**-7)
+
+
+# ------------------------------------------------------------------------------ the single process itself is right
+
+TOLERANCE = 1e-5                                             # of the largest value of a tensor
+
+
+def noisy(config, pg, **flags):
+    """The built-in model with all weights moved: a bias that is zero, or a norm that is one, would hide an error."""
+    stage = mf.build_stage(config, pg, **flags)
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter += torch.empty(parameter.shape).normal_(0, 0.1, generator=draw)
+    return stage
+
+
+def one_step(config, batch):
+    """Loss, weights before and gradients of one step of one process, by name."""
+    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
+        state = mf.setup(config, pg, model=noisy)
+        weights = mf.whole_parameters(state.chunks, config.model, pg)
+        _, metrics = mf.train_step(state, batch, mf.step_fn("gpt"))
+        return metrics.loss, weights, {part.name: part.parameter.main_grad.clone() for part in parts(state.chunks[0], config.model, pg)}
+
+
+def hugging_face_batch(*, padded=0):
+    """input_ids, labels and attention_mask [4, 32]; some labels don't count, one row has `padded` tokens on its left."""
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 97, (4, 32), generator=draw)
+    labels = ids.masked_fill(torch.rand(4, 32, generator=draw) < 0.3, -100)
+    mask = torch.ones_like(ids)
+    mask[1, :padded] = 0
+    labels[1, :padded + 1] = -100
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask, "position_ids": positions}
+
+
+def halves(batch):
+    """The same rows as two micro-batches."""
+    return [{key: value[:2] for key, value in batch.items()}, {key: value[2:] for key, value in batch.items()}]
+
+
+def assert_close(name, ours, theirs):
+    apart, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    assert ours.shape == theirs.shape and size > 0 and apart < TOLERANCE * size, f"{name}: {apart} apart, of {size}"
+
+
+def step_config(**shape):
+    """One step of one process in two micro-batches, nothing clipped: `main_grad` is the gradient."""
+    return tiny(steps=1, global_batch_size=4, clip_grad=0.0, warmup_iters=None, **shape)
+
+
+def plain_gpt(weights, model, tokens):
+    """Logits [batch, sequence, vocabulary] as a textbook has them: no parallelism, no fused attention."""
+    batch, length = tokens.shape
+    heads, groups, size = model.num_attention_heads, model.query_groups, model.head_size
+    activation = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "swiglu": F.silu, "geglu": F.gelu}
+
+    def linear(x, name):
+        y = x @ weights[name + ".weight"].T
+        return y + weights[name + ".bias"] if name + ".bias" in weights else y
+
+    def norm(x, name):
+        if model.normalization == "LayerNorm":
+            x = x - x.mean(-1, keepdim=True)
+        y = x / (x.pow(2).mean(-1, keepdim=True) + model.norm_epsilon).sqrt() * weights[name + ".weight"]
+        return y + weights[name + ".bias"] if model.normalization == "LayerNorm" else y
+
+    def turned(x):                                           # arXiv 2104.09864, halves paired as in Llama; x [b, heads, s, size]
+        width = int(size * model.rotary_percent)
+        angle = torch.outer(torch.arange(length), model.rotary_base ** -(torch.arange(0, width, 2) / width)).double()
+        a, b, rest = x[..., :width // 2], x[..., width // 2:width], x[..., width:]
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest], -1)
+
+    x = weights["embedding.word_embeddings.weight"][tokens]
+    if model.position_embedding == "learned_absolute":
+        x = x + weights["embedding.position_embeddings.weight"][:length]
+    for i in range(model.num_layers):
+        attention, mlp = f"decoder.layers.{i}.self_attention.", f"decoder.layers.{i}.mlp."
+        qkv = linear(norm(x, f"decoder.layers.{i}.input_layernorm"), attention + "linear_qkv")
+        qkv = qkv.view(batch, length, groups, heads // groups + 2, size).transpose(1, 2)         # each group: queries, key, value
+        q, k, v = qkv[..., :-2, :].transpose(2, 3).reshape(batch, heads, length, size), qkv[..., -2, :], qkv[..., -1, :]
+        if model.qk_layernorm:
+            q, k = norm(q, attention + "q_layernorm"), norm(k, attention + "k_layernorm")
+        if model.position_embedding == "rope":
+            q, k = turned(q), turned(k)
+        k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
+        scores = (q @ k.transpose(2, 3) / size**0.5).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), attention + "linear_proj")
+        h = linear(norm(x, f"decoder.layers.{i}.pre_mlp_layernorm"), mlp + "linear_fc1")
+        gate, up = h.chunk(2, -1) if model.gated else (h, 1)
+        x = x + linear(activation[model.activation](gate) * up, mlp + "linear_fc2")
+    table = "embedding.word_embeddings.weight" if model.tie_word_embeddings else "output_layer.weight"
+    return norm(x, "decoder.final_layernorm") @ weights[table].T
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_single_process_computes_what_a_textbook_gpt_does(shape, pool):
+    config = step_config(**SHAPES[shape])
+    batch = hugging_face_batch()
+    batch["input_ids"] %= config.model.vocab_size
+    batch["labels"] = batch["labels"].where(batch["labels"] == -100, batch["labels"] % config.model.vocab_size)
+    loss, weights, gradients = pool(1, one_step, config, halves(batch))[0]
+    weights = {name: value.double().requires_grad_() for name, value in weights.items()}
+    logits = plain_gpt(weights, config.model, batch["input_ids"])
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=TOLERANCE) and gradients.keys() == weights.keys()
+    for name, value in weights.items():
+        assert_close(name, gradients[name], value.grad)
+
+
+def as_gpt2(whole, model):
+    """Weights (or gradients) under the names of transformers' GPT-2, whose linear layers are stored [in, out]."""
+    heads, size = model.num_attention_heads, model.head_size
+
+    def qkv(value):                                          # [heads, (q, k, v), size] -> [(q, k, v), heads, size]
+        return value.view(heads, 3, size, -1).transpose(0, 1).reshape(value.shape)
+
+    made = {"transformer.wte.weight": whole["embedding.word_embeddings.weight"], "lm_head.weight": whole["embedding.word_embeddings.weight"],
+            "transformer.wpe.weight": whole["embedding.position_embeddings.weight"]}
+    for kind in ("weight", "bias"):
+        made[f"transformer.ln_f.{kind}"] = whole[f"decoder.final_layernorm.{kind}"]
+        for i in range(model.num_layers):
+            layer = {theirs: whole[f"decoder.layers.{i}.{ours}.{kind}"] for ours, theirs in {
+                "input_layernorm": "ln_1", "self_attention.linear_qkv": "attn.c_attn", "self_attention.linear_proj": "attn.c_proj",
+                "pre_mlp_layernorm": "ln_2", "mlp.linear_fc1": "mlp.c_fc", "mlp.linear_fc2": "mlp.c_proj"}.items()}
+            layer["attn.c_attn"] = qkv(layer["attn.c_attn"])
+            made |= {f"transformer.h.{i}.{name}.{kind}": value.T if value.dim() == 2 else value for name, value in layer.items()}
+    return made
+
+
+def as_llama(whole, model):
+    """Weights (or gradients) under the names of transformers' Llama."""
+    heads, groups, size = model.num_attention_heads, model.query_groups, model.head_size
+    made = {"model.embed_tokens.weight": whole["embedding.word_embeddings.weight"], "lm_head.weight": whole["output_layer.weight"],
+            "model.norm.weight": whole["decoder.final_layernorm.weight"]}
+    for i in range(model.num_layers):
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        qkv = whole[ours + "self_attention.linear_qkv.weight"].view(groups, heads // groups + 2, size, -1)
+        gate, up = whole[ours + "mlp.linear_fc1.weight"].chunk(2)
+        made |= {theirs + name + ".weight": value for name, value in {
+            "input_layernorm": whole[ours + "input_layernorm.weight"], "post_attention_layernorm": whole[ours + "pre_mlp_layernorm.weight"],
+            "self_attn.q_proj": qkv[:, :-2].flatten(0, 2), "self_attn.k_proj": qkv[:, -2].flatten(0, 1),
+            "self_attn.v_proj": qkv[:, -1].flatten(0, 1), "self_attn.o_proj": whole[ours + "self_attention.linear_proj.weight"],
+            "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": whole[ours + "mlp.linear_fc2.weight"]}.items()}
+    return made
+
+
+@pytest.mark.parametrize("padded", [0, 5], ids=["whole", "left-padded"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_loss_and_gradients_are_those_of_transformers(family, padded, pool):
+    transformers = pytest.importorskip("transformers")
+    common = dict(vocab_size=97, attn_implementation="sdpa")
+    if family == "gpt2":
+        config, renamed = step_config(**GPT2 | dict(vocab_size=97)), as_gpt2
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            n_layer=4, n_embd=32, n_head=4, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common))
+    else:
+        config, renamed = step_config(**LLAMA), as_llama
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            num_hidden_layers=4, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+            max_position_embeddings=32, rms_norm_eps=1e-5, tie_word_embeddings=False, **common))
+    batch = hugging_face_batch(padded=padded)
+    loss, weights, gradients = pool(1, one_step, config, halves(batch))[0]
+    told = theirs.load_state_dict(renamed(weights, config.model), strict=False)
+    assert not told.unexpected_keys and not [key for key in told.missing_keys if "inv_freq" not in key and ".attn.bias" not in key]
+    expected = theirs.double()(**batch).loss
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=TOLERANCE)
+    gradients = renamed(gradients, config.model)
+    for name, parameter in theirs.named_parameters():
+        assert_close(name, gradients[name], parameter.grad)
+
+
+def beside_megatron(config, tokens):
+    """Logits of the built-in stage and of megatron-core's own GPTModel with the same weights, [s, b, vocabulary / tp] each."""
+    from megatron.core.models.gpt import GPTModel                      # warns that Apex is not there
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    model = config.model
+    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg, megatron(pg, 1), torch.no_grad():
+        stage = noisy(config, pg, pre_process=True, post_process=True, vp_stage=None)
+        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
+        theirs = GPTModel(mf.transformer_config(config, pg), spec, mf.padded_vocab_size(model.vocab_size, config.parallel.tp), model.seq_length,
+                          share_embeddings_and_output_weights=model.tie_word_embeddings, position_embedding_type=model.position_embedding,
+                          rotary_percent=model.rotary_percent, rotary_base=model.rotary_base, pg_collection=pg.collection)
+        theirs.load_state_dict(stage.state_dict())
+        stage.eval(), theirs.eval()
+        positions = torch.arange(tokens.size(1)).expand_as(tokens)
+        hidden = torch.ones(1, 1, tokens.size(1), tokens.size(1)).triu(1).bool()
+        return stage(tokens), theirs(tokens, positions, hidden).transpose(0, 1)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "qkv-bias", "rotary-half"])
+def test_logits_are_those_of_megatron_cores_own_model(shape, pool):
+    tokens = torch.randint(0, 96, (2, 32), generator=torch.Generator().manual_seed(5))
+    for ours, theirs in pool(2, beside_megatron, tiny(tp=2, **SHAPES[shape] | dict(vocab_size=96)), tokens):
+        assert_close("logits", ours, theirs)
