@@ -6,6 +6,7 @@ import hashlib
 import os
 import warnings
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, Iterator
 
 import torch
@@ -78,6 +79,15 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@lru_cache(maxsize=1)
+def _store(*_: str | None) -> tuple[Any, int, int]:
+    """Where the processes of this run meet, rank and world size, as torchrun's environment says.
+
+    Kept, for it belongs to the run and not to a layout: opened anew at once, the others would find the one that closes.
+    """
+    return next(dist.rendezvous("env://"))
+
+
 @contextlib.contextmanager
 def _default_group(timeout: timedelta) -> Iterator[None]:
     """torch's default process group: the one that is there, or one of our own for the length of the `with`."""
@@ -89,7 +99,10 @@ def _default_group(timeout: timedelta) -> Iterator[None]:
     if world_size() == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(cpu.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(cpu.backend(), timeout=timeout)
+        store, rank, size = _store(*(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+        store.set_timeout(timeout)
+        turn = store.add(f"megafn/{rank}", 1)             # a second use must not read the addresses of the first
+        dist.init_process_group(cpu.backend(), store=dist.PrefixStore(f"megafn/{turn}", store), rank=rank, world_size=size, timeout=timeout)
     try:
         yield
         dist.barrier()          # nobody closes a connection that another still reads from
