@@ -10,6 +10,9 @@ import contextlib
 import megafn as mf
 import torch
 from megafn.runtime.groups import megatron
+from megafn.runtime.layers import transformer_config
+from megafn.runtime.losses import token_loss
+from megafn.runtime.models import build_stage
 from megafn.runtime.optimizer import build_optimizer
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -17,10 +20,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from plain_gpt import PlainGPT
-
-from megafn.runtime.layers import transformer_config
-from megafn.runtime.losses import token_loss
-from megafn.runtime.models import build_stage
 
 LAYERS, HIDDEN, HEADS, SEQUENCE, BATCH, VOCABULARY = 6, 384, 6, 256, 8, 8192
 
@@ -125,7 +124,7 @@ def torch_step(model, loss_of, dtype):
 
 
 def transformers_step(pg, dtype):
-    """(c) transformers' GPT-2 with SDPA; given text whole, it shifts the labels itself."""
+    """(c) transformers' GPT-2 with SDPA, which shifts the labels itself (so it scores one token less a sequence)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(

@@ -1,0 +1,41 @@
+"""The pure functions, at the size of a cluster: what a launcher or a planner pays for asking."""
+import attrs
+import megafn as mf
+
+PARALLEL = mf.ParallelConfig(tp=8, pp=8, vpp=2)
+CONFIG = mf.TrainConfig(
+    model=mf.ModelConfig(num_layers=96, hidden_size=12288, num_attention_heads=96, seq_length=2048, vocab_size=51200),
+    parallel=PARALLEL, schedule=mf.ScheduleConfig(lr=6e-5, warmup_fraction=0.01),
+    micro_batch_size=1, global_batch_size=1536, train_iters=95_000)
+
+
+def test_build_groups_of_1024_ranks(benchmark):
+    groups = benchmark(mf.build_groups, PARALLEL, 1024)
+    assert len(groups.dp) == 64 and groups.dp_size == 16
+
+
+def test_validate_a_config_that_fits(benchmark):
+    assert benchmark(mf.validate, CONFIG, 1024) == ()
+
+
+def test_validate_a_config_that_does_not(benchmark):
+    astray = attrs.evolve(CONFIG, parallel=attrs.evolve(PARALLEL, tp=7), global_batch_size=1000)
+    assert benchmark(mf.validate, astray, 1024)
+
+
+def test_make_schedule(benchmark):
+    assert callable(benchmark(mf.make_schedule, CONFIG))
+
+
+def test_call_a_schedule(benchmark):
+    assert 0 < benchmark(mf.make_schedule(CONFIG), 1536 * 50_000).lr < 6e-5
+
+
+def test_sample_indices_of_one_rank(benchmark):
+    share = benchmark(mf.sample_indices, 1536 * 50_000, style="cyclic", seed=1, num_samples=10_000_000, global_batch_size=1536,
+                      micro_batch_size=1, dp_rank=3, dp=16)
+    assert len(share) == 96
+
+
+def test_pipeline_order_of_interleaved_stages(benchmark):
+    assert len(benchmark(mf.pipeline_order, pp=8, vpp=2, num_micro_batches=96)) == 8
