@@ -68,14 +68,28 @@ class Stage(LanguageModule):
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
+    def _set_attention_backend(self):
+        """megatron-core would write Transformer Engine's environment variables, which outlive the layout; it is not used here."""
+
     def set_input_tensor(self, input_tensor):
         """The schedule hands over the previous stage's hidden state [sequence / cp (/ tp), batch, hidden]."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
+    def _angles(self, tokens, position_ids):
+        """Rotary angles [sequence / cp, 1, 1, width] of the tokens' places, or [sequence / cp, batch, 1, width] of positions given."""
+        if self.rotary is None:
+            return None
+        cp = self.cp_group.size()
+        angles = self.rotary.get_emb(tokens.size(1) * cp)
+        if position_ids is not None:
+            angles = position_ids.t()[..., None] * self.rotary.inv_freq
+            return torch.cat((angles, angles), dim=-1)[:, :, None]
+        return angles[cp_positions(angles.size(0), cp, self.place.cp, angles.device)] if cp > 1 else angles
+
     def forward(self, tokens, position_ids=None, attention_mask=None):
         cp = self.cp_group.size()
         sequence = tokens.size(1) * cp
-        hidden = rotary = None
+        hidden, rotary = None, self._angles(tokens, position_ids)
         if self.pre_process:
             if self.position_rows is not None and sequence > self.position_rows:
                 raise ValueError(f"sequence length = {sequence}: the position table has {self.position_rows} rows; "
@@ -83,10 +97,6 @@ class Stage(LanguageModule):
             if position_ids is None:
                 position_ids = cp_positions(sequence, cp, self.place.cp, tokens.device).expand_as(tokens)
             hidden = self.embedding(tokens, position_ids)
-        if self.rotary is not None:
-            rotary = self.rotary.get_emb(sequence)
-            if cp > 1:
-                rotary = rotary[cp_positions(sequence, cp, self.place.cp, rotary.device)]
         hidden = self.decoder(hidden, attention_mask, rotary_pos_emb=rotary)
         if not self.post_process:
             return hidden

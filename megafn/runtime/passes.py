@@ -79,6 +79,10 @@ def run_step(chunks: Sequence[torch.nn.Module], batch: Iterable[Any], step: Step
     micro_batches = [cut_sequence(step.batch(raw, config, pg), pg) for raw in batch]
     if not micro_batches:
         raise ValueError("batch = (): a global batch holds at least one micro-batch for each rank.")
+    for rows in (_tokens(micro_batch).size(0) for micro_batch in micro_batches):
+        if rows != config.micro_batch_size:                # consumed_samples counts on it
+            raise ValueError(f"batch: a micro-batch of {rows} rows, where micro_batch_size = {config.micro_batch_size}; "
+                             "give as many rows in each (a DataLoader: batch_size and drop_last=True).")
 
     def loss_func(micro_batch, output):
         loss = step.loss(output, micro_batch, pg)

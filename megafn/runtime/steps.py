@@ -112,7 +112,7 @@ def gpt_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) ->
 
     - tokens, labels, loss_mask, position_ids [b, s] (attention_mask bool [b, 1, s, s], True = hidden): as megatron-core's dataset gives them.
     - input_ids [b, s], with attention_mask [b, s] (1 = real), labels [b, s] (-100: no loss; not shifted) and position_ids
-      where given: as a Hugging Face collator gives them. The last position has no label.
+      where given: as a Hugging Face collator gives them. The last position has no label, nor has padding.
     - text [b, s + 1]: inputs are all but the last token, labels all but the first.
     Raises ValueError on other keys, shapes and dtypes, on ids outside the vocabulary and positions outside a learned table.
     """
@@ -128,6 +128,8 @@ def gpt_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) ->
             batch["attention_mask"] = _hidden(raw, tokens.shape)
     elif "text" in raw:
         text = _integers(raw, "text")
+        if raw.get("attention_mask") is not None:
+            raise ValueError("batch['attention_mask'] beside 'text': it goes with 'input_ids', or with 'tokens' and 'labels'; leave it out or rename the tokens.")
         if text.size(1) < 2:
             raise ValueError(f"batch['text'] of shape {list(text.shape)}: at least two tokens of each sequence are wanted, [batch, sequence + 1].")
         batch = {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
@@ -137,6 +139,7 @@ def gpt_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) ->
         real = _zeros_and_ones(raw, "attention_mask", tokens.shape) if raw.get("attention_mask") is not None else torch.ones_like(tokens)
         labels = _integers(raw, "labels", tokens.shape) if raw.get("labels") is not None else tokens.masked_fill(real == 0, -100)
         labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)     # the label of a position is the next token
+        labels = labels.masked_fill(real == 0, -100)                                         # and padding predicts nothing
         batch = {"tokens": tokens, "labels": labels, "loss_mask": (labels != -100).long()}
         mask = hide(real)
         if mask is not None:
@@ -145,7 +148,9 @@ def gpt_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) ->
         raise ValueError(f"batch keys = {sorted(map(str, raw))}: 'tokens' and 'labels', 'input_ids', or 'text' is wanted.")
     tokens, model = batch["tokens"], config.model
     if raw.get("position_ids") is not None:
-        batch["position_ids"] = _integers(raw, "position_ids", tokens.shape)
+        position_ids = _integers(raw, "position_ids", tokens.shape)
+        if position_ids.device.type != "cpu" or (position_ids != torch.arange(tokens.size(1))).any():      # else they go without saying
+            batch["position_ids"] = position_ids
     check_ids("batch['tokens']", tokens, model.vocab_size)
     check_ids("batch['labels']", batch["labels"].masked_fill(batch["labels"] == -100, 0), model.vocab_size)
     _check_length(tokens.size(1), batch.get("position_ids"), config)
