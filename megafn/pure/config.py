@@ -1,6 +1,7 @@
 """Everything a run is decided by, as frozen values. `dicts` reads and writes them, `validate` judges them."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from attrs import frozen
@@ -117,6 +118,10 @@ class OptimizerConfig:
     momentum: float = 0.9                      # of sgd
     clip_grad: float = 1.0                     # global L2 norm; 0 is off
     use_distributed_optimizer: bool = False    # optimizer state cut over data parallel ranks (ZeRO 1, arXiv 1910.02054)
+    # (name in the whole model, parameter: this process's part of it) -> bool; the name is the same in every layout
+    no_weight_decay_cond: Callable | None = None   # which parameters are not decayed; None: biases and other vectors
+    lr_scale_cond: Callable | None = None      # which parameters learn at lr * lr_mult
+    lr_mult: float = 1.0
 
 
 @frozen(kw_only=True)
@@ -170,6 +175,8 @@ class LogConfig:
     tensorboard_dir: str | None = None
     jsonl: str | None = None                   # a file of one JSON object a step
     interval: int = 1                          # iterations between records
+    everything: bool = False                   # `Metrics.details` too: norms, zeros, TFLOP/s, memory, timers; costs a little time
+    peak_tflops: float | None = None           # of one device, for the share of it that is used; None: the device's, where known
 
 
 @frozen(kw_only=True)
@@ -190,6 +197,12 @@ class TrainConfig:
     train_samples: int | None = None
     eval_interval: int | None = None           # iterations between evaluations; None: only after the last
     eval_iters: int = 10                       # global batches of an evaluation
+    consumed_samples: tuple[int, int, int] = (0, 0, 0)   # of train, valid and test: read before this run, which goes on behind them
+    return_logits: str | None = None           # in `Metrics.logits`, on the "last_stage" or "every_stage" of the pipeline
+    # Functions of one's own, which `train` and `setup` use where they are not given others; no file holds them.
+    step_function: Callable | None = None      # (config) -> Step, or an object with the three methods of accelerate's train steps
+    model_function: Callable | None = None     # builds one model chunk: takes and returns what `build_stage` does
+    prepare_model: Callable | None = None      # (a function without arguments that builds the chunk) -> the chunk, made ready
     seed: int = 1234
     timeout_seconds: float = 600.0             # a collective that takes longer ends the run
 

@@ -5,7 +5,7 @@ import difflib
 import functools
 import os
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -155,6 +155,8 @@ def said(kind: Any) -> str:
     if get_origin(kind) in (Union, UnionType):
         words = " or ".join(said(arm) for arm in arms if arm is not NoneType)
         return f"{words}, or leave it out" if NoneType in arms else words
+    if kind is Callable:
+        return "a function, in code"
     words = {int: "integer", float: "number", bool: "true or false", str: "string"}
     if get_origin(kind) is tuple:
         pair = ", ".join(words[arm] for arm in get_args(arms[0]) if arm in words)

@@ -28,6 +28,7 @@ CHOICES = {
     "schedule.wsd_decay_style": WSD_DECAY_STYLES,
     "schedule.weight_decay_incr_style": WEIGHT_DECAY_INCR_STYLES,
     "data.sampler": ("single", "cyclic"),
+    "return_logits": ("last_stage", "every_stage"),
 }
 
 
@@ -46,9 +47,10 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      "train_samples eval_interval world_size", lambda value: value >= 1, "give 1 or more"),
     ("schedule.decay_iters schedule.decay_samples schedule.warmup_iters schedule.warmup_samples schedule.wsd_decay_iters "
      "schedule.wsd_decay_samples data.prefetch eval_iters", lambda value: value >= 0, "give 0 or more"),
-    ("model.rotary_base model.norm_epsilon optimizer.eps precision.initial_loss_scale precision.min_loss_scale "
+    ("model.rotary_base model.norm_epsilon optimizer.eps log.peak_tflops precision.initial_loss_scale precision.min_loss_scale "
      "timeout_seconds", lambda value: 0 < value < inf, "give a finite number above 0"),
-    ("model.init_method_std optimizer.clip_grad schedule.lr schedule.min_lr schedule.init_lr schedule.weight_decay "
+    ("consumed_samples", lambda samples: min(samples) >= 0, "give three numbers, 0 or more: of train, valid and test"),
+    ("model.init_method_std optimizer.clip_grad optimizer.lr_mult schedule.lr schedule.min_lr schedule.init_lr schedule.weight_decay "
      "schedule.start_weight_decay schedule.end_weight_decay", lambda value: 0 <= value < inf, "give a finite number, 0 or more"),
     ("model.hidden_dropout model.attention_dropout optimizer.beta1 optimizer.beta2 optimizer.momentum schedule.warmup_fraction",
      lambda value: 0 <= value < 1, "give 0 or more, and less than 1"),
@@ -157,6 +159,14 @@ def _no_valid(split: tuple[float, ...], valid: Any, iters: int) -> str | None:
         return "no text is left for evaluations; give the second weight or data.valid, or set eval_iters to 0"
 
 
+def _consumed(samples: tuple[int, int, int], batch: int, iters: int | None, horizon: int | None) -> str | None:
+    horizon = iters * batch if iters is not None else horizon
+    if samples[0] % batch:
+        return f"a run goes on behind a whole global batch; choose for train a multiple of global_batch_size = {batch}"
+    if horizon is not None and samples[0] > horizon:
+        return f"the run ends at {horizon} samples of train; give that at most, or lengthen the run"
+
+
 # (fields, the blamed one first; from their values a remedy, or nothing)
 RULES: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("model.family", _family),
@@ -194,6 +204,13 @@ RULES: tuple[tuple[str, Callable[..., Any]], ...] = (
      dtype == "fp16" and least > first and f"choose initial_loss_scale = {first} at most"),
     ("optimizer.use_distributed_optimizer optimizer.name", lambda on, name: on and name == "sgd" and
      "megatron-core's distributed optimizer shards Adam alone; leave it out or choose adam"),
+    ("optimizer.lr_mult optimizer.lr_scale_cond", lambda mult, cond: mult != 1 and cond is None and
+     "nothing says which parameters it is for; give lr_scale_cond or leave it out"),
+    ("optimizer.lr_scale_cond optimizer.lr_mult", lambda cond, mult: cond is not None and mult == 1 and
+     "it has no effect with lr_mult = 1; give another lr_mult or leave it out"),
+    ("log.peak_tflops log.everything", lambda peak, everything: peak is not None and not everything and
+     "it has no effect without log.everything; set that or leave it out"),
+    ("consumed_samples global_batch_size train_iters train_samples", _consumed),
     ("eval_interval eval_iters", lambda interval, iters: interval and not iters and
      "eval_iters = 0 leaves nothing to evaluate; leave it out or raise eval_iters"),
     ("data.split data.valid eval_iters", _no_valid),

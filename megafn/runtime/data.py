@@ -12,11 +12,12 @@ from megafn.pure.config import ConfigError, TrainConfig
 from megafn.pure.sampling import batch_indices
 from megafn.runtime.corpora import build_dataset
 from megafn.runtime.groups import ProcessGroups
+from megafn.runtime.text import PARTS
 
 T = TypeVar("T")
 
 
-def batches(config: TrainConfig, pg: ProcessGroups, *, split: str = "train", consumed_samples: int = 0,
+def batches(config: TrainConfig, pg: ProcessGroups, *, split: str = "train", consumed_samples: int | None = None,
             count: int | None = None) -> Iterator[tuple[dict[str, torch.Tensor], ...]]:
     """This data-parallel rank's share of each global batch: a tuple of micro-batches, dicts of CPU tensors.
 
@@ -25,9 +26,9 @@ def batches(config: TrainConfig, pg: ProcessGroups, *, split: str = "train", con
     Which samples these are depends on dp_rank and dp_size alone of `pg`, see `megafn.pure.sampling`: tensor-, context-
     and pipeline-parallel ranks read the same ones. Nothing is communicated.
 
-    "train" goes on behind `consumed_samples` to the end of the run, or for `count` global batches; "single" reads
+    Reading begins behind `consumed_samples` (None: what config.consumed_samples says of the split). "train" goes on to the end of the run, or for `count` global batches; "single" reads
     megatron-core's order straight, "cyclic" shuffles one epoch anew each time. "valid" and "test" give `count` (None:
-    eval_iters) global batches, always the same ones from the first sample on, and begin again where the split is
+    eval_iters) global batches, always the same ones, and begin again where the split is
     shorter: evaluations compare with each other. `data.prefetch` global batches are read ahead by a thread, which
     ends when the iterator is closed or dropped; on CUDA the tensors are pinned.
 
@@ -35,6 +36,8 @@ def batches(config: TrainConfig, pg: ProcessGroups, *, split: str = "train", con
     for a token id outside the vocabulary.
     """
     dataset = build_dataset(config, split)
+    if consumed_samples is None:
+        consumed_samples = config.consumed_samples[PARTS.index(split)]
     samples, batch = len(dataset), config.global_batch_size
     if split == "train":
         left = max(0, config.iterations * batch - consumed_samples) // batch

@@ -2,19 +2,12 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
+from megafn.runtime.gathering import whole_logits
 from megafn.runtime.groups import megatron
-from megafn.runtime.layers import DTYPES, cp_positions
 from megafn.runtime.passes import cut_sequence, run_schedule
 from megafn.runtime.steps import check_ids, gpt_forward
 from megafn.runtime.train import State
-
-
-def _gather(tensor: torch.Tensor, group) -> list[torch.Tensor]:
-    parts = [torch.empty_like(tensor) for _ in range(group.size())]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return parts
 
 
 @torch.no_grad()
@@ -25,8 +18,8 @@ def logits(state: State, tokens: torch.Tensor) -> torch.Tensor:
     Raises ValueError where an id lies outside the vocabulary or the sequence is longer than a learned position table.
     """
     config, pg, parallel = state.config, state.pg, state.config.parallel
-    length, vocabulary = tokens.size(1), config.model.vocab_size
-    check_ids("tokens", tokens, vocabulary)
+    length = tokens.size(1)
+    check_ids("tokens", tokens, config.model.vocab_size)
     unit = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sequence_parallel else 1)
     tokens = torch.nn.functional.pad(tokens.to(pg.device), (0, -length % unit))       # causal: what is behind is not seen
     micro_batch = cut_sequence({"tokens": tokens}, pg)
@@ -38,15 +31,7 @@ def logits(state: State, tokens: torch.Tensor) -> torch.Tensor:
         found = run_schedule(state.chunks, micro_batches, gpt_forward, lambda _, output, non_loss_data: output, pg, forward_only=True, collect=True)
         for chunk, mode in zip(state.chunks, modes):
             chunk.train(mode)
-    if pg.is_last_stage:
-        whole = torch.cat(_gather(torch.cat(_gather(found[0], pg.tp), dim=-1), pg.cp))
-        order = torch.cat([cp_positions(tokens.size(1), parallel.cp, rank, pg.device) for rank in range(parallel.cp)])
-        whole = whole[order.argsort(), :, :vocabulary].contiguous()
-    else:
-        whole = torch.empty(tokens.size(1), tokens.size(0), vocabulary, dtype=DTYPES[config.precision.dtype], device=pg.device)
-    if pg.pp.size() > 1:
-        dist.broadcast(whole, src=dist.get_process_group_ranks(pg.pp)[-1], group=pg.pp)
-    return whole[:length].transpose(0, 1)
+    return whole_logits(found[:1], config, pg, every_stage=True)[0][:, :length]
 
 
 def generate(state: State, tokens: torch.Tensor, *, count: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0) -> torch.Tensor:

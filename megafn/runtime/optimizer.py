@@ -6,29 +6,42 @@ from typing import Any, Iterator
 
 import torch
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
 from megafn.pure.config import TrainConfig
 from megafn.runtime.groups import ProcessGroups
 from megafn.runtime.layers import DTYPES
+from megafn.runtime.weights import parts
 
 
 def build_optimizer(config: TrainConfig, chunks: list[torch.nn.Module], pg: ProcessGroups) -> Any:
     """megatron-core's optimizer for model chunks wrapped in its DistributedDataParallel.
 
-    Biases and other vectors are not decayed (as upstream). torch's Adam runs fused: one pass over memory.
+    Biases and other vectors are not decayed (as upstream), or what the config's conditions say; those are asked with a
+    parameter's name in the whole model, so that every layout gets one answer. torch's Adam runs fused: one pass over memory.
     """
     optimizer, precision, dtype = config.optimizer, config.precision, DTYPES[config.precision.dtype]
-    built = get_megatron_optimizer(
-        McoreOptimizerConfig(
-            optimizer=optimizer.name, lr=config.schedule.lr, min_lr=config.schedule.min_lr, weight_decay=config.schedule.weight_decay,
-            adam_beta1=optimizer.beta1, adam_beta2=optimizer.beta2, adam_eps=optimizer.eps, sgd_momentum=optimizer.momentum,
-            clip_grad=optimizer.clip_grad or math.inf,       # infinity clips nothing, and the norm is known
-            use_distributed_optimizer=optimizer.use_distributed_optimizer,
-            params_dtype=dtype, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
-            initial_loss_scale=precision.initial_loss_scale, min_loss_scale=precision.min_loss_scale,
-            loss_scale_window=precision.loss_scale_window, hysteresis=precision.hysteresis),
-        chunks, use_gloo_process_groups=False, pg_collection=pg.collection)
+    mcore = McoreOptimizerConfig(
+        optimizer=optimizer.name, lr=config.schedule.lr, min_lr=config.schedule.min_lr, weight_decay=config.schedule.weight_decay,
+        adam_beta1=optimizer.beta1, adam_beta2=optimizer.beta2, adam_eps=optimizer.eps, sgd_momentum=optimizer.momentum,
+        clip_grad=optimizer.clip_grad or math.inf,       # infinity clips nothing, and the norm is known
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        params_dtype=dtype, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
+        initial_loss_scale=precision.initial_loss_scale, min_loss_scale=precision.min_loss_scale,
+        loss_scale_window=precision.loss_scale_window, hysteresis=precision.hysteresis,
+        log_num_zeros_in_grad=config.log.everything)
+    names = {part.parameter: part.name for chunk in chunks for part in parts(chunk, config.model, pg)}
+
+    def key(name, condition):
+        return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=lambda parameter, _: bool(condition(names[parameter], parameter))))
+
+    overrides = get_standard_config_overrides(mcore)
+    if optimizer.no_weight_decay_cond is not None:
+        overrides = {key("no_weight_decay_cond", optimizer.no_weight_decay_cond): {"wd_mult": 0.0}}
+    if optimizer.lr_scale_cond is not None:
+        overrides[key("lr_scale_cond", optimizer.lr_scale_cond)] = {"lr_mult": optimizer.lr_mult}
+    built = get_megatron_optimizer(mcore, chunks, overrides, use_gloo_process_groups=False, pg_collection=pg.collection)
     for inner in inner_optimizers(built):
         if isinstance(inner, torch.optim.AdamW):
             inner.defaults["fused"] = True
@@ -47,4 +60,4 @@ def inner_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
 def set_lr(optimizer: Any, lr: float, weight_decay: float) -> None:
     """Give every parameter group its learning rate and weight decay for the next update."""
     for group in optimizer.param_groups:
-        group["lr"], group["weight_decay"] = lr, weight_decay * group.get("wd_mult", 1.0)
+        group["lr"], group["weight_decay"] = lr * group.get("lr_mult", 1.0), weight_decay * group.get("wd_mult", 1.0)

@@ -23,7 +23,13 @@ def progress(total: int) -> Iterator[Sink]:
     with tqdm(total=total, unit="it", dynamic_ncols=True) as bar:
         def sink(metrics):
             norm = "skipped" if metrics.grad_norm is None else f"{metrics.grad_norm:.3f}"
-            bar.set_postfix_str(f"loss {metrics.loss:.4f}, lr {metrics.lr:.2e}, grad norm {norm}, {metrics.tokens_per_second:,.0f} tokens/s", refresh=False)
+            line = f"loss {metrics.loss:.4f}, lr {metrics.lr:.2e}, grad norm {norm}, {metrics.tokens_per_second:,.0f} tokens/s"
+            if more := metrics.details:
+                tflops, mfu = more["tflops_per_device"], more["mfu"]
+                line += f", {tflops:.3g} TFLOP/s" if tflops is not None else ""
+                line += f", MFU {mfu:.0%}" if mfu is not None else ""
+                line += f", {more['memory_gib']:.1f} GiB, {metrics.seconds:.3g} s"
+            bar.set_postfix_str(line, refresh=False)
             bar.update(metrics.iteration - bar.n)
             if metrics.valid is not None:
                 bar.write(f"iteration {metrics.iteration}: held-out loss {metrics.valid.loss:.4f}, perplexity {metrics.valid.perplexity:.2f}")
@@ -33,7 +39,9 @@ def progress(total: int) -> Iterator[Sink]:
 def scalars(metrics: Any) -> dict[str, float]:
     """The numbers of a record by their TensorBoard names; what is None is left out."""
     plain = attrs.asdict(metrics, recurse=False)
-    report, valid = plain.pop("report"), plain.pop("valid")
+    report, valid, details = plain.pop("report"), plain.pop("valid"), plain.pop("details")
+    plain |= {key: value for key, value in details.items() if value is not None}
+    plain.pop("logits")
     named = {f"train/{key}": value for key, value in plain.items() if key != "iteration" and value is not None}
     named |= {f"train/{key}": value for key, value in report.items()}
     if valid is not None:
@@ -64,7 +72,7 @@ def jsonl(path: str) -> Iterator[Sink]:
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
         def sink(metrics):
-            file.write(json.dumps(finite(attrs.asdict(metrics))) + "\n")
+            file.write(json.dumps(finite(attrs.asdict(metrics, filter=lambda a, _: a.name != "logits"))) + "\n")
             file.flush()
         yield sink
 

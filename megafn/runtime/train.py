@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from functools import partial
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import attrs
@@ -21,13 +22,16 @@ from megafn.runtime.agreement import agreed
 from megafn.runtime.corpora import corpora
 from megafn.runtime.data import batches as read_batches
 from megafn.runtime.data import group_batches
+from megafn.runtime.details import details
+from megafn.runtime.gathering import whole_logits
 from megafn.runtime.groups import ProcessGroups, init_groups, megatron, world_size
 from megafn.runtime.layers import check_parallel_layers
+from megafn.runtime.methods import step_of
 from megafn.runtime.models import build_stage
 from megafn.runtime.optimizer import build_optimizer, set_lr
 from megafn.runtime.passes import run_step
 from megafn.runtime.sinks import open_sinks
-from megafn.runtime.steps import Step, step_fn
+from megafn.runtime.steps import Step
 
 
 @frozen(kw_only=True)
@@ -38,6 +42,9 @@ class Report:
     perplexity: float                     # exp(min(20, loss)), as accelerate's
     count: int                            # tokens that count
     report: Mapping[str, float]           # the step's other sums, each divided by count
+    # under config.return_logits: [batch, sequence, vocabulary] of each of this data-parallel position's micro-batches, whole;
+    # on the last pipeline stage or on every one, None elsewhere
+    logits: tuple[torch.Tensor, ...] | None = field(default=None, repr=False, eq=False)
 
 
 @frozen(kw_only=True)
@@ -57,6 +64,8 @@ class Metrics:
     tokens_per_second: float
     report: Mapping[str, float]
     valid: Report | None = None           # where this iteration was followed by an evaluation
+    details: Mapping[str, float | None] = field(factory=dict)   # under log.everything, see `details`
+    logits: tuple[torch.Tensor, ...] | None = field(default=None, repr=False, eq=False)   # under config.return_logits, see `Report`
 
 
 @frozen(kw_only=True, eq=False)
@@ -73,19 +82,23 @@ class State:
     skipped_samples: int = 0              # consumed without an update: the schedule did not move
 
 
-def setup(config: TrainConfig, pg: ProcessGroups, *, model: Callable = build_stage) -> State:
-    """Model chunks, optimizer and schedule of this process, at iteration 0.
+def setup(config: TrainConfig, pg: ProcessGroups, *, model: Callable | None = None) -> State:
+    """Model chunks, optimizer and schedule of this process, at iteration 0 (or behind config.consumed_samples).
 
-    model(config, pg, *, pre_process, post_process, vp_stage) -> module builds one chunk; see `build_stage`.
+    model(config, pg, *, pre_process, post_process, vp_stage) -> module builds one chunk; None: config.model_function,
+    or `build_stage`. config.prepare_model, where given, is handed that as a function without arguments.
     Raises ConfigError where the config does not fit the layout.
     """
     check(config, pg.world_size, cuda=pg.device.type == "cuda")
-    vpp = config.parallel.vpp
+    vpp, build = config.parallel.vpp, model or config.model_function or build_stage
     with megatron(pg, config.seed, "setup"):
         chunks = []
         for i in range(vpp):
-            chunk = model(config, pg, pre_process=pg.is_first_stage and i == 0, post_process=pg.is_last_stage and i == vpp - 1,
-                          vp_stage=i if vpp > 1 else None)
+            provider = partial(build, config, pg, pre_process=pg.is_first_stage and i == 0,
+                               post_process=pg.is_last_stage and i == vpp - 1, vp_stage=i if vpp > 1 else None)
+            chunk = provider() if config.prepare_model is None else config.prepare_model(provider)
+            if not isinstance(chunk, torch.nn.Module):
+                raise ConfigError(f"model function or prepare_model: it returned a {type(chunk).__name__}; return the module of one model chunk")
             check_parallel_layers(chunk, pg)
             chunks.append(chunk)
         chunks = [DistributedDataParallel(
@@ -96,15 +109,18 @@ def setup(config: TrainConfig, pg: ProcessGroups, *, model: Callable = build_sta
         for chunk in chunks:
             mcore = get_model_config(chunk)
             mcore.finalize_model_grads_func, mcore.grad_scale_func = finalize_model_grads, optimizer.scale_loss
-    return State(config=config, pg=pg, chunks=tuple(chunks), optimizer=optimizer, schedule=make_schedule(config))
+    consumed = config.consumed_samples[0]
+    return State(config=config, pg=pg, chunks=tuple(chunks), optimizer=optimizer, schedule=make_schedule(config),
+                 iteration=consumed // config.global_batch_size, consumed_samples=consumed)
 
 
-def _report(totals: Mapping[str, float]) -> Report:
+def _report(totals: Mapping[str, float], kept: list[torch.Tensor], config: TrainConfig, pg: ProcessGroups) -> Report:
     count = totals["count"]
     if count <= 0:
         raise ValueError(f"loss_mask: {count:.0f} tokens count in this whole global batch, so it has no mean loss; give at least one token a label.")
     loss = totals["loss"] / count
-    return Report(loss=loss, perplexity=math.exp(min(20.0, loss)) if loss == loss else math.nan, count=int(count),
+    logits = whole_logits(kept, config, pg, every_stage=config.return_logits == "every_stage") if config.return_logits else None
+    return Report(loss=loss, perplexity=math.exp(min(20.0, loss)) if loss == loss else math.nan, count=int(count), logits=logits,
                   report={key.removeprefix("report/"): value / count for key, value in totals.items() if key.startswith("report/")})
 
 
@@ -124,16 +140,23 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        report = _report(run_step(state.chunks, batch, step, config, pg, forward_only=False))
-        updated, grad_norm, _ = optimizer.step()
-    seconds, samples = time.perf_counter() - started, config.global_batch_size
+        kept: list[torch.Tensor] = []
+        report = _report(run_step(state.chunks, batch, step, config, pg, forward_only=False, on_logits=kept.append if config.return_logits else None),
+                         kept, config, pg)
+        stepping = time.perf_counter()
+        updated, grad_norm, zeros = optimizer.step()
+    now, samples = time.perf_counter(), config.global_batch_size
+    seconds, more = now - started, {}
+    if config.log.everything:
+        more = details(config, pg, state.chunks, zeros_in_grad=zeros if updated else None, seconds=seconds, optimizer_seconds=now - stepping,
+                       iteration=state.iteration + 1)
     state = attrs.evolve(state, iteration=state.iteration + 1, consumed_samples=state.consumed_samples + samples,
                          skipped_samples=state.skipped_samples + (0 if updated else samples))
     return state, Metrics(
         iteration=state.iteration, consumed_samples=state.consumed_samples, loss=report.loss, lr=at.lr, weight_decay=at.weight_decay,
         grad_norm=float(grad_norm) if updated and grad_norm is not None else None, count=report.count, skipped=not updated,
         loss_scale=float(optimizer.get_loss_scale()), seconds=seconds,
-        tokens_per_second=samples * config.model.seq_length / seconds, report=report.report)
+        tokens_per_second=samples * config.model.seq_length / seconds, report=report.report, details=more, logits=report.logits)
 
 
 def evaluate(state: State, batches: Iterable[Iterable[Any]], step: Step) -> Report:
@@ -142,17 +165,19 @@ def evaluate(state: State, batches: Iterable[Iterable[Any]], step: Step) -> Repo
     Raises ValueError where there is no batch.
     """
     totals: dict[str, float] = {}
+    config, kept = state.config, []
     with megatron(state.pg, state.config.seed, "evaluate"), torch.no_grad():
         for chunk in state.chunks:
             chunk.eval()
         for batch in batches:
-            for key, value in run_step(state.chunks, batch, step, state.config, state.pg, forward_only=True).items():
+            for key, value in run_step(state.chunks, batch, step, config, state.pg, forward_only=True,
+                                       on_logits=kept.append if config.return_logits else None).items():
                 totals[key] = totals.get(key, 0.0) + value
         for chunk in state.chunks:
             chunk.train()
     if not totals:
         raise ValueError("batches: nothing to evaluate on; give at least one global batch (eval_iters, or a longer validation text).")
-    return _report(totals)
+    return _report(totals, kept, config, state.pg)
 
 
 def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid_batches: Iterable[Any] | None = None,
@@ -160,9 +185,10 @@ def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid
     """Train from where the state stands to the config's last iteration; the old state's buffers are donated.
 
     The arguments are those of `train`, in process groups of one's own. Evaluates every `eval_interval` iterations and
-    after the last. Where `batches` ends early, the run ends there with a warning.
+    after the last, without returning logits. Where `batches` ends early, the run ends there with a warning.
     """
     config, pg = state.config, state.pg
+    without_logits = attrs.evolve(config, return_logits=None)        # those of all eval_iters at once would fill the memory
 
     def stream(split, given, consumed_samples, count):
         if given is None:
@@ -177,7 +203,8 @@ def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid
         for batch in stream("train", batches, state.consumed_samples, config.iterations - state.iteration):
             state, metrics = train_step(state, batch, step)
             if due(state.iteration):
-                metrics = attrs.evolve(metrics, valid=evaluate(state, stream("valid", valid_batches, 0, config.eval_iters), step))
+                held_out = stream("valid", valid_batches, None, config.eval_iters)
+                metrics = attrs.evolve(metrics, valid=evaluate(attrs.evolve(state, config=without_logits), held_out, step))
             for sink in (*sinks, *on_metrics):
                 sink(metrics)
     if state.iteration < config.iterations:
@@ -185,11 +212,12 @@ def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid
     return state
 
 
-def train(config: TrainConfig, *, step: Step | None = None, model: Callable = build_stage, batches: Iterable[Any] | None = None,
+def train(config: TrainConfig, *, step: Step | None = None, model: Callable | None = None, batches: Iterable[Any] | None = None,
           valid_batches: Iterable[Any] | None = None, on_metrics: Sequence[Callable[[Metrics], Any]] = ()) -> State:
     """Train a config from start to end; returns the last state. Run it under torchrun, or as one plain process.
 
-    step: the family's three functions, or your own. model: a function that builds one model chunk, see `build_stage`.
+    step: the family's three functions, or your own. model: a function that builds one model chunk, see `setup`.
+    Where they are None, config.step_function and config.model_function come before the built-in ones.
     batches: raw micro-batches of this rank's data-parallel position, as a DataLoader gives them (instead of config.data);
     valid_batches: likewise, iterated anew for each evaluation. on_metrics: called with the `Metrics` of every iteration,
     on every rank. Raises ConfigError with every problem of the config before any process group or file exists.
@@ -198,7 +226,7 @@ def train(config: TrainConfig, *, step: Step | None = None, model: Callable = bu
     check(config, world, cuda=cpu.device().type == "cuda")
     if config.data is None and batches is None:
         raise ConfigError("data = None: name a text or an indexed dataset in config.data, or give train your own batches.")
-    step = step if step is not None else step_fn(config.model.family)
+    step = step if step is not None else step_of(config)
     if batches is None:
         for split in ("train", "valid") if config.eval_iters and valid_batches is None else ("train",):
             corpora(config, split)               # missing, damaged or too short: told now, not when it is first read
