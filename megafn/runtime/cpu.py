@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import warnings
 
@@ -54,6 +55,7 @@ def megatron_on_cpu():
         (torch.cuda, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
         (mcore_random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
         (mcore_random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
+        (logging.getLogger(mcore_random.__name__), "disabled", True),       # dropout does change the CPU's random state here
         (mcore_layers.linear_with_grad_accumulation_and_async_allreduce, "warned", True),    # of a CUDA variable
     )
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in answers]
