@@ -262,7 +262,7 @@ def _loaders(found: _Fields, dataloaders: Any, data: Any, plugin: PluginFields, 
             found.refuse("data", data, "dataloaders give the batches already; give one of the two")
     elif not plugin.is_train_batch_min:
         found.refuse("is_train_batch_min", False, "it chooses among the batch sizes of dataloaders, and there are none; give them or leave it out")
-    if "micro_batch_size" not in found.values:
+    if "micro_batch_size" not in found.values and not found.problems:
         found.refuse("micro_batch_size", None, "give it, or dataloaders that have a batch size")
     indexed = found.values.get("data") is not None
     if plugin.megatron_dataset_flag and not indexed:
