@@ -38,7 +38,22 @@ def parameter_norm(chunks: tuple[torch.nn.Module, ...], pg: ProcessGroups) -> fl
     return total.sqrt().item()
 
 
-def details(config: TrainConfig, pg: ProcessGroups, chunks: tuple[torch.nn.Module, ...], *, zeros_in_grad: float | None, seconds: float,
+@torch.no_grad()
+def zeros_in_grad(optimizer: Any, pg: ProcessGroups) -> int:
+    """How many elements of the whole model's gradient are 0, rows that pad the vocabulary included; read after the step.
+
+    megatron-core's own count asks a global for the tensor-parallel group; this one counts the gradients of its norm.
+    """
+    total = 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        zeros = sum(gradient.numel() - gradient.count_nonzero() for gradient in part.get_main_grads_for_grad_norm())
+        count = torch.as_tensor(zeros, dtype=torch.int64, device=pg.device)
+        dist.all_reduce(count, group=part.get_grad_stats_parallel_group())
+        total += int(count)
+    return total
+
+
+def details(config: TrainConfig, pg: ProcessGroups, chunks: tuple[torch.nn.Module, ...], *, zeros: int | None, seconds: float,
             optimizer_seconds: float, iteration: int) -> Mapping[str, float | None]:
     """What `Metrics.details` holds under `log.everything`; what is not known is None.
 
@@ -52,7 +67,7 @@ def details(config: TrainConfig, pg: ProcessGroups, chunks: tuple[torch.nn.Modul
         memory = torch.cuda.max_memory_allocated(pg.device)
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"batch_size": config.global_batch_size, "params_norm": parameter_norm(chunks, pg), "zeros_in_grad": zeros_in_grad,
+    return {"batch_size": config.global_batch_size, "params_norm": parameter_norm(chunks, pg), "zeros_in_grad": zeros,
             "tokens_per_second_per_device": config.global_batch_size * config.model.seq_length / seconds / pg.world_size,
             "tflops_per_device": tflops, "mfu": tflops / peak if tflops and peak else None, "memory_gib": memory / 2**30,
             "forward_backward_seconds": seconds - optimizer_seconds, "optimizer_seconds": optimizer_seconds,

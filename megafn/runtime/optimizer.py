@@ -29,8 +29,7 @@ def build_optimizer(config: TrainConfig, chunks: list[torch.nn.Module], pg: Proc
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
         params_dtype=dtype, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
         initial_loss_scale=precision.initial_loss_scale, min_loss_scale=precision.min_loss_scale,
-        loss_scale_window=precision.loss_scale_window, hysteresis=precision.hysteresis,
-        log_num_zeros_in_grad=config.log.everything)
+        loss_scale_window=precision.loss_scale_window, hysteresis=precision.hysteresis)
     names = {part.parameter: part.name for chunk in chunks for part in parts(chunk, config.model, pg)}
 
     def key(name, condition):

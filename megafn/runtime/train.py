@@ -22,7 +22,7 @@ from megafn.runtime.agreement import agreed
 from megafn.runtime.corpora import corpora
 from megafn.runtime.data import batches as read_batches
 from megafn.runtime.data import group_batches
-from megafn.runtime.details import details
+from megafn.runtime.details import details, zeros_in_grad
 from megafn.runtime.gathering import whole_logits
 from megafn.runtime.groups import ProcessGroups, init_groups, megatron, world_size
 from megafn.runtime.layers import check_parallel_layers
@@ -144,11 +144,12 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
         report = _report(run_step(state.chunks, batch, step, config, pg, forward_only=False, on_logits=kept.append if config.return_logits else None),
                          kept, config, pg)
         stepping = time.perf_counter()
-        updated, grad_norm, zeros = optimizer.step()
+        updated, grad_norm, _ = optimizer.step()
+        zeros = zeros_in_grad(optimizer, pg) if config.log.everything and updated else None
     now, samples = time.perf_counter(), config.global_batch_size
     seconds, more = now - started, {}
     if config.log.everything:
-        more = details(config, pg, state.chunks, zeros_in_grad=zeros if updated else None, seconds=seconds, optimizer_seconds=now - stepping,
+        more = details(config, pg, state.chunks, zeros=zeros, seconds=seconds, optimizer_seconds=now - stepping,
                        iteration=state.iteration + 1)
     state = attrs.evolve(state, iteration=state.iteration + 1, consumed_samples=state.consumed_samples + samples,
                          skipped_samples=state.skipped_samples + (0 if updated else samples))
