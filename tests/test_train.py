@@ -67,7 +67,7 @@ def test_every_rank_is_told_the_same_and_evaluations_come_when_due(pool, tmp_pat
     assert seen[-1].loss < seen[0].loss and seen[-1].valid.loss < seen[2].valid.loss
 
     lines = [json.loads(line) for line in (tmp_path / "new" / "log.jsonl").read_text().splitlines()]
-    assert lines == [attrs.asdict(m) for m in seen]
+    assert lines == [attrs.asdict(m, filter=lambda a, _: a.name != "logits") for m in seen]
 
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in (
