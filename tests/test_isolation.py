@@ -4,12 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import attrs
+import megafn as mf
 import pytest
 import torch
 from equivalence import local_parts, share, tiny, uneven
-
-import megafn as mf
 
 PACKAGE = Path(mf.__file__).parent
 
@@ -52,118 +50,6 @@ def train_and_leave(config):
 @pytest.mark.parametrize("n, layout", [(1, {}), (2, dict(tp=2, sequence_parallel=True)), (2, dict(pp=2)), (4, dict(tp=2, use_distributed_optimizer=True))])
 def test_leaving_a_layout_leaves_nothing_behind(pool, n, layout):
     assert all(pool(n, train_and_leave, tiny(hidden_dropout=0.1, **layout)))
-
-
-def leave_out_of_order(config, other, users_own):
-    """Three layouts of which the first opened is left first; `users_own`: torch's default group is the user's."""
-    if users_own:
-        torch.distributed.init_process_group("gloo")
-    before, curves = left_behind(), []
-    opened = [mf.init_groups(mf.build_groups(made.parallel, mf.world_size())) for made in (config, other, config)]
-    groups = [layout.__enter__() for layout in opened]
-    states = [mf.setup(made, pg) for made, pg in zip((config, other, config), groups)]
-    for layout, made, pg, state in zip(opened, (config, other, config), groups, states):
-        curves.append(steps(made, pg, state, 2)[1])
-        layout.__exit__(None, None, None)
-    assert left_behind() == before, "the layouts left something"
-    assert alone(other)[0][:2] == curves[1]
-    if users_own:
-        torch.distributed.destroy_process_group()
-    return curves
-
-
-@pytest.mark.parametrize("users_own", [False, True], ids=["a default group of megafn's", "one of the user's"])
-def test_layouts_may_be_left_in_any_order(pool, users_own):
-    first, *others = pool(2, leave_out_of_order, tiny(tp=2), tiny(pp=2), users_own)
-    assert all(other == first for other in others) and first[0] == first[2]
-    assert first[0] == [pytest.approx(step, abs=1e-4) for step in first[1]]
-
-
-def watched(config):
-    """Trains and evaluates while megatron-core's global groups are forbidden, and looked at from inside a step."""
-    from unittest import mock
-
-    from megatron.core import parallel_state
-
-    def forbidden(*_, **__):
-        raise AssertionError("parallel_state.initialize_model_parallel was called")
-
-    def look(logits, batch, pg):
-        held = {name: value for name, value in vars(parallel_state).items() if isinstance(value, torch.distributed.ProcessGroup)}
-        assert not held and not parallel_state.model_parallel_is_initialized(), held
-        seen.append(pg)
-        return mf.token_loss(logits, batch, pg)
-
-    seen, step = [], attrs.evolve(mf.step_fn("gpt"), loss=look)
-    with mock.patch.object(parallel_state, "initialize_model_parallel", forbidden), \
-            mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
-        state, batch = mf.setup(config, pg), share(uneven(config, 0), config, pg)
-        state, _ = mf.train_step(state, batch, step)
-        mf.evaluate(state, [batch], step)
-        mf.generate(state, torch.zeros(1, 4, dtype=torch.long), count=1)
-    return len(seen), pg.is_last_stage
-
-
-@pytest.mark.parametrize("n, layout", [(8, dict(tp=2, pp=2, sequence_parallel=True, use_distributed_optimizer=True)), (4, dict(pp=2, vpp=2)),
-                                       (4, dict(tp=2, cp=2, recompute=mf.RecomputeConfig(granularity="full")))],
-                         ids=["tp2-pp2-dp2-sp-dist", "pp2-vpp2-dp2", "tp2-cp2-full"])
-def test_megatron_cores_global_groups_are_never_made(pool, n, layout):
-    for calls, last in pool(n, watched, tiny(**layout)):
-        assert (calls > 0) == last
-
-
-def test_the_seam_on_cpu_leaves_torch_as_it_was():
-    from megatron.core.tensor_parallel import layers, random
-    from megafn.runtime.cpu import megatron_on_cpu
-
-    def functions():
-        return [vars(torch.cuda).copy(), vars(random).copy(), vars(layers).copy(), torch._C._len_torch_function_stack()]
-
-    before = functions()
-    with megatron_on_cpu(), megatron_on_cpu():
-        assert torch.empty(2, device="cuda").device.type == torch.ones(2).cuda().device.type == "cpu"
-        assert functions() != before
-    assert functions() == before
-    with pytest.raises(KeyError), megatron_on_cpu():
-        raise KeyError
-    assert functions() == before
-
-
-def starts(config):
-    """Whole parameters of this rank's stage, the same whether or not what they held before initialisation was a number."""
-    def marked(made, pg, **flags):
-        stage = mf.build_stage(made, pg, **flags)
-        for parameter in stage.parameters():
-            parameter.data.fill_(torch.nan)
-        mf.initialize_weights(stage, made.model, pg, made.seed)
-        return stage
-
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
-        plain, again = (mf.whole_parameters(mf.setup(config, pg, model=model).chunks, config.model, pg) for model in (mf.build_stage, marked))
-        assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
-        return plain
-
-
-@pytest.mark.parametrize("shape", [{}, dict(tie_word_embeddings=False, position_embedding="rope", activation="swiglu", normalization="RMSNorm",
-                                            num_query_groups=2, add_bias_linear=False, qk_layernorm=True)], ids=["gpt2", "llama"])
-def test_every_layout_starts_from_the_same_weights_and_each_is_given_its_first_value(pool, shape):
-    (whole,) = pool(1, starts, tiny(**shape))
-    for n, layout in ((2, dict(tp=2)), (4, dict(tp=2, pp=2, vpp=2)), (4, dict(pp=4))):
-        found = {}
-        for part in pool(n, starts, tiny(**shape, **layout)):
-            for name, value in part.items():
-                assert torch.equal(value, whole[name]), name
-            found |= part
-        assert found.keys() == whole.keys()
-    model = tiny(**shape).model
-    for name, value in whole.items():
-        if value.dim() == 1:
-            assert (value == (1 if name.endswith("norm.weight") else 0)).all(), name
-        else:
-            to_the_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-            std = model.init_method_std / (2 * model.num_layers) ** (0.5 if to_the_residual else 0)
-            assert value.std().item() == pytest.approx(std, rel=0.1) and abs(value.mean().item()) < 0.1 * std, name
-    assert not any(torch.equal(a, b) for (x, a) in whole.items() for (y, b) in whole.items() if x < y and a.dim() > 1)
 
 
 def alone(config):

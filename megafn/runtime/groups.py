@@ -18,7 +18,6 @@ from megafn.pure.layout import Coordinates, Groups, coordinates
 from megafn.runtime import cpu
 
 _AXES = ("tp", "pp", "cp", "dp", "ep", "mp", "dp_cp", "tp_cp", "tp_dp_cp", "embd", "pos_embd")
-_OURS = "megafn"        # the description of every process group made here
 
 
 @frozen(kw_only=True)
@@ -91,25 +90,24 @@ def _store(*_: str | None) -> tuple[Any, int, int]:
 
 @contextlib.contextmanager
 def _default_group(timeout: timedelta) -> Iterator[None]:
-    """torch's default process group: the one that is there, or one of our own, which the last layout to be left takes away."""
-    if not dist.is_initialized():
-        if cpu.device().type == "cuda":
-            torch.cuda.set_device(cpu.device())
-        if world_size() == 1 and "MASTER_ADDR" not in os.environ:
-            store, rank, size = dist.HashStore(), 0, 1
-        else:
-            run, rank, size = _store(*(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
-            run.set_timeout(timeout)
-            turn = run.add(f"megafn/{rank}", 1)           # a second use must not read the addresses of the first
-            store = dist.PrefixStore(f"megafn/{turn}", run)
-        dist.init_process_group(cpu.backend(), store=store, rank=rank, world_size=size, timeout=timeout)
-        dist.group.WORLD._set_group_desc(_OURS)
+    """torch's default process group: the one that is there, or one of our own for the length of the `with`."""
+    if dist.is_initialized():
+        yield
+        return
+    if cpu.device().type == "cuda":
+        torch.cuda.set_device(cpu.device())
+    if world_size() == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(cpu.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        store, rank, size = _store(*(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+        store.set_timeout(timeout)
+        turn = store.add(f"megafn/{rank}", 1)             # a second use must not read the addresses of the first
+        dist.init_process_group(cpu.backend(), store=dist.PrefixStore(f"megafn/{turn}", store), rank=rank, world_size=size, timeout=timeout)
     try:
         yield
+        dist.barrier()          # nobody closes a connection that another still reads from
     finally:
-        ours = [group for group in dist.distributed_c10d._world.pg_map if group.group_desc == _OURS]
-        if ours == [dist.group.WORLD]:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -117,7 +115,7 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
     """Make the process groups of a layout; leaving the `with` takes them away again.
 
     Joins the processes that torchrun started (gloo on CPU, NCCL on GPUs), or makes a group of one process where
-    nothing was started. Nesting and repetition are fine: two layouts can be open at once, and be left in any order. Every group carries
+    nothing was started. Nesting and repetition are fine: two layouts can be open at once. Every group carries
     the timeout, so that a dead or hung peer ends a collective instead of holding it for ever.
     Raises ConfigError where the layout is for another number of processes.
     """
@@ -135,7 +133,7 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
                 found = None
                 for ranks in lists:                       # every process makes every group, in one order
                     if ranks not in made:                 # equal groups are one
-                        made[ranks] = dist.new_group(ranks, timeout=timeout, group_desc=_OURS)
+                        made[ranks] = dist.new_group(ranks, timeout=timeout)
                     if rank in ranks:
                         found = made[ranks]
                 return found
@@ -150,7 +148,6 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
             collection.hcp, collection.inter_dist_opt = [], None
             yield ProcessGroups(groups=groups, rank=rank, place=coordinates(groups, rank), device=cpu.device(),
                                 collection=collection, memory_buffer=GlobalMemoryBuffer(), **pg)
-            dist.barrier(pg["world"])       # nobody closes a connection that another still reads from
         finally:
             for ranks, group in made.items():
                 if rank in ranks and dist.is_initialized():
