@@ -1,5 +1,4 @@
 """A GPT in plain torch, as one writes it by hand: the fastest of the peers, above all compiled."""
-import torch
 import torch.nn.functional as F
 from torch import nn
 
