@@ -9,10 +9,10 @@ import contextlib
 
 import megafn as mf
 import torch
+from megafn.runtime.families import build_stage
 from megafn.runtime.groups import megatron
 from megafn.runtime.layers import transformer_config
 from megafn.runtime.losses import token_loss
-from megafn.runtime.models import build_stage
 from megafn.runtime.optimizer import build_optimizer
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads

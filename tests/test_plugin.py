@@ -16,7 +16,7 @@ from megafn.pure.dicts import to_dict
 from megafn.pure.foreign import model_fields
 from megafn.pure.plugin import PluginFields, from_env, from_plugin
 from megafn.pure.schedule import make_schedule
-from megafn.runtime.steps import step_fn
+from megafn.runtime.families import step_fn
 
 # The seed page's signature of accelerate.utils.MegatronLMPlugin, in its order.
 NAMES = """tp_degree pp_degree num_micro_batches gradient_clipping sequence_parallelism recompute_activations use_distributed_optimizer

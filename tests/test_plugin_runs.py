@@ -12,7 +12,7 @@ from equivalence import assert_equal, run_layout, share, tiny, uneven
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import megafn as mf
-from megafn.runtime.models import build_stage
+from megafn.runtime.families import build_stage
 from megafn.runtime.weights import whole_parameters
 
 PAGE = Path(__file__).parent.parent / "docs" / "accelerate.md"

@@ -1,14 +1,14 @@
 """Logits of micro-batches, whole again: gathered over tensor and context parallel, and sent over the pipeline if asked."""
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megafn.pure.config import TrainConfig
 from megafn.runtime.groups import ProcessGroups
-from megafn.runtime.layers import DTYPES, cp_positions
+from megafn.runtime.layers import cp_positions
 
 
 def _parts(tensor: torch.Tensor, group) -> list[torch.Tensor]:
@@ -17,26 +17,36 @@ def _parts(tensor: torch.Tensor, group) -> list[torch.Tensor]:
     return parts
 
 
+def _each(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Of each tensor in a tuple, nested or not, what a function makes of it; None of None."""
+    return tuple(_each(function, one) for one in value) if isinstance(value, tuple) else None if value is None else function(value)
+
+
 @torch.no_grad()
-def whole_logits(outputs: Sequence[torch.Tensor], config: TrainConfig, pg: ProcessGroups, *, every_stage: bool) -> tuple[torch.Tensor, ...] | None:
+def whole_logits(outputs: Sequence[Any], config: TrainConfig, pg: ProcessGroups, *, every_stage: bool) -> tuple[Any, ...] | None:
     """Logits [batch, sequence, vocabulary] of each micro-batch, from what the last stage put out for each.
 
-    outputs: [sequence / cp, batch, padded vocabulary / tp] on the last pipeline stage, () elsewhere. The same on every
-    rank of tp and cp; those of earlier stages get them too where `every_stage` says so, else None. Every rank calls it.
+    outputs: on the last pipeline stage, [sequence / cp, batch, padded vocabulary / tp] for each micro-batch; or a tensor
+    [batch, ...] that is whole on the ranks of the first cp position already, or a tuple of such tensors, which comes back
+    as one. () elsewhere. The same on every rank of tp and cp; those of earlier stages get them too where `every_stage`
+    says so, else None. Every rank calls it.
     """
     found, vocabulary = None, config.model.vocab_size
+
+    def whole(output: torch.Tensor) -> torch.Tensor:
+        if output.dim() < 3:
+            return _parts(output, pg.cp)[0]
+        joined = torch.cat(_parts(torch.cat(_parts(output, pg.tp), dim=-1), pg.cp))
+        order = torch.cat([cp_positions(len(joined), pg.cp.size(), rank, pg.device) for rank in range(pg.cp.size())])
+        return joined[order.argsort(), :, :vocabulary].transpose(0, 1).contiguous()
+
     if pg.is_last_stage:
-        found = []
-        for output in outputs:
-            whole = torch.cat(_parts(torch.cat(_parts(output, pg.tp), dim=-1), pg.cp))
-            order = torch.cat([cp_positions(len(whole), pg.cp.size(), rank, pg.device) for rank in range(pg.cp.size())])
-            found.append(whole[order.argsort(), :, :vocabulary].transpose(0, 1).contiguous())
+        found = _each(whole, tuple(outputs))
     if every_stage and pg.pp.size() > 1:
         last = dist.get_process_group_ranks(pg.pp)[-1]
-        shapes = [[one.shape for one in found] if found is not None else None]
+        shapes = [_each(lambda one: one.to("meta"), found)]
         dist.broadcast_object_list(shapes, src=last, group=pg.pp, device=pg.device)
         if found is None:
-            found = [torch.empty(shape, dtype=DTYPES[config.precision.dtype], device=pg.device) for shape in shapes[0]]
-        for one in found:
-            dist.broadcast(one, src=last, group=pg.pp)
-    return tuple(found) if found is not None else None
+            found = _each(lambda one: torch.empty_like(one, device=pg.device), shapes[0])
+        _each(lambda one: dist.broadcast(one, src=last, group=pg.pp), found)
+    return found

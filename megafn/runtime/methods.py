@@ -8,9 +8,10 @@ from typing import Any, Callable, Mapping
 import torch
 
 from megafn.pure.config import ConfigError, TrainConfig
+from megafn.runtime.families import step_fn
 from megafn.runtime.groups import ProcessGroups
 from megafn.runtime.losses import Loss, cross_entropy
-from megafn.runtime.steps import Batch, Step, step_fn
+from megafn.runtime.steps import Batch, Step
 
 METHODS = {"get_batch": "get_batch_func", "loss_func": "get_loss_func", "forward_step": "get_forward_step_func"}
 

@@ -12,8 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megafn.pure.config import TrainConfig, padded_vocab_size
 from megafn.runtime.groups import ProcessGroups
-from megafn.runtime.layers import block_spec, cp_positions, transformer_config
-from megafn.runtime.weights import initialize_weights
+from megafn.runtime.layers import block_spec, cp_positions
 
 
 class _HidePadding(torch.autograd.Function):
@@ -103,17 +102,3 @@ class Stage(LanguageModule):
         shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=shared)
         return _HidePadding.apply(logits, self.padding) if self.padding else logits
-
-
-def build_stage(config: TrainConfig, pg: ProcessGroups, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> Stage:
-    """The built-in model function: one chunk of the model, initialised by (config.seed, parameter name).
-
-    A user's own model function takes the same arguments and returns a module with what megatron-core's schedules
-    ask of it (`config`, `set_input_tensor`, `model_type`, ...); wrapping this one is the easy way.
-    """
-    mcore = transformer_config(config, pg)
-    mcore.init_method = mcore.output_layer_init_method = mcore.embedding_init_method = lambda weight: weight   # ours follows
-    stage = Stage(config, mcore, pg, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
-    stage.to(device=pg.device, dtype=mcore.params_dtype)
-    initialize_weights(stage, config.model, pg, config.seed)
-    return stage

@@ -70,23 +70,27 @@ def run_schedule(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[Batc
 
 
 def run_step(chunks: Sequence[torch.nn.Module], batch: Iterable[Any], step: Step, config: TrainConfig, pg: ProcessGroups, *,
-             forward_only: bool, on_logits: Callable[[torch.Tensor], Any] | None = None) -> dict[str, float]:
+             forward_only: bool, on_logits: Callable[[Any], Any] | None = None) -> dict[str, float]:
     """One global batch: sums of loss, count and the step's report over micro-batches, data and context parallel, on every rank.
 
     batch: this rank's raw micro-batches. Unless forward_only, gradients are left in the chunks' buffers, divided by
-    the global count. on_logits: called on the last stage with what it put out for each micro-batch. Raises ValueError where the batch is empty or a sum is not what it should be.
+    the global count. on_logits: called on the last stage with what it put out for each micro-batch, a tensor or a tuple
+    of them. Raises ValueError where the batch is empty or a sum is not what it should be.
     """
-    micro_batches = [cut_sequence(step.batch(raw, config, pg), pg) for raw in batch]
+    micro_batches: Sequence[Batch] = [step.batch(raw, config, pg) for raw in batch]
     if not micro_batches:
         raise ValueError("batch = (): a global batch holds at least one micro-batch for each rank.")
     for rows in (_tokens(micro_batch).size(0) for micro_batch in micro_batches):
         if rows != config.micro_batch_size:                # consumed_samples counts on it
             raise ValueError(f"batch: a micro-batch of {rows} rows, where micro_batch_size = {config.micro_batch_size}; "
                              "give as many rows in each (a DataLoader: batch_size and drop_last=True).")
+    if step.whole is not None:
+        micro_batches = step.whole(micro_batches, pg)
+    micro_batches = [cut_sequence(micro_batch, pg) for micro_batch in micro_batches]
 
     def loss_func(micro_batch, output):
         if on_logits is not None:
-            on_logits(output.detach())
+            on_logits(tuple(one.detach() for one in output) if isinstance(output, tuple) else output.detach())
         loss = step.loss(output, micro_batch, pg)
         if not isinstance(loss, Loss):
             raise TypeError(f"step.loss returned {type(loss).__name__}: return megafn.Loss(sum=..., count=...).")

@@ -1,33 +1,36 @@
-"""What one family does with a micro-batch: batch, forward and loss, three plain functions in a frozen record."""
+"""What one family does with a micro-batch: batch, forward and loss, plain functions in a frozen record; and GPT's."""
 from __future__ import annotations
 
 from math import lcm
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from attrs import frozen
 
-from megafn.pure.config import ConfigError, TrainConfig
+from megafn.pure.config import TrainConfig
 from megafn.runtime.groups import ProcessGroups
-from megafn.runtime.losses import Loss, token_loss
+from megafn.runtime.losses import Loss
 
 Batch = Mapping[str, torch.Tensor]
 
 
 @frozen(kw_only=True)
 class Step:
-    """A family's three functions; exchange one with `attrs.evolve`, or write all three.
+    """A family's functions; exchange one with `attrs.evolve`, or write batch, forward and loss.
 
     batch(raw, config, pg) -> dict of tensors: one micro-batch as the user's data gives it, made into
         tensors [batch, sequence] of the whole sequence (context parallelism cuts them afterwards).
-    forward(model, batch) -> logits [sequence / cp, batch, vocabulary / tp] on the last pipeline stage; what a stage
-        before it returns is handed on by the schedule.
+    forward(model, batch) -> logits [sequence / cp, batch, vocabulary / tp] on the last pipeline stage, or whatever the loss
+        reads, a tuple too; what a stage before it returns is handed on by the schedule.
     loss(logits, batch, pg) -> Loss(sum, count, report): sums over this process's share of the micro-batch.
+    whole(micro_batches, pg) -> micro-batches: optional, for a loss that must know sums over the whole global batch. Called
+        once for each, with all that this rank has of it, before anything else; puts tensors into the micro-batches.
     """
 
     batch: Callable[[Any, TrainConfig, ProcessGroups], Batch]
-    forward: Callable[[torch.nn.Module, Batch], torch.Tensor]
-    loss: Callable[[torch.Tensor, Batch, ProcessGroups], Loss]
+    forward: Callable[[torch.nn.Module, Batch], Any]
+    loss: Callable[[Any, Batch, ProcessGroups], Loss]
+    whole: Callable[[Sequence[Batch], ProcessGroups], Sequence[Batch]] | None = None
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -160,17 +163,3 @@ def gpt_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) ->
 def gpt_forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Logits [sequence / cp, batch, vocabulary / tp] on the last stage."""
     return model(batch["tokens"], batch.get("position_ids"), batch.get("attention_mask"))
-
-
-_STEPS = {"gpt": Step(batch=gpt_batch, forward=gpt_forward, loss=token_loss)}
-
-
-def step_fn(family: str) -> Step:
-    """The built-in functions of a family. Raises ConfigError for a family that is not there.
-
-    >>> step_fn("gpt").loss.__name__
-    'token_loss'
-    """
-    if family not in _STEPS:
-        raise ConfigError(f"model.family = {family!r}: choose one of {', '.join(map(repr, _STEPS))}, or pass a Step of your own.")
-    return _STEPS[family]

@@ -23,11 +23,11 @@ from megafn.runtime.corpora import corpora
 from megafn.runtime.data import batches as read_batches
 from megafn.runtime.data import group_batches
 from megafn.runtime.details import details, zeros_in_grad
+from megafn.runtime.families import build_stage
 from megafn.runtime.gathering import whole_logits
 from megafn.runtime.groups import ProcessGroups, init_groups, megatron, world_size
 from megafn.runtime.layers import check_parallel_layers
 from megafn.runtime.methods import step_of
-from megafn.runtime.models import build_stage
 from megafn.runtime.optimizer import build_optimizer, set_lr
 from megafn.runtime.passes import run_step
 from megafn.runtime.sinks import open_sinks
@@ -42,9 +42,9 @@ class Report:
     perplexity: float                     # exp(min(20, loss)), as accelerate's
     count: int                            # tokens that count
     report: Mapping[str, float]           # the step's other sums, each divided by count
-    # under config.return_logits: [batch, sequence, vocabulary] of each of this data-parallel position's micro-batches, whole;
-    # on the last pipeline stage or on every one, None elsewhere
-    logits: tuple[torch.Tensor, ...] | None = field(default=None, repr=False, eq=False)
+    # under config.return_logits: [batch, sequence, vocabulary] of each of this data-parallel position's micro-batches, whole
+    # (or what else the step's forward gives, see `whole_logits`); on the last pipeline stage or on every one, None elsewhere
+    logits: tuple[Any, ...] | None = field(default=None, repr=False, eq=False)
 
 
 @frozen(kw_only=True)
@@ -65,7 +65,7 @@ class Metrics:
     report: Mapping[str, float]
     valid: Report | None = None           # where this iteration was followed by an evaluation
     details: Mapping[str, float | None] = field(factory=dict)   # under log.everything, see `details`
-    logits: tuple[torch.Tensor, ...] | None = field(default=None, repr=False, eq=False)   # under config.return_logits, see `Report`
+    logits: tuple[Any, ...] | None = field(default=None, repr=False, eq=False)   # under config.return_logits, see `Report`
 
 
 @frozen(kw_only=True, eq=False)
@@ -114,7 +114,7 @@ def setup(config: TrainConfig, pg: ProcessGroups, *, model: Callable | None = No
                  iteration=consumed // config.global_batch_size, consumed_samples=consumed)
 
 
-def _report(totals: Mapping[str, float], kept: list[torch.Tensor], config: TrainConfig, pg: ProcessGroups) -> Report:
+def _report(totals: Mapping[str, float], kept: list[Any], config: TrainConfig, pg: ProcessGroups) -> Report:
     count = totals["count"]
     if count <= 0:
         raise ValueError(f"loss_mask: {count:.0f} tokens count in this whole global batch, so it has no mean loss; give at least one token a label.")
@@ -140,7 +140,7 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        kept: list[torch.Tensor] = []
+        kept: list[Any] = []
         report = _report(run_step(state.chunks, batch, step, config, pg, forward_only=False, on_logits=kept.append if config.return_logits else None),
                          kept, config, pg)
         stepping = time.perf_counter()
