@@ -14,7 +14,7 @@ test: $(VENV)/test            ## every test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/bench          ## speed side by side with the peers
-	$(BIN)/python -m pytest bench --benchmark-sort=name
+	$(BIN)/python -m pytest bench --benchmark-sort=name -rs
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

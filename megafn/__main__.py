@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 
@@ -16,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--world-size", type=int, required=True, help="number of processes")
     command = commands.add_parser("data", help="text to indexed data: PREFIX_train, PREFIX_valid, PREFIX_test")
     command.add_argument("text", help="documents separated by form feeds, or .jsonl with a \"text\" in each line")
-    command.add_argument("prefix")
+    command.add_argument("prefix", help="where to write: folder/name gives folder/name_train.bin, .idx and so on")
     command.add_argument("--tokenizer", default="bytes", help="bytes, or a tokenizer.json")
     command.add_argument("--split", default="949,50,1", help="weights of train, valid and test; every document is cut")
     command = commands.add_parser("demo", help="train a small GPT on English prose: torchrun --nproc-per-node 4 -m megafn demo")
@@ -26,7 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return {"train": _train, "check": _check, "data": _data, "demo": _demo}[arguments.command](arguments)
     except (ValueError, OSError) as error:
-        print(f"megafn: {error}", file=sys.stderr)
+        from megafn.pure.config import ConfigError
+
+        # every process knows a config's problems, and one of each machine tells them
+        if not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"megafn: {error}", file=sys.stderr)
         return 2
 
 
@@ -42,12 +47,16 @@ def _check(arguments) -> int:
 
     config = mf.load_config(arguments.config)
     problems = mf.validate(config, arguments.world_size)
-    for problem in problems:
-        print(problem)
-    if not problems and config.parallel.pp > 1:
-        dp = mf.build_groups(config.parallel, arguments.world_size).dp_size
-        print(mf.draw_pipeline(config.parallel.pp, config.parallel.vpp, mf.num_micro_batches(config, dp)))
-    return 1 if problems else 0
+    if problems:
+        print(f"{arguments.config} cannot run on {arguments.world_size} processes:", *problems, sep="\n  ")
+        return 1
+    parallel, dp = config.parallel, mf.build_groups(config.parallel, arguments.world_size).dp_size
+    count = mf.num_micro_batches(config, dp)
+    print(f"{arguments.config} can run on {arguments.world_size} processes: tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {dp}, "
+          f"{config.iterations} iterations of {count} micro-batches of {config.micro_batch_size} on each data-parallel rank")
+    if parallel.pp > 1:
+        print(mf.draw_pipeline(parallel.pp, parallel.vpp, count))
+    return 0
 
 
 def _data(arguments) -> int:

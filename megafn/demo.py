@@ -25,6 +25,11 @@ def demo_config(folder: str, iterations: int, world_size: int) -> mf.TrainConfig
         micro_batch_size=8, global_batch_size=32, train_iters=iterations, eval_interval=max(1, iterations // 6), eval_iters=5)
 
 
+def layout_name(config: mf.TrainConfig, world_size: int) -> str:
+    return (f"tensor parallel {config.parallel.tp} x pipeline parallel {config.parallel.pp}, "
+            f"{world_size} process{'es' if world_size > 1 else ''}")
+
+
 def entropy(text: str) -> float:
     """Entropy in nats per byte of a text whose bytes are drawn one by one: the loss of a model that knows frequencies alone.
 
@@ -71,6 +76,9 @@ def demo(*, folder: str = "runs/demo", iterations: int = 240) -> None:
     step = mf.step_fn(config.model.family)
     with mf.init_groups(mf.build_groups(config.parallel, world)) as pg:
         state = mf.setup(config, pg)
+        if pg.is_rank_zero:
+            print(f"A GPT of {config.model.num_layers} layers x {config.model.hidden_size} learns English over {layout_name(config, world)}: "
+                  f"{iterations} iterations, some minutes.\nLogs and the picture go to {folder}/.", flush=True)
         before = sample(state)
         first = mf.evaluate(state, mf.batches(config, pg, split="valid"), step)
         state = mf.fit(state, step, on_metrics=[history.append])
@@ -81,8 +89,7 @@ def demo(*, folder: str = "runs/demo", iterations: int = 240) -> None:
     last, speed = history[-1], sorted(m.tokens_per_second for m in history)[len(history) // 2]
     draw(history, baseline, Path(folder, "curves.png"))
     tokens = config.global_batch_size * config.model.seq_length * config.train_iters
-    layout = f"tensor parallel {config.parallel.tp} x pipeline parallel {config.parallel.pp}"
-    rows = [("layout", f"{layout}, {world} process{'es' if world > 1 else ''}"),
+    rows = [("layout", layout_name(config, world)),
             ("tokens trained on", f"{tokens:,} ({speed:,.0f} a second, median)"),
             ("training loss", f"{history[0].loss:.3f} -> {last.loss:.3f} nats per byte"),
             ("held-out loss", f"{first.loss:.3f} -> {last.valid.loss:.3f} nats per byte (perplexity {last.valid.perplexity:.2f})"),

@@ -3,6 +3,7 @@ import ast
 import doctest
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import attrs
@@ -55,6 +56,11 @@ def test_examples_of_a_page_print_what_it_says(page):
 def test_the_readme_shows_the_quickstart_as_it_is():
     script = (DOCS / "scripts" / "quickstart.py").read_text().split('"""')[2].strip()
     assert script in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_toml_is_a_config_that_runs():
+    block, = re.findall(r"```toml\n(.+?)```", (ROOT / "README.md").read_text(), re.S)
+    assert mf.validate(mf.from_dict(tomllib.loads(block)), world_size=4) == ()
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)

@@ -84,7 +84,7 @@ BAD = [      # changes of CONFIG, and the fields that are blamed on 8 processes;
     ({"model.num_attention_heads": 6}, "model.hidden_size"),
     ({"model.num_query_groups": 1}, "model.num_query_groups"), ({"model.num_query_groups": 6}, "model.num_query_groups"),
     ({"model.ffn_hidden_size": 255}, "model.ffn_hidden_size"),
-    ({"parallel.tp": 8, "parallel.pp": 1, "model.hidden_size": 9, "model.kv_channels": 4}, "model.hidden_size"),
+    ({"parallel.tp": 8, "parallel.pp": 1, "model.hidden_size": 9, "model.kv_channels": 4}, "model.ffn_hidden_size"),
     ({"model.max_position_embeddings": 31}, "model.max_position_embeddings"),
     ({"model.position_embedding": "roped"}, "model.position_embedding"),
     ({"model.position_embedding": "rope", "model.kv_channels": 5}, "model.position_embedding"),
@@ -252,8 +252,8 @@ def test_everything_is_told_at_once():
     assert validate(attrs.evolve(CONFIG, parallel=ParallelConfig(tp=2, pp=4)), 16) == ()
     config = changed(CONFIG, {"parallel.tp": 3, "parallel.pp": 5, "seed": -1, "model.activation": "x", "schedule.lr": "1",
                               "micro_batch_size": 7})
-    assert fields_of(validate(config, 16)) == ["global_batch_size", "model.activation", "model.hidden_size", "model.num_attention_heads",
-                                              "model.num_layers", "schedule.lr", "seed", "world_size"]
+    assert fields_of(validate(config, 16)) == ["global_batch_size", "model.activation", "model.ffn_hidden_size", "model.num_attention_heads",
+                                               "model.num_layers", "schedule.lr", "seed", "world_size"]
     with pytest.raises(ConfigError) as raised:
         check(config, 16)
     assert str(raised.value).splitlines()[1:] == [f"  {problem}" for problem in validate(config, 16)]

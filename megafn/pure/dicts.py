@@ -4,6 +4,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -62,7 +63,7 @@ def from_dict(mapping: Mapping[str, Any], cls: type = TrainConfig) -> Any:
     try:
         return _converter().structure(mapping, cls)
     except (ClassValidationError, _Misfit) as error:
-        raise refusal(_told(error, mapping, cls, "")) from None
+        raise refusal(_without_echoes(list(_told(error, mapping, cls, "")))) from None
 
 
 def load_config(path: str | os.PathLike[str]) -> TrainConfig:
@@ -234,6 +235,16 @@ def _told(error: Exception, mapping: Any, root: type, at: str) -> Iterator[Probl
                 yield from _told(inner, mapping, root, at)
             else:
                 yield from _told(inner, mapping.get(name), root, f"{at}.{name}" if at else name)
+
+
+def _without_echoes(problems: list[Problem | str]) -> Iterator[Problem | str]:
+    """A misspelt name is one problem: that the field it stood for is missing goes without saying."""
+    meant = set()
+    for problem in problems:
+        if isinstance(problem, Problem) and (hint := re.search(r'did you mean "(.+)"', problem.remedy)):
+            section = problem.field.rpartition(".")[0]
+            meant |= {hint[1], f"{section}.{hint[1]}"}
+    return (problem for problem in problems if isinstance(problem, Problem) or problem.partition(" is missing")[0] not in meant)
 
 
 def _fields(cls: type, at: str = "") -> Iterator[tuple[str, Any]]:

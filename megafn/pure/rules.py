@@ -145,10 +145,12 @@ def _world(world_size: int, tp: int, pp: int, cp: int) -> str | None:
 
 
 def _batch(batch: int, micro: int, world_size: int, tp: int, pp: int, cp: int, vpp: int) -> str | None:
-    dp = 1 if _world(world_size, tp, pp, cp) else world_size // (tp * pp * cp)      # unknown: what is known is judged
+    unknown = _world(world_size, tp, pp, cp)                       # what is known of dp is judged
+    dp = 1 if unknown else world_size // (tp * pp * cp)
     count, rest = divmod(batch, micro * dp)
     if rest:
-        return f"micro_batch_size * dp = {micro} * {dp} must divide it; choose a multiple of {micro * dp}"
+        factors = f"micro_batch_size = {micro}" if unknown else f"micro_batch_size * dp = {micro} * {dp}"
+        return f"{factors} must divide it; choose a multiple of {micro * dp}"
     if vpp > 1 and count % pp:
         return (f"these are {count} micro-batches and interleaving (vpp = {vpp}) runs groups of pp = {pp}; choose a multiple of "
                 f"micro_batch_size * dp * pp = {micro * dp * pp}")
@@ -182,9 +184,8 @@ RULES: tuple[tuple[str, Callable[..., Any]], ...] = (
      lambda groups, heads: groups and heads % groups and f"it must divide num_attention_heads = {heads}; choose a divisor"),
     ("model.hidden_size model.num_attention_heads model.kv_channels", lambda hidden, heads, kv: kv is None and hidden % heads and
      f"num_attention_heads = {heads} must divide it; choose a multiple of {heads} or give kv_channels, the width of a head"),
-    ("model.ffn_hidden_size parallel.tp", lambda ffn, tp: ffn and ffn % tp and f"tp = {tp} must divide it; choose a multiple of {tp}"),
-    ("model.hidden_size model.ffn_hidden_size parallel.tp", lambda hidden, ffn, tp: ffn is None and 4 * hidden % tp and
-     f"tp = {tp} must divide ffn_hidden_size, 4 * hidden_size unless given; give ffn_hidden_size as a multiple of {tp}"),
+    ("model.ffn_hidden_size model.hidden_size parallel.tp", lambda ffn, hidden, tp: (ffn or 4 * hidden) % tp and
+     f"tp = {tp} must divide it{'' if ffn else f', and it stands for 4 * hidden_size = {4 * hidden}'}; choose a multiple of {tp}"),
     ("model.num_layers parallel.pp parallel.vpp parallel.num_layers_in_first_pipeline_stage "
      "parallel.num_layers_in_last_pipeline_stage", _layers),
     *((f"parallel.num_layers_in_{end}_pipeline_stage parallel.vpp parallel.pp", lambda layers, vpp, pp: layers and pp > 1 and

@@ -13,6 +13,7 @@ from megafn.pure.config import TrainConfig
 from megafn.runtime.groups import ProcessGroups
 
 Sink = Callable[[Any], None]
+BAR = "{n_fmt}/{total_fmt}|{bar:12}|{elapsed}<{remaining}{postfix}"        # fits a terminal of 100 columns with the numbers in it
 
 
 @contextlib.contextmanager
@@ -20,19 +21,19 @@ def progress(total: int) -> Iterator[Sink]:
     """A bar with loss, learning rate, gradient norm and tokens per second; an evaluation gets a line of its own."""
     from tqdm import tqdm
 
-    with tqdm(total=total, unit="it", dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="it", dynamic_ncols=True, bar_format=BAR) as bar:
         def sink(metrics):
             norm = "skipped" if metrics.grad_norm is None else f"{metrics.grad_norm:.3f}"
-            line = f"loss {metrics.loss:.4f}, lr {metrics.lr:.2e}, grad norm {norm}, {metrics.tokens_per_second:,.0f} tokens/s"
+            line = f"loss {metrics.loss:.4f}, lr {metrics.lr:.1e}, grad norm {norm}, {metrics.tokens_per_second:,.0f} tokens/s"
             if more := metrics.details:
                 tflops, mfu = more["tflops_per_device"], more["mfu"]
                 line += f", {tflops:.3g} TFLOP/s" if tflops is not None else ""
                 line += f", MFU {mfu:.0%}" if mfu is not None else ""
                 line += f", {more['memory_gib']:.1f} GiB, {metrics.seconds:.3g} s"
-            bar.set_postfix_str(line, refresh=False)
-            bar.update(metrics.iteration - bar.n)
             if metrics.valid is not None:
                 bar.write(f"iteration {metrics.iteration}: held-out loss {metrics.valid.loss:.4f}, perplexity {metrics.valid.perplexity:.2f}")
+            bar.set_postfix_str(line, refresh=False)
+            bar.update(metrics.iteration - bar.n)
         yield sink
 
 
