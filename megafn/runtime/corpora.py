@@ -130,8 +130,11 @@ def _read_index(prefix: str, field: str) -> tuple[np.ndarray, int]:
             raise refuse(f".idx: type code {code} is no integer type")
         if os.path.getsize(file.name) < 34 + 12 * sequences + 8 * documents:
             raise refuse(f".idx is truncated: {sequences} sequences and {documents - 1} documents do not fit into it")
-        lengths = np.fromfile(file, np.int32, sequences)
+        lengths, pointers, ends = np.fromfile(file, np.int32, sequences), np.fromfile(file, np.int64, sequences), np.fromfile(file, np.int64, documents)
     dtype = np.dtype(DType.dtype_from_code(code))
+    begins = np.cumsum(lengths, dtype=np.int64) - lengths              # each sequence lies behind the one before it
+    if (lengths < 0).any() or (pointers != begins * dtype.itemsize).any() or [*ends[:1], *ends[-1:]] != [0, sequences] or (np.diff(ends) < 0).any():
+        raise refuse(".idx is damaged: its lengths, places and documents do not fit together")
     size, stated = os.path.getsize(prefix + ".bin"), int(lengths.sum(dtype=np.int64)) * dtype.itemsize
     if size != stated:
         raise refuse(f".bin is truncated or another's: {size} bytes, {stated} by its .idx")
