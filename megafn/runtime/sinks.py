@@ -24,7 +24,7 @@ def progress(total: int) -> Iterator[Sink]:
     with tqdm(total=total, unit="it", dynamic_ncols=True, bar_format=BAR) as bar:
         def sink(metrics):
             norm = "skipped" if metrics.grad_norm is None else f"{metrics.grad_norm:.3f}"
-            line = f"loss {metrics.loss:.4f}, lr {metrics.lr:.1e}, grad norm {norm}, {metrics.tokens_per_second:,.0f} tokens/s"
+            line = f"loss {metrics.loss:.4f}, lr {metrics.lr:.2e}, grad norm {norm}, {metrics.tokens_per_second:,.0f} tokens/s"
             if more := metrics.details:
                 tflops, mfu = more["tflops_per_device"], more["mfu"]
                 line += f", {tflops:.3g} TFLOP/s" if tflops is not None else ""
