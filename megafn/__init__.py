@@ -13,6 +13,7 @@ _HOME = {
     "ScheduleConfig": "pure.config",
     "DataConfig": "pure.config",
     "LogConfig": "pure.config",
+    "CheckpointConfig": "pure.config",
     "TrainConfig": "pure.config",
     "ConfigError": "pure.config",
     "padded_vocab_size": "pure.config",
@@ -76,7 +77,7 @@ _HOME = {
     "progress": "runtime.sinks",
     "tensorboard": "runtime.sinks",
     "jsonl": "runtime.sinks",
-    "State": "runtime.train",
+    "State": "runtime.state",
     "Metrics": "runtime.train",
     "Report": "runtime.train",
     "setup": "runtime.train",
@@ -84,6 +85,10 @@ _HOME = {
     "evaluate": "runtime.train",
     "fit": "runtime.train",
     "train": "runtime.train",
+    "save": "runtime.checkpoint",
+    "load": "runtime.checkpoint",
+    "latest": "runtime.checkpoint",
+    "CheckpointError": "runtime.durable",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"

@@ -180,6 +180,19 @@ class LogConfig:
 
 
 @frozen(kw_only=True)
+class CheckpointConfig:
+    """Where `train` saves the run, when, and what it keeps. Nothing is saved where `directory` is None."""
+
+    directory: str | None = None               # one for each run, shared by all hosts
+    interval: int | None = None                # iterations between checkpoints; None: only after the last one, and on a signal
+    keep_last: int | None = 2                  # how many of the newest are kept; None: all
+    keep_every: int | None = None              # those of every so many iterations are kept for ever
+    resume: bool = True                        # go on from the newest; False: a directory that holds checkpoints is refused
+    asynchronous: bool = False                 # copied at once, written by a thread while training goes on
+    on_damage: str = "raise"                   # or "previous": go on from the one before a damaged one
+
+
+@frozen(kw_only=True)
 class TrainConfig:
     """A whole run. Batch sizes are in sequences; `global_batch_size` = micro_batch_size * dp * number of micro-batches."""
 
@@ -191,6 +204,7 @@ class TrainConfig:
     recompute: RecomputeConfig = RecomputeConfig()
     data: DataConfig | None = None             # None: `train` is given `batches`
     log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     micro_batch_size: int
     global_batch_size: int
     train_iters: int | None = None             # the horizon: exactly one of these two

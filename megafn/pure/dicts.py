@@ -44,6 +44,18 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(config, "")
 
 
+def savable(config: Any) -> Any:
+    """The same config without what no file can hold: functions are None.
+
+    >>> from megafn.pure.config import OptimizerConfig
+    >>> savable(OptimizerConfig(lr_mult=0.5, lr_scale_cond=lambda name, parameter: "bias" in name)).lr_scale_cond is None
+    True
+    """
+    values = {a.name: getattr(config, a.name) for a in attrs.fields(type(config))}
+    changed = {name: savable(value) if attrs.has(type(value)) else None for name, value in values.items() if attrs.has(type(value)) or callable(value)}
+    return attrs.evolve(config, **changed)
+
+
 def from_dict(mapping: Mapping[str, Any], cls: type = TrainConfig) -> Any:
     """The config of class `cls` that a nested mapping describes; the inverse of `to_dict`.
 

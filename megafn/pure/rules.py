@@ -28,6 +28,7 @@ CHOICES = {
     "schedule.wsd_decay_style": WSD_DECAY_STYLES,
     "schedule.weight_decay_incr_style": WEIGHT_DECAY_INCR_STYLES,
     "data.sampler": ("single", "cyclic"),
+    "checkpoint.on_damage": ("raise", "previous"),
     "return_logits": ("last_stage", "every_stage"),
 }
 
@@ -43,7 +44,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("model.num_layers model.hidden_size model.num_attention_heads model.seq_length model.vocab_size model.num_query_groups "
      "model.kv_channels model.ffn_hidden_size model.max_position_embeddings parallel.tp parallel.pp parallel.vpp parallel.cp "
      "parallel.ep parallel.num_layers_in_first_pipeline_stage parallel.num_layers_in_last_pipeline_stage recompute.num_layers "
-     "precision.loss_scale_window precision.hysteresis log.interval micro_batch_size global_batch_size train_iters "
+     "precision.loss_scale_window precision.hysteresis log.interval checkpoint.interval checkpoint.keep_last checkpoint.keep_every micro_batch_size global_batch_size train_iters "
      "train_samples eval_interval world_size", lambda value: value >= 1, "give 1 or more"),
     ("schedule.decay_iters schedule.decay_samples schedule.warmup_iters schedule.warmup_samples schedule.wsd_decay_iters "
      "schedule.wsd_decay_samples data.prefetch eval_iters", lambda value: value >= 0, "give 0 or more"),
@@ -59,7 +60,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data.train data.valid data.test", _sources, "name at least one source, none of them empty, each weight finite and above 0"),
     ("data.split", lambda split: len(split) == 3 and all(0 <= weight < inf for weight in split) and split[0] > 0,
      "give three finite weights, for train, valid and test: 0 or more, and that of train above 0"),
-    ("data.tokenizer data.cache log.tensorboard_dir log.jsonl", bool, "give a name that is not empty"),
+    ("data.tokenizer data.cache log.tensorboard_dir log.jsonl checkpoint.directory", bool, "give a name that is not empty"),
 )
 
 # (fields, the one that decides whether they are read, its values for which they are); else they must be as by default.
@@ -211,6 +212,12 @@ RULES: tuple[tuple[str, Callable[..., Any]], ...] = (
      "it has no effect with lr_mult = 1; give another lr_mult or leave it out"),
     ("log.peak_tflops log.everything", lambda peak, everything: peak is not None and not everything and
      "it has no effect without log.everything; set that or leave it out"),
+    *((f"checkpoint.{name} checkpoint.directory", lambda value, directory, default=default: value != default and directory is None and
+       "it has no effect without checkpoint.directory; set that or leave it out")
+      for name, default in (("interval", None), ("keep_last", 2), ("keep_every", None), ("resume", True), ("asynchronous", False),
+                            ("on_damage", "raise"))),
+    ("checkpoint.keep_every checkpoint.interval", lambda every, interval: every and (interval is None or every % interval) and
+     f"checkpoints are written every interval = {interval} iterations; choose a multiple of that"),
     ("consumed_samples global_batch_size train_iters train_samples", _consumed),
     ("eval_interval eval_iters", lambda interval, iters: interval and not iters and
      "eval_iters = 0 leaves nothing to evaluate; leave it out or raise eval_iters"),

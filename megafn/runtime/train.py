@@ -30,7 +30,9 @@ from megafn.runtime.layers import check_parallel_layers
 from megafn.runtime.methods import step_of
 from megafn.runtime.optimizer import build_optimizer, set_lr
 from megafn.runtime.passes import run_step
+from megafn.runtime.saver import check_directory, open_saver, resume
 from megafn.runtime.sinks import open_sinks
+from megafn.runtime.state import State
 from megafn.runtime.steps import Step
 
 
@@ -66,20 +68,6 @@ class Metrics:
     valid: Report | None = None           # where this iteration was followed by an evaluation
     details: Mapping[str, float | None] = field(factory=dict)   # under log.everything, see `details`
     logits: tuple[Any, ...] | None = field(default=None, repr=False, eq=False)   # under config.return_logits, see `Report`
-
-
-@frozen(kw_only=True, eq=False)
-class State:
-    """Where a run stands. Its tensors are torch's: `train_step` changes them in place and returns a new record."""
-
-    config: TrainConfig
-    pg: ProcessGroups = field(repr=False)
-    chunks: tuple[torch.nn.Module, ...] = field(repr=False)      # one, or vpp of them, each in megatron-core's DistributedDataParallel
-    optimizer: Any = field(repr=False)
-    schedule: Callable = field(repr=False)
-    iteration: int = 0
-    consumed_samples: int = 0
-    skipped_samples: int = 0              # consumed without an update: the schedule did not move
 
 
 def setup(config: TrainConfig, pg: ProcessGroups, *, model: Callable | None = None) -> State:
@@ -200,7 +188,7 @@ def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid
         to_validate = config.eval_iters > 0 and (valid_batches is not None or batches is None)
         return to_validate and (iteration == config.iterations or config.eval_interval and iteration % config.eval_interval == 0)
 
-    with open_sinks(config, pg) as sinks:
+    with open_sinks(config, pg) as sinks, open_saver(state) as keep:
         for batch in stream("train", batches, state.consumed_samples, config.iterations - state.iteration):
             state, metrics = train_step(state, batch, step)
             if due(state.iteration):
@@ -208,6 +196,8 @@ def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid
                 metrics = attrs.evolve(metrics, valid=evaluate(attrs.evolve(state, config=without_logits), held_out, step))
             for sink in (*sinks, *on_metrics):
                 sink(metrics)
+            keep(state, batch)
+        keep(state, ended=True)
     if state.iteration < config.iterations:
         warnings.warn(f"batches ended at iteration {state.iteration} of {config.iterations}: give more of them, or lower train_iters.", stacklevel=2)
     return state
@@ -231,5 +221,7 @@ def train(config: TrainConfig, *, step: Step | None = None, model: Callable | No
     if batches is None:
         for split in ("train", "valid") if config.eval_iters and valid_batches is None else ("train",):
             corpora(config, split)               # missing, damaged or too short: told now, not when it is first read
+    check_directory(config)
     with init_groups(build_groups(config.parallel, world), timeout_seconds=config.timeout_seconds) as pg:
-        return fit(setup(config, pg, model=model), step, batches=batches, valid_batches=valid_batches, on_metrics=on_metrics)
+        state, batches = resume(setup(config, pg, model=model), batches)
+        return fit(state, step, batches=batches, valid_batches=valid_batches, on_metrics=on_metrics)

@@ -1,0 +1,43 @@
+"""May a run go on from a checkpoint of another config?"""
+from __future__ import annotations
+
+from typing import Any
+
+from megafn.pure.config import Problem, TrainConfig
+from megafn.pure.dicts import leaves
+
+# What makes it another model, other samples or another meaning of how many were consumed. Layout, precision, learning rate,
+# length of the run, logs and where the data lies may change; that the data is the same is seen in the data.
+FIXED = ("model", "optimizer.name", "seed", "global_batch_size", "data.split", "data.sampler", "data.tokenizer",
+         "data.reset_position_ids", "data.reset_attention_mask", "data.eod_mask_loss")
+
+
+def resume_problems(saved: TrainConfig, config: TrainConfig, iteration: int) -> tuple[Problem, ...]:
+    """Why a run of `config` cannot go on behind `iteration` iterations of one of `saved`; () where it can.
+
+    >>> import attrs
+    >>> from megafn.pure.config import ModelConfig, ParallelConfig
+    >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> config = TrainConfig(model=model, micro_batch_size=2, global_batch_size=16, train_iters=9)
+    >>> resume_problems(config, attrs.evolve(config, parallel=ParallelConfig(tp=2)), 4)
+    ()
+    >>> print(*resume_problems(config, attrs.evolve(config, seed=7), 4))
+    seed = 7: the checkpoint was written with 1234; set that, or start anew in another checkpoint.directory
+    """
+    before, now = ({path: value for path, value, _ in leaves(one)} for one in (saved, config))
+    problems = [Problem(path, now[path], f"the checkpoint was written with {before[path]!r}; set that, or start anew in another checkpoint.directory")
+                for path in now if path in before and _fixed(path) and now[path] != before[path]]
+    if iteration > config.iterations:
+        problems.append(_length(config, iteration))
+    return tuple(problems)
+
+
+def _fixed(path: str) -> bool:
+    return path in FIXED and path != "model" or path.startswith("model.")
+
+
+def _length(config: TrainConfig, iteration: int) -> Problem:
+    field: str = "train_iters" if config.train_iters is not None else "train_samples"
+    value: Any = getattr(config, field)
+    least = iteration * (1 if field == "train_iters" else config.global_batch_size)
+    return Problem(field, value, f"the checkpoint stands at iteration {iteration}; give {least} or more")
