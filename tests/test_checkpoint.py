@@ -151,7 +151,7 @@ def text_config(directory=None, **changes):
     """Dropout, real text; saves every other iteration."""
     config = tiny(**dict(steps=7, vocab_size=256, hidden_dropout=0.1, global_batch_size=8, warmup_iters=1, eval_iters=0) | changes)
     return attrs.evolve(config, data=mf.DataConfig(train=mf.demo_text(), sampler="cyclic"), log=mf.LogConfig(progress=False),
-                        checkpoint=mf.CheckpointConfig(directory=str(directory), interval=2, keep_last=None) if directory else mf.CheckpointConfig())
+                        checkpoint=mf.CheckpointConfig(directory=str(directory), interval=2, keep_last=0) if directory else mf.CheckpointConfig())
 
 
 def same(one, other):

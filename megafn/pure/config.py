@@ -185,7 +185,7 @@ class CheckpointConfig:
 
     directory: str | None = None               # one for each run, shared by all hosts
     interval: int | None = None                # iterations between checkpoints; None: only after the last one, and on a signal
-    keep_last: int | None = 2                  # how many of the newest are kept; None: all
+    keep_last: int = 2                         # how many of the newest are kept; 0: all
     keep_every: int | None = None              # those of every so many iterations are kept for ever
     resume: bool = True                        # go on from the newest; False: a directory that holds checkpoints is refused
     asynchronous: bool = False                 # copied at once, written by a thread while training goes on

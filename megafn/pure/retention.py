@@ -4,13 +4,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def kept(iterations: Iterable[int], *, keep_last: int | None, keep_every: int | None) -> frozenset[int]:
-    """Of the iterations that have a complete checkpoint, those to keep: the last `keep_last` (None: all of them), and every
+def kept(iterations: Iterable[int], *, keep_last: int, keep_every: int | None) -> frozenset[int]:
+    """Of the iterations that have a complete checkpoint, those to keep: the last `keep_last` (0: all of them), and every
     multiple of `keep_every`. The newest is always among them.
 
     >>> sorted(kept([10, 20, 30, 40, 50], keep_last=2, keep_every=20))
     [20, 40, 50]
     """
     ordered = sorted(iterations)
-    last = ordered if keep_last is None else ordered[-max(1, keep_last):]
-    return frozenset(last) | {at for at in ordered if keep_every is not None and at % keep_every == 0}
+    return frozenset(ordered[-keep_last:]) | {at for at in ordered if keep_every is not None and at % keep_every == 0}

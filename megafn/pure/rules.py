@@ -44,10 +44,10 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("model.num_layers model.hidden_size model.num_attention_heads model.seq_length model.vocab_size model.num_query_groups "
      "model.kv_channels model.ffn_hidden_size model.max_position_embeddings parallel.tp parallel.pp parallel.vpp parallel.cp "
      "parallel.ep parallel.num_layers_in_first_pipeline_stage parallel.num_layers_in_last_pipeline_stage recompute.num_layers "
-     "precision.loss_scale_window precision.hysteresis log.interval checkpoint.interval checkpoint.keep_last checkpoint.keep_every micro_batch_size global_batch_size train_iters "
+     "precision.loss_scale_window precision.hysteresis log.interval checkpoint.interval checkpoint.keep_every micro_batch_size global_batch_size train_iters "
      "train_samples eval_interval world_size", lambda value: value >= 1, "give 1 or more"),
     ("schedule.decay_iters schedule.decay_samples schedule.warmup_iters schedule.warmup_samples schedule.wsd_decay_iters "
-     "schedule.wsd_decay_samples data.prefetch eval_iters", lambda value: value >= 0, "give 0 or more"),
+     "schedule.wsd_decay_samples data.prefetch checkpoint.keep_last eval_iters", lambda value: value >= 0, "give 0 or more"),
     ("model.rotary_base model.norm_epsilon optimizer.eps log.peak_tflops precision.initial_loss_scale precision.min_loss_scale "
      "timeout_seconds", lambda value: 0 < value < inf, "give a finite number above 0"),
     ("consumed_samples", lambda samples: min(samples) >= 0, "give three numbers, 0 or more: of train, valid and test"),

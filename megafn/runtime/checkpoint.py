@@ -42,6 +42,7 @@ from megafn import __version__
 from megafn.pure.boxes import overlap
 from megafn.pure.dicts import from_dict, refusal, savable, to_dict
 from megafn.pure.resume import resume_problems
+from megafn.pure.writers import share_out
 from megafn.runtime.durable import SUMS, CheckpointError, damage, publish, read_sums, sync_folder, write, write_tensors
 from megafn.runtime.groups import ProcessGroups
 from megafn.runtime.pieces import check_buffers, fill, optimizer_step, pieces
@@ -167,7 +168,7 @@ def _key(tensor: str, offset: tuple[int, ...]) -> str:
 
 
 def _plan(state: State) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What this rank writes, and the manifest. Of equal boxes one rank writes one: the one with the least to write so far."""
+    """What this rank writes, and the manifest."""
     pg, found = state.pg, {}
     for piece in pieces(state):
         found.setdefault(_key(piece.tensor, piece.box[0]), piece)
@@ -176,26 +177,9 @@ def _plan(state: State) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if len(set(steps) - {None}) > 1:
         raise RuntimeError(f"optimizer steps by rank = {steps}: one number was expected")
 
-    first, holders, shapes = {}, {}, {}
-    for stage, pieces_there in zip(stages, listings):         # a table that several stages hold is the first one's
-        for tensor, *_ in pieces_there:
-            first[tensor] = min(first.get(tensor, stage), stage)
-    for rank, (stage, pieces_there) in enumerate(zip(stages, listings)):
-        for tensor, shape, box, size in pieces_there:
-            if stage == first[tensor]:
-                shapes[tensor] = shape
-                holders.setdefault((tensor, box), ([], size))[0].append(rank)
-    load, tensors, mine = [0] * pg.world_size, {name: {"shape": shape, "pieces": []} for name, shape in shapes.items()}, {}
-    for (tensor, box), (ranks, size) in holders.items():
-        writer = min(ranks, key=load.__getitem__)
-        load[writer] += size
-        tensors[tensor]["pieces"].append([_file(writer), *box])
-        if writer == pg.rank:
-            mine[_key(tensor, box[0])] = found[_key(tensor, box[0])].view
-    for name, tensor in tensors.items():
-        covered = sum(prod(size) for _, _, size in tensor["pieces"])
-        if covered != prod(tensor["shape"]):
-            raise RuntimeError(f"{name}: its pieces have {covered} elements and the whole {prod(tensor['shape'])}; nothing is saved")
+    shared = share_out(list(zip(stages, listings)))
+    tensors = {name: {"shape": shape, "pieces": [[_file(writer), *box] for box, writer in written]} for name, (shape, written) in shared.items()}
+    mine = {_key(name, box[0]): found[_key(name, box[0])].view for name, (_, written) in shared.items() for box, writer in written if writer == pg.rank}
     scaler = next((part.grad_scaler for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer])
                    if getattr(part, "grad_scaler", None)), None)
     return mine, {

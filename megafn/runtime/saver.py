@@ -188,7 +188,7 @@ def _set_aside(path: Path) -> None:
     path.rename(path.with_name(f"damaged-{number}-{path.name}"))
 
 
-def _forget(directory: Path, keep_last: int | None, keep_every: int | None) -> None:
+def _forget(directory: Path, keep_last: int, keep_every: int | None) -> None:
     """Delete the checkpoints that are not to be kept; each loses its name first, so that half of one never passes for a whole one."""
     found = checkpoints(directory)
     for iteration in found.keys() - kept(found, keep_last=keep_last, keep_every=keep_every):

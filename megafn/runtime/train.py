@@ -203,15 +203,17 @@ def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid
     return state
 
 
-def train(config: TrainConfig, *, step: Step | None = None, model: Callable | None = None, batches: Iterable[Any] | None = None,
+def train(config: TrainConfig, *, step: Step | None = None, model: Callable | None = None, batches: Iterable[Any] | Callable | None = None,
           valid_batches: Iterable[Any] | None = None, on_metrics: Sequence[Callable[[Metrics], Any]] = ()) -> State:
-    """Train a config from start to end; returns the last state. Run it under torchrun, or as one plain process.
+    """Train a config from start to end, or from its newest checkpoint on; returns the last state. Run it under torchrun, or as one plain process.
 
     step: the family's three functions, or your own. model: a function that builds one model chunk, see `setup`.
     Where they are None, config.step_function and config.model_function come before the built-in ones.
-    batches: raw micro-batches of this rank's data-parallel position, as a DataLoader gives them (instead of config.data);
+    batches: raw micro-batches of this rank's data-parallel position, as a DataLoader gives them (instead of config.data). A run
+    that goes on from a checkpoint drops as many as it had read; a function (consumed_samples) -> iterable starts there itself.
     valid_batches: likewise, iterated anew for each evaluation. on_metrics: called with the `Metrics` of every iteration,
-    on every rank. Raises ConfigError with every problem of the config before any process group or file exists.
+    on every rank. Under config.checkpoint the run is saved; on SIGTERM or SIGUSR1 it is saved and SystemExit(0) raised.
+    Raises ConfigError with every problem of the config before any process group or file exists.
     """
     world = world_size()
     check(config, world, cuda=cpu.device().type == "cuda")
