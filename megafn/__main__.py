@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("prefix", help="where to write: folder/name gives folder/name_train.bin, .idx and so on")
     command.add_argument("--tokenizer", default="bytes", help="bytes, or a tokenizer.json")
     command.add_argument("--split", default="949,50,1", help="weights of train, valid and test; every document is cut")
+    command.add_argument("--split-sentences", action="store_true", help="each sentence a sequence of its document, for BERT and T5")
     command = commands.add_parser("demo", help="train a small GPT on English prose: torchrun --nproc-per-node 4 -m megafn demo")
     command.add_argument("--folder", default="runs/demo", help="where the logs and the picture go")
     command.add_argument("--iterations", type=int, default=240)
@@ -66,7 +67,8 @@ def _data(arguments) -> int:
         split = tuple(float(weight) for weight in arguments.split.split(","))
     except ValueError:
         raise ValueError(f"--split = {arguments.split!r}: three numbers are wanted, such as 949,50,1.") from None
-    for prefix in mf.index_text(arguments.text, arguments.prefix, tokenizer=arguments.tokenizer, split=split).values():
+    for prefix in mf.index_text(arguments.text, arguments.prefix, tokenizer=arguments.tokenizer, split=split,
+                                split_sentences=arguments.split_sentences).values():
         print(prefix)
     return 0
 

@@ -277,10 +277,13 @@ def test_a_model_is_read_by_its_config_and_what_head_it_has():
         config = SimpleNamespace(model_type="megatron-bert", num_hidden_layers=1, hidden_size=8, num_attention_heads=1, intermediate_size=8, vocab_size=8,
                                  max_position_embeddings=8, num_labels=1, type_vocab_size=2)
 
-    known = attrs.fields_dict(ModelConfig)
-    if "num_labels" in known:
-        found = model_fields(MegatronBertForSequenceClassification())
-        assert found["model.num_labels"] == 1 and found["model.problem_type"] == "regression" and found["model.num_tokentypes"] == 2
+    found = model_fields(MegatronBertForSequenceClassification())
+    assert found["model.num_labels"] == 1 and found["model.problem_type"] is None and found["model.num_tokentypes"] == 2
+    MegatronBertForSequenceClassification.__name__ = "MegatronBertForPreTraining"
+    assert model_fields(MegatronBertForSequenceClassification())["model.bert_binary_head"] is True
+    MegatronBertForSequenceClassification.__name__ = "MegatronBertForTokenClassification"
+    with pytest.raises(ConfigError, match="^model = 'MegatronBertForTokenClassification': this head is not built; give MegatronBertForMaskedLM, "):
+        model_fields(MegatronBertForSequenceClassification())
     mine = ModelConfig(num_layers=8, hidden_size=64, num_attention_heads=4, seq_length=16)
     assert made(model=mine).model == mine
     with pytest.raises(ConfigError, match="^model.n_layer = None: a gpt2 config has it"):

@@ -78,7 +78,18 @@ def test_a_value_of_a_wrong_type_is_the_first_problem_and_spoils_no_other_field(
 # It tells what is wrong, all of it, and nothing else
 
 BAD = [      # changes of CONFIG, and the fields that are blamed on 8 processes; those of one change alone
-    ({"model.family": "GTP"}, "model.family"), ({"model.family": "bert"}, "model.family"), ({"model.family": "t5"}, "model.family"),
+    ({"model.family": "GTP"}, "model.family"), ({"model.family": "t5"}, "model.family"),
+    ({"model.num_tokentypes": 2}, "model.num_tokentypes"), ({"model.bert_binary_head": True}, "model.bert_binary_head"),
+    ({"model.num_labels": 2}, "model.num_labels"), ({"model.problem_type": "regression"}, "model.problem_type"),
+    ({"data.mask_prob": 0.2}, "data.mask_prob"), ({"data.short_seq_prob": 0.0}, "data.short_seq_prob"),
+    ({"model.family": "bert", "model.num_labels": 0, "data": None}, "model.num_labels"),
+    ({"model.family": "bert", "model.num_labels": 2, "model.bert_binary_head": True, "data": None}, "model.bert_binary_head"),
+    ({"model.family": "bert", "model.problem_type": "regression", "data": None}, "model.problem_type"),
+    ({"model.family": "bert", "model.num_labels": 1, "model.problem_type": "single_label_classification", "data": None}, "model.problem_type"),
+    ({"model.family": "bert", "model.num_labels": 2, "model.problem_type": "regressive", "data": None}, "model.problem_type"),
+    ({"model.family": "bert", "model.num_labels": 2, "model.tie_word_embeddings": False, "data": None}, "model.tie_word_embeddings"),
+    ({"model.family": "bert", "model.num_labels": 2}, "data"), ({"model.family": "bert", "data.eod_mask_loss": True}, "data.eod_mask_loss"),
+    ({"model.family": "bert", "data.mask_prob": 1.0}, "data.mask_prob"), ({"model.family": "bert", "data.short_seq_prob": 1.1}, "data.short_seq_prob"),
     ({"model.num_layers": 7}, "model.num_layers"),
     ({"model.num_attention_heads": 1}, "model.num_attention_heads"),
     ({"model.num_attention_heads": 6}, "model.hidden_size"),
@@ -226,15 +237,15 @@ def test_a_choice_that_is_none_is_answered_with_the_nearest():
     told = {path: validate(changed(CONFIG, {path: value}), 8)[0].remedy for path, value in {
         "model.family": "GTP", "model.activation": "swigloo", "schedule.decay": "inverse_square_root",
         "precision.dtype": "bfloat16"}.items()}
-    assert told["model.family"] == 'choose one of gpt; did you mean "gpt"?'
+    assert told["model.family"] == 'choose one of gpt, bert; did you mean "gpt"?'
     assert told["model.activation"] == 'choose one of gelu, gelu_tanh, relu, swiglu, geglu; did you mean "swiglu"?'
     assert told["schedule.decay"].endswith('; did you mean "inverse-square-root"?')
     assert told["precision.dtype"].endswith('; did you mean "bf16"?')
 
 
 def test_a_family_that_is_known_but_not_built_is_said_to_be_so():
-    assert [str(problem) for problem in validate(changed(CONFIG, {"model.family": "bert"}), 8)] == \
-        ["model.family = 'bert': this family is not built yet; choose one of gpt"]
+    assert [str(problem) for problem in validate(changed(CONFIG, {"model.family": "t5"}), 8)] == \
+        ["model.family = 't5': this family is not built yet; choose one of gpt, bert"]
 
 
 def test_the_number_that_is_asked_for_is_accepted():

@@ -50,6 +50,11 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init_method_std: float = 0.02
+    # BERT's alone.
+    num_tokentypes: int = 0                    # rows of the token type table, 2 for pairs of sentences; 0: none
+    bert_binary_head: bool = False             # the order of two sentences is predicted too
+    num_labels: int | None = None              # fine-tuning: a head of so many labels stands in place of the masked-token head
+    problem_type: str | None = None            # "single_label_classification", "multi_label_classification", "regression"; None: by labels
 
     @property
     def ffn_size(self) -> int:
@@ -163,6 +168,8 @@ class DataConfig:
     reset_position_ids: bool = False           # positions start anew behind each end of document
     reset_attention_mask: bool = False         # no attention across an end of document
     eod_mask_loss: bool = False                # no loss at an end of document
+    mask_prob: float = 0.15                    # BERT and T5: share of the tokens that are to be predicted
+    short_seq_prob: float = 0.1                # BERT and T5: share of the samples that are meant to be shorter than seq_length
     cache: str | None = None                   # folder of the indexed form of texts; None: the user's cache folder
     prefetch: int = 2                          # global batches read ahead by a thread; 0: none
 

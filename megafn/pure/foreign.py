@@ -100,10 +100,10 @@ def _megatron_bert(read: Callable, refuse_unless: Callable, head: str) -> dict[s
                  activation=_activation(read("hidden_act", "gelu")), norm_epsilon=read("layer_norm_eps", 1e-12),
                  hidden_dropout=read("hidden_dropout_prob", 0.1), attention_dropout=read("attention_probs_dropout_prob", 0.1),
                  init_method_std=read("initializer_range", 0.02), bert_binary_head=head.endswith("ForPreTraining"))
+    if head not in ("", "MegatronBertModel") and not head.endswith(("ForMaskedLM", "ForPreTraining", "ForSequenceClassification")):
+        raise refusal([Problem("model", head, "this head is not built; give MegatronBertForMaskedLM, ForPreTraining or ForSequenceClassification")])
     if head.endswith("ForSequenceClassification"):
-        labels = read("num_labels", 2)
-        kind = read("problem_type", None) or ("regression" if labels == 1 else "single_label_classification")
-        found |= dict(num_labels=labels, problem_type=kind)
+        found |= dict(num_labels=read("num_labels", 2), problem_type=read("problem_type", None))
     else:
         found["tie_word_embeddings"] = read("tie_word_embeddings", True)
     return found

@@ -24,9 +24,10 @@ def _swiglu(value: Any) -> str:
 
 _STRAIGHT = {
     "model": "ffn_hidden_size kv_channels num_query_groups max_position_embeddings rotary_base rotary_percent qk_layernorm "
-             "add_bias_linear add_qkv_bias hidden_dropout attention_dropout init_method_std normalization norm_epsilon",
+             "add_bias_linear add_qkv_bias hidden_dropout attention_dropout init_method_std normalization norm_epsilon "
+             "bert_binary_head num_tokentypes num_labels",
     "precision": "initial_loss_scale min_loss_scale loss_scale_window hysteresis",
-    "data": "reset_position_ids reset_attention_mask eod_mask_loss",
+    "data": "reset_position_ids reset_attention_mask eod_mask_loss mask_prob short_seq_prob",
     "": "seed",
 }
 

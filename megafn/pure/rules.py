@@ -13,13 +13,14 @@ from megafn.pure.dicts import nearest
 from megafn.pure.layout import AXES
 from megafn.pure.schedule import DECAYS, WEIGHT_DECAY_INCR_STYLES, WSD_DECAY_STYLES
 
-FAMILIES = {"gpt": True, "bert": False, "t5": False}            # whether it is built
+FAMILIES = {"gpt": True, "bert": True, "t5": False}            # whether it is built
 
 # What a string may be.
 CHOICES = {
     "model.position_embedding": ("learned_absolute", "rope", "none"),
     "model.activation": ("gelu", "gelu_tanh", "relu", "swiglu", "geglu"),
     "model.normalization": ("LayerNorm", "RMSNorm"),
+    "model.problem_type": ("single_label_classification", "multi_label_classification", "regression"),
     "recompute.granularity": ("selective", "full"),
     "recompute.method": ("uniform", "block"),
     "precision.dtype": ("fp32", "bf16", "fp16"),
@@ -42,12 +43,12 @@ def _sources(sources: Any) -> bool:
 # (fields, whether a value is fine, remedy)
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("model.num_layers model.hidden_size model.num_attention_heads model.seq_length model.vocab_size model.num_query_groups "
-     "model.kv_channels model.ffn_hidden_size model.max_position_embeddings parallel.tp parallel.pp parallel.vpp parallel.cp "
+     "model.kv_channels model.ffn_hidden_size model.max_position_embeddings model.num_labels parallel.tp parallel.pp parallel.vpp parallel.cp "
      "parallel.ep parallel.num_layers_in_first_pipeline_stage parallel.num_layers_in_last_pipeline_stage recompute.num_layers "
      "precision.loss_scale_window precision.hysteresis log.interval checkpoint.interval checkpoint.keep_every micro_batch_size global_batch_size train_iters "
      "train_samples eval_interval world_size", lambda value: value >= 1, "give 1 or more"),
     ("schedule.decay_iters schedule.decay_samples schedule.warmup_iters schedule.warmup_samples schedule.wsd_decay_iters "
-     "schedule.wsd_decay_samples data.prefetch checkpoint.keep_last eval_iters", lambda value: value >= 0, "give 0 or more"),
+     "schedule.wsd_decay_samples data.prefetch checkpoint.keep_last eval_iters model.num_tokentypes", lambda value: value >= 0, "give 0 or more"),
     ("model.rotary_base model.norm_epsilon optimizer.eps log.peak_tflops precision.initial_loss_scale precision.min_loss_scale "
      "timeout_seconds", lambda value: 0 < value < inf, "give a finite number above 0"),
     ("consumed_samples", lambda samples: min(samples) >= 0, "give three numbers, 0 or more: of train, valid and test"),
@@ -55,6 +56,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      "schedule.start_weight_decay schedule.end_weight_decay", lambda value: 0 <= value < inf, "give a finite number, 0 or more"),
     ("model.hidden_dropout model.attention_dropout optimizer.beta1 optimizer.beta2 optimizer.momentum schedule.warmup_fraction",
      lambda value: 0 <= value < 1, "give 0 or more, and less than 1"),
+    ("data.mask_prob", lambda value: 0 < value < 1, "give more than 0 and less than 1"),
+    ("data.short_seq_prob", lambda value: 0 <= value <= 1, "give 0 to 1"),
     ("model.rotary_percent", lambda value: 0 < value <= 1, "give more than 0, and 1 at most"),
     ("seed", lambda value: 0 <= value < 2**32, "give 0 to 2**32 - 1, the seeds that numpy takes"),
     ("data.train data.valid data.test", _sources, "name at least one source, none of them empty, each weight finite and above 0"),
@@ -66,6 +69,9 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 # (fields, the one that decides whether they are read, its values for which they are); else they must be as by default.
 DEAD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("model.rotary_base model.rotary_percent", "model.position_embedding", ("rope",)),
+    ("model.num_tokentypes model.bert_binary_head model.num_labels model.problem_type", "model.family", ("bert",)),
+    ("data.mask_prob data.short_seq_prob", "model.family", ("bert", "t5")),
+    ("data.reset_position_ids data.reset_attention_mask data.eod_mask_loss", "model.family", ("gpt",)),
     ("data.reset_position_ids", "model.position_embedding", ("learned_absolute",)),
     ("optimizer.beta1 optimizer.beta2 optimizer.eps", "optimizer.name", ("adam",)),
     ("optimizer.momentum", "optimizer.name", ("sgd",)),
@@ -132,6 +138,13 @@ def _sequence(length: int, tp: int, cp: int, sequence_parallel: bool) -> str | N
         return f"{' and '.join(over)} cut it; choose a multiple of {share}"
 
 
+def _problem_type(kind: str | None, labels: int | None, family: str) -> str | None:
+    if family == "bert" and kind is not None and labels is None:
+        return "it says what num_labels mean; give num_labels or leave it out"
+    if family == "bert" and kind == "single_label_classification" and labels == 1:
+        return "one label alone is no choice; raise num_labels, or choose regression or multi_label_classification"
+
+
 def _order(order: str, tp: int, pp: int, cp: int, ep: int, world_size: int) -> str | None:
     """As `build_groups`: each axis once; one of size 1 may be left out."""
     sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "dp": world_size // (tp * pp * cp)}
@@ -196,6 +209,15 @@ RULES: tuple[tuple[str, Callable[..., Any]], ...] = (
      embedding == "learned_absolute" and rows and rows < length and f"it must reach seq_length = {length}; raise it or shorten that"),
     ("model.position_embedding model.hidden_size model.num_attention_heads model.kv_channels", _even_head),
     ("model.rotary_percent model.position_embedding model.hidden_size model.num_attention_heads model.kv_channels", _rotary_percent),
+    ("model.bert_binary_head model.num_labels", lambda binary, labels: binary and labels is not None and
+     f"the head of num_labels = {labels} stands in its place; leave one of the two out"),
+    ("model.problem_type model.num_labels model.family", _problem_type),
+    ("model.tie_word_embeddings model.num_labels", lambda tied, labels: not tied and labels is not None and
+     f"the head of num_labels = {labels} stands in place of the output layer; leave it out"),
+    ("model.seq_length model.family data", lambda length, family, data: family == "bert" and data is not None and length < 8 and
+     "three tokens of it mark the two sentences; give 8 or more"),
+    ("data model.num_labels model.family", lambda data, labels, family: family == "bert" and data is not None and labels is not None and
+     "corpora have no labels for num_labels; leave it out and pass batches"),
     ("global_batch_size micro_batch_size world_size parallel.tp parallel.pp parallel.cp parallel.vpp", _batch),
     ("train_samples global_batch_size", lambda samples, batch: samples and samples < batch and
      f"it does not fill one global batch; give global_batch_size = {batch} or more"),

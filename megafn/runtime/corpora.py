@@ -18,7 +18,8 @@ from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.utils import Split
 
 from megafn.pure.config import ConfigError, TrainConfig
-from megafn.runtime.text import PARTS, indexed_text
+from megafn.runtime.masked import bert_data, sentences_wanted
+from megafn.runtime.text import LONG_SENTENCE, PARTS, indexed_text
 from megafn.runtime.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -49,7 +50,7 @@ def gpt_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
         path_to_cache="")
 
 
-_FAMILIES: dict[str, Callable[[TrainConfig, Tokenizer], tuple[type, Any]]] = {"gpt": gpt_data}
+_FAMILIES: dict[str, Callable[[TrainConfig, Tokenizer], tuple[type, Any]]] = {"gpt": gpt_data, "bert": bert_data}
 
 
 def corpora(config: TrainConfig, split: str = "train", *, tokenizer: Tokenizer | None = None) -> tuple[Corpus, ...]:
@@ -86,7 +87,7 @@ def corpora(config: TrainConfig, split: str = "train", *, tokenizer: Tokenizer |
 
 def _corpus(config: TrainConfig, tokenizer: Tokenizer, split: str, field: str, source: str, weight: float | None,
             weights: list[float], part: int) -> Corpus:
-    data, ends, total = config.data, (0.0, 1.0), math.fsum(weights)
+    data, ends, total, sentences = config.data, (0.0, 1.0), math.fsum(weights), sentences_wanted(config.model)
     if os.path.exists(f"{source}.idx") or os.path.exists(f"{source}.bin"):
         prefix, ends = source, (math.fsum(weights[:part]) / total, math.fsum(weights[:part + 1]) / total)
     elif not os.path.isfile(source):
@@ -95,26 +96,36 @@ def _corpus(config: TrainConfig, tokenizer: Tokenizer, split: str, field: str, s
     elif source.endswith((".idx", ".bin")):
         raise ConfigError(f"{field} = {source!r} is a file of an indexed dataset; give the prefix, {source[:-4]!r}")
     else:
-        made = indexed_text(source, tokenizer=tokenizer, split=weights, cache=data.cache)
+        made = indexed_text(source, tokenizer=tokenizer, split=weights, cache=data.cache, split_sentences=sentences > 0)
         if PARTS[part] not in made:
             raise ConfigError(f"{field} = {source!r}: too short to give {split} any text; give more, or change "
                               f"data.split = {data.split}")
         prefix = made[PARTS[part]]
-    lengths, last_token = _read_index(prefix, field)
+    lengths, documents, last_token = _read_index(prefix, field)
     marked = data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss
     if prefix == source and marked and last_token != tokenizer.eod:
         raise ConfigError(f"{field} = {source!r}: documents end with id {last_token}, but data.tokenizer = {data.tokenizer!r} "
                           f"ends them with {tokenizer.eod}, where resets and masks are wanted; name the tokenizer that made it")
+    if sentences:
+        def per_document(values: np.ndarray) -> np.ndarray:
+            return np.diff(np.concatenate(([0], np.cumsum(values, dtype=np.int64)))[documents])
+
+        count, long = np.diff(documents), per_document(lengths > LONG_SENTENCE)
+        lengths = np.where((count >= sentences) & ((count == 1) | (long == 0)), per_document(lengths), 0)
     begin, end = (int(round(at * float(len(lengths)))) for at in ends)
     tokens, wanted = int(lengths[begin:end].sum(dtype=np.int64)), config.model.seq_length + 1
-    if tokens < wanted:         # megatron-core would repeat them, or never end where there are none
+    if sentences and not tokens:        # megatron-core would look for a sample without end
+        raise ConfigError(f"{field} = {source!r}: no document for {split} has {sentences} sentence{'s' * (sentences > 1)} or more, each of "
+                          f"{LONG_SENTENCE} tokens at most; give more text, or write it again with split_sentences (--split-sentences)")
+    if not sentences and tokens < wanted:         # megatron-core would repeat them, or never end where there are none
         raise ConfigError(f"{field} = {source!r}: {tokens} tokens for {split}, less than one sequence, model.seq_length + 1 = "
                           f"{wanted}; give more text, another data.split than {data.split}, or a smaller seq_length")
     return Corpus(source=source, prefix=prefix, weight=weight, begin=begin, end=end, tokens=tokens)
 
 
-def _read_index(prefix: str, field: str) -> tuple[np.ndarray, int]:
-    """Lengths of the sequences of an indexed dataset, int32 [n], and its last token; ConfigError where the files don't fit."""
+def _read_index(prefix: str, field: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Lengths of the sequences of an indexed dataset, int32 [n], where each document begins and the last ends, int64, and its
+    last token; ConfigError where the files don't fit."""
     def refuse(what: str) -> ConfigError:
         return ConfigError(f"{field}: {prefix}{what}; write it again (where it lies in the cache folder: remove its folder)")
 
@@ -142,7 +153,7 @@ def _read_index(prefix: str, field: str) -> tuple[np.ndarray, int]:
         raise refuse(".bin is empty")
     with open(prefix + ".bin", "rb") as file:
         file.seek(-dtype.itemsize, os.SEEK_END)
-        return lengths, int(np.fromfile(file, dtype, 1)[0])
+        return lengths, ends, int(np.fromfile(file, dtype, 1)[0])
 
 
 def build_dataset(config: TrainConfig, split: str = "train") -> torch.utils.data.Dataset:

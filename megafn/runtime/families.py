@@ -4,6 +4,7 @@ from __future__ import annotations
 from attrs import frozen
 
 from megafn.pure.config import ConfigError, TrainConfig
+from megafn.runtime.bert import BertStage, bert_batch, bert_forward, bert_loss, bert_whole
 from megafn.runtime.groups import ProcessGroups
 from megafn.runtime.layers import transformer_config
 from megafn.runtime.losses import token_loss
@@ -20,7 +21,10 @@ class Family:
     stage: type[Stage]
 
 
-FAMILIES = {"gpt": Family(step=Step(batch=gpt_batch, forward=gpt_forward, loss=token_loss), stage=Stage)}
+FAMILIES = {
+    "gpt": Family(step=Step(batch=gpt_batch, forward=gpt_forward, loss=token_loss), stage=Stage),
+    "bert": Family(step=Step(batch=bert_batch, forward=bert_forward, loss=bert_loss, whole=bert_whole), stage=BertStage),
+}
 
 
 def _family(name: str) -> Family:

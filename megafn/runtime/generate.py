@@ -1,45 +1,57 @@
 """Text out of a state: logits of whole sequences on every rank, in any layout, and sampling from them."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from megafn.runtime.families import step_fn
 from megafn.runtime.gathering import whole_logits
 from megafn.runtime.groups import megatron
 from megafn.runtime.passes import cut_sequence, run_schedule
-from megafn.runtime.steps import check_ids, gpt_forward
+from megafn.runtime.steps import check_ids
 from megafn.runtime.train import State
 
 
 @torch.no_grad()
-def logits(state: State, tokens: torch.Tensor) -> torch.Tensor:
+def logits(state: State, tokens: torch.Tensor) -> Any:
     """Logits [batch, sequence, vocabulary] of tokens [batch, sequence], the same on every rank, whatever the layout.
 
-    Gathered over tensor and context parallel and sent to every pipeline stage. Every rank gives the same tokens.
+    Of the family's model: the next token's for GPT; for BERT each token's own (with the binary head a tuple, logits of the
+    order [batch, 2] second), or those of labels [batch, num_labels]. Gathered over tensor and context parallel and sent to
+    every pipeline stage. Every rank gives the same tokens.
     Raises ValueError where an id lies outside the vocabulary or the sequence is longer than a learned position table.
     """
     config, pg, parallel = state.config, state.pg, state.config.parallel
-    length = tokens.size(1)
+    length, step = tokens.size(1), step_fn(config.model.family)
     check_ids("tokens", tokens, config.model.vocab_size)
     unit = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sequence_parallel else 1)
-    tokens = torch.nn.functional.pad(tokens.to(pg.device), (0, -length % unit))       # causal: what is behind is not seen
-    micro_batch = cut_sequence({"tokens": tokens}, pg)
+    raw = {"input_ids": torch.nn.functional.pad(tokens, (0, -length % unit))}
+    if length % unit:
+        raw["attention_mask"] = (torch.arange(raw["input_ids"].size(1)) < length).long().expand_as(raw["input_ids"])
+    micro_batch = cut_sequence(step.batch(raw, config, pg), pg)
     micro_batches = [micro_batch] * (parallel.pp if parallel.vpp > 1 else 1)          # interleaving wants a multiple of pp
     modes = [chunk.training for chunk in state.chunks]
     with megatron(pg, config.seed, "logits"):
         for chunk in state.chunks:
             chunk.eval()
-        found = run_schedule(state.chunks, micro_batches, gpt_forward, lambda _, output, non_loss_data: output, pg, forward_only=True, collect=True)
+        found = run_schedule(state.chunks, micro_batches, step.forward, lambda _, output, non_loss_data: output, pg, forward_only=True, collect=True)
         for chunk, mode in zip(state.chunks, modes):
             chunk.train(mode)
-    return whole_logits(found[:1], config, pg, every_stage=True)[0][:, :length]
+    whole = whole_logits(found[:1], config, pg, every_stage=True)[0]
+    first, *others = whole if isinstance(whole, tuple) else (whole,)
+    first = first[:, :length] if first.dim() == 3 else first
+    return (first, *others) if others else first
 
 
 def generate(state: State, tokens: torch.Tensor, *, count: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0) -> torch.Tensor:
     """tokens [batch, sequence] and `count` more of each, sampled one by one; temperature 0 takes the likeliest.
 
     The model sees the last `seq_length` tokens. The draw is a function of (seed, tokens), so every rank gets the same.
-    Raises ValueError for an empty prompt, a negative temperature or top_k below 1.
+    Raises ValueError for an empty prompt, a negative temperature, top_k below 1, and a family that predicts no next token.
     """
+    if state.config.model.family != "gpt":
+        raise ValueError(f"model.family = {state.config.model.family!r}: it predicts no next token; ask megafn.logits for what it predicts.")
     if tokens.dim() != 2 or tokens.size(1) == 0:
         raise ValueError(f"tokens of shape {list(tokens.shape)}: at least one token of each sequence is wanted, [batch, sequence].")
     if temperature < 0 or top_k is not None and top_k < 1:

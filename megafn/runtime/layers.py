@@ -177,21 +177,25 @@ class RowLinear(_BiasInside, RowParallelLinear):
     pass
 
 
-def block_spec(config: TrainConfig, mcore: TransformerConfig, pg: ProcessGroups, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Which modules megatron-core builds a stage's block of: causal self-attention and MLP, norms before each."""
+def layer_spec(config: TrainConfig, pg: ProcessGroups, mask: AttnMaskType) -> ModuleSpec:
+    """Which modules megatron-core builds a layer of: self-attention and MLP, a norm before each."""
     norm_of_heads = Norm if config.model.qk_layernorm else None
-    layer = ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
+    return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
         input_layernorm=Norm,
         self_attention=ModuleSpec(
-            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal},
+            module=SelfAttention, params={"attn_mask_type": mask},
             submodules=SelfAttentionSubmodules(linear_qkv=ColumnLinear, core_attention=Attention, linear_proj=RowLinear,
                                                q_layernorm=norm_of_heads, k_layernorm=norm_of_heads)),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=Norm,
         mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
         mlp_bda=get_bias_dropout_add))
+
+
+def block_spec(config: TrainConfig, mcore: TransformerConfig, pg: ProcessGroups, vp_stage: int | None, mask: AttnMaskType) -> TransformerBlockSubmodules:
+    """Which layers megatron-core builds a stage's block of, and its last norm."""
     count = get_num_layers_to_build(mcore, vp_stage=vp_stage, pp_rank=pg.place.pp)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(config, pg, mask)] * count, layer_norm=Norm)
 
 
 def check_parallel_layers(module: torch.nn.Module, pg: ProcessGroups) -> None:

@@ -8,6 +8,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megafn.pure.config import TrainConfig, padded_vocab_size
@@ -39,7 +40,10 @@ class Stage(LanguageModule):
 
     tokens, position_ids [batch, sequence / cp] -> logits [sequence / cp, batch, padded vocabulary / tp] on the last
     stage, the hidden state elsewhere. attention_mask: bool [batch or 1, 1, sequence / cp or 1, sequence], True = hidden.
+    A family that differs changes the block's name in the whole model, its mask, or what stands behind it.
     """
+
+    block, mask = "decoder", AttnMaskType.causal
 
     def __init__(self, config: TrainConfig, mcore: TransformerConfig, pg: ProcessGroups, *,
                  pre_process: bool, post_process: bool, vp_stage: int | None):
@@ -47,32 +51,44 @@ class Stage(LanguageModule):
         model, tp = config.model, config.parallel.tp
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
-        self.share_embeddings_and_output_weights = model.tie_word_embeddings
+        self.share_embeddings_and_output_weights = model.tie_word_embeddings and model.num_labels is None
         self.place, self.position_rows = pg.place, model.position_rows if model.position_embedding == "learned_absolute" else None
-        vocabulary = padded_vocab_size(model.vocab_size, tp)
+        self.vocabulary = vocabulary = padded_vocab_size(model.vocab_size, tp)
         here = min(max(model.vocab_size - pg.place.tp * (vocabulary // tp), 0), vocabulary // tp)
         self.padding = vocabulary // tp - here               # columns of this tp rank that are no token
         if pre_process:
-            self.embedding = LanguageModelEmbedding(mcore, vocabulary, model.position_rows, model.position_embedding, tp_group=pg.tp)
+            self.embedding = LanguageModelEmbedding(mcore, vocabulary, model.position_rows, model.position_embedding,
+                                                    num_tokentypes=model.num_tokentypes, tp_group=pg.tp)
         self.rotary = None
         if model.position_embedding == "rope":
             self.rotary = RotaryEmbedding(model.head_size, model.rotary_percent, rotary_base=model.rotary_base,
                                           use_cpu_initialization=pg.device.type == "cpu", cp_group=pg.cp)
-        self.decoder = TransformerBlock(mcore, block_spec(config, mcore, pg, vp_stage), pre_process=pre_process,
-                                        post_process=post_process, pg_collection=pg.collection, vp_stage=vp_stage)
+        setattr(self, self.block, TransformerBlock(
+            mcore, block_spec(config, mcore, pg, vp_stage, self.mask), pre_process=pre_process, post_process=post_process,
+            pg_collection=pg.collection, vp_stage=vp_stage))
         if post_process:
-            self.output_layer = ColumnParallelLinear(
-                model.hidden_size, vocabulary, config=mcore, init_method=mcore.init_method, bias=False, skip_bias_add=False,
-                gather_output=False, skip_weight_param_allocation=pre_process and model.tie_word_embeddings, tp_group=pg.tp)
-        if pre_process or post_process:
+            self.add_head(config)
+        if pre_process and not post_process or hasattr(self, "output_layer"):
             self.setup_embeddings_and_output_layer()
+
+    def add_head(self, config: TrainConfig, *, bias: bool = False) -> None:
+        """The modules behind the block."""
+        self.output_layer = ColumnParallelLinear(
+            config.model.hidden_size, self.vocabulary, config=self.config, init_method=self.config.init_method, bias=bias, skip_bias_add=False,
+            gather_output=False, skip_weight_param_allocation=self.pre_process and config.model.tie_word_embeddings, tp_group=self.tp_group)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits from the block's last hidden state [sequence / cp (/ tp), batch, hidden]."""
+        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=shared)
+        return _HidePadding.apply(logits, self.padding) if self.padding else logits
 
     def _set_attention_backend(self):
         """megatron-core would write Transformer Engine's environment variables, which outlive the layout; it is not used here."""
 
     def set_input_tensor(self, input_tensor):
         """The schedule hands over the previous stage's hidden state [sequence / cp (/ tp), batch, hidden]."""
-        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+        getattr(self, self.block).set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def _angles(self, tokens, position_ids):
         """Rotary angles [sequence / cp, 1, 1, width] of the tokens' places, or [sequence / cp, batch, 1, width] of positions given."""
@@ -85,7 +101,7 @@ class Stage(LanguageModule):
             return torch.cat((angles, angles), dim=-1)[:, :, None]
         return angles[cp_positions(angles.size(0), cp, self.place.cp, angles.device)] if cp > 1 else angles
 
-    def forward(self, tokens, position_ids=None, attention_mask=None):
+    def forward(self, tokens, position_ids=None, attention_mask=None, tokentype_ids=None):
         cp = self.cp_group.size()
         sequence = tokens.size(1) * cp
         hidden, rotary = None, self._angles(tokens, position_ids)
@@ -95,10 +111,6 @@ class Stage(LanguageModule):
                                  f"raise model.max_position_embeddings or shorten the sequence.")
             if position_ids is None:
                 position_ids = cp_positions(sequence, cp, self.place.cp, tokens.device).expand_as(tokens)
-            hidden = self.embedding(tokens, position_ids)
-        hidden = self.decoder(hidden, attention_mask, rotary_pos_emb=rotary)
-        if not self.post_process:
-            return hidden
-        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden, weight=shared)
-        return _HidePadding.apply(logits, self.padding) if self.padding else logits
+            hidden = self.embedding(tokens, position_ids, tokentype_ids)
+        hidden = getattr(self, self.block)(hidden, attention_mask, rotary_pos_emb=rotary)
+        return self.head(hidden) if self.post_process else hidden

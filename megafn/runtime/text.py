@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,8 @@ from megafn.runtime.tokenizer import Tokenizer, load_tokenizer
 PARTS = ("train", "valid", "test")
 SPLIT = (949.0, 50.0, 1.0)
 _LONGEST = 2**31 - 1            # tokens of a document: the index holds lengths as int32
+LONG_SENTENCE = 512             # tokens: megatron-core's masked datasets leave out documents of several sentences with a longer one
+_SENTENCE_END = re.compile(r"""[.!?]['")\]]*\s+(?![a-z])|\n\s*\n\s*""")
 
 
 def read_documents(path: str | os.PathLike) -> Iterator[str]:
@@ -108,12 +111,26 @@ def split_documents(documents: Iterable[str], weights: Sequence[float], *, reach
         yield tuple(text[a:b] for a, b in pairwise((*cuts, len(text))))
 
 
+def cut_sentences(text: str) -> list[str]:
+    r"""Cuts a text behind sentences and at empty lines; joined, the pieces are the text.
+
+    A sentence ends with . ! or ?, closing quotes and brackets, and white space before what is no small letter.
+
+    >>> cut_sentences("Is it so? (It is.) See e.g. this.\n\nA title\n\nThe end")
+    ['Is it so? ', '(It is.) ', 'See e.g. this.\n\n', 'A title\n\n', 'The end']
+    """
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return [text[a:b] for a, b in pairwise((0, *ends, len(text))) if a < b]
+
+
 def index_text(source: str | os.PathLike, prefix: str | os.PathLike, *, tokenizer: str | Tokenizer = "bytes",
-               split: Sequence[float] = SPLIT) -> dict[str, str]:
+               split: Sequence[float] = SPLIT, split_sentences: bool = False) -> dict[str, str]:
     """Writes a text (see `read_documents`) as megatron-core's indexed datasets; returns part -> prefix of its two files.
 
     Every document is cut by the weights `split` of train, valid and test (see `split_documents`); each piece ends with
     eod, is one document of its part, and stands as uint16 (int32 from 65,500 ids on). A part without text is not written.
+    With split_sentences, as BERT's and T5's datasets want it, each sentence (see `cut_sentences`) is a sequence of its
+    document, without eod; one of more than 512 tokens is several, for megatron-core would leave out the whole document.
     Files appear whole under `{prefix}_{part}.bin` and `.idx`, or not at all; those of an earlier call with this
     prefix are replaced, or removed where their part is empty now. Memory: the longest document.
 
@@ -131,18 +148,24 @@ def index_text(source: str | os.PathLike, prefix: str | os.PathLike, *, tokenize
         for number, pieces in enumerate(split_documents(read_documents(source), split), start=1):
             start = 0
             for part, piece in zip(PARTS, pieces):
-                try:
-                    ids = tokenizer.encode(piece)
-                except ValueError as error:
-                    raise ValueError(f"{source}, document {number}, counted from its character {start}: {error}") from error
-                if len(ids) >= _LONGEST:
-                    raise ValueError(f"{source}, document {number}: {len(ids)} tokens in a piece, megatron-core's limit is "
-                                     f"{_LONGEST}; separate documents by form feeds")
-                start += len(piece)
-                if len(ids):
+                runs: list[np.ndarray] = []
+                for text in cut_sentences(piece) if split_sentences else [piece]:
+                    try:
+                        ids = tokenizer.encode(text)
+                    except ValueError as error:
+                        raise ValueError(f"{source}, document {number}, counted from its character {start}: {error}") from error
+                    if len(ids) >= _LONGEST:
+                        raise ValueError(f"{source}, document {number}: {len(ids)} tokens in a piece, megatron-core's limit is "
+                                         f"{_LONGEST}; separate documents by form feeds")
+                    start += len(text)
+                    if split_sentences:
+                        runs += [ids[i:i + LONG_SENTENCE] for i in range(0, len(ids), LONG_SENTENCE)]
+                    elif len(ids):
+                        runs.append(np.append(ids, ids.dtype.type(tokenizer.eod)))
+                if runs:
                     if part not in builders:
                         builders[part] = IndexedDatasetBuilder(f"{folder}/{part}.bin", DType.optimal_dtype(tokenizer.vocab_size))
-                    builders[part].add_document(np.append(ids, ids.dtype.type(tokenizer.eod)), [len(ids) + 1])
+                    builders[part].add_document(np.concatenate(runs), list(map(len, runs)))
         for part, builder in builders.items():
             builder.finalize(f"{folder}/{part}.idx")
         for suffix in (".bin", ".idx"):         # a reader looks at .idx first, so it comes last
@@ -169,7 +192,8 @@ def cache_folder(folder: str | None = None) -> Path:
     return path
 
 
-def indexed_text(source: str, *, tokenizer: Tokenizer, split: Sequence[float], cache: str | None = None) -> dict[str, str]:
+def indexed_text(source: str, *, tokenizer: Tokenizer, split: Sequence[float], cache: str | None = None,
+                 split_sentences: bool = False) -> dict[str, str]:
     """As `index_text`, into the cache folder, once: later calls, and other processes, find it there.
 
     It is found again by the source's path, size and time of change, the tokenizer and the split. On each host one
@@ -180,7 +204,7 @@ def indexed_text(source: str, *, tokenizer: Tokenizer, split: Sequence[float], c
     except OSError as error:
         raise ConfigError(f"text file {source} can't be read: {error.strerror}; give the path of a text file") from error
     identity = [os.path.realpath(source), status.st_size, status.st_mtime_ns, dict(tokenizer.unique_identifiers),
-                [float(weight) for weight in split]]
+                [float(weight) for weight in split], *["sentences"] * split_sentences]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = cache_folder(cache)
     home = folder / f"{Path(source).stem}-{key}"
@@ -189,7 +213,7 @@ def indexed_text(source: str, *, tokenizer: Tokenizer, split: Sequence[float], c
         if not home.is_dir():
             made = tempfile.mkdtemp(prefix=f".{key}.", dir=folder)
             try:
-                index_text(source, f"{made}/text", tokenizer=tokenizer, split=split)
+                index_text(source, f"{made}/text", tokenizer=tokenizer, split=split, split_sentences=split_sentences)
                 shutil.copymode(folder, made)
                 os.rename(made, home)           # whole or not at all
             except OSError:

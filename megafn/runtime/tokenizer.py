@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import field, frozen
 
 from megafn.pure.config import ConfigError
 
@@ -35,6 +35,7 @@ class Tokenizer:
     eos: int | None = None
     unk: int | None = None
     additional_special_tokens_ids: tuple[int, ...] = ()    # T5's sentinels
+    inv_vocab: Mapping[int, str] = field(factory=dict, repr=False)     # id to token; one that goes on with a word begins with "##"
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -64,7 +65,7 @@ def byte_tokenizer() -> Tokenizer:
         return ids[~np.isin(ids, drop)].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
     return Tokenizer(name="bytes", vocab_size=256, encode=encode, decode=decode, eod=0, **special,
-                     additional_special_tokens_ids=never[len(special):], unique_identifiers={"tokenizer": "bytes"})
+                     additional_special_tokens_ids=never[len(special):], inv_vocab={i: chr(i) for i in range(256) if i not in never}, unique_identifiers={"tokenizer": "bytes"})
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -113,5 +114,5 @@ def load_tokenizer(name: str) -> Tokenizer:
         eod=eod, pad=-1 if pad is None else pad, cls=first("[CLS]", "<s>"), sep=first("[SEP]", "</s>"),
         mask=first("[MASK]", "<mask>"), bos=first("<s>", "<bos>", "<|begin_of_text|>", "[CLS]"),
         eos=first("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"), unk=first("<unk>", "[UNK]"),
-        additional_special_tokens_ids=tuple(i for i in sentinels if i is not None),
+        additional_special_tokens_ids=tuple(i for i in sentinels if i is not None), inv_vocab={i: token for token, i in vocab.items()},
         unique_identifiers={"tokenizer": "tokenizer.json", "sha256": hashlib.sha256(content).hexdigest()})

@@ -63,7 +63,7 @@ def parts(chunk: torch.nn.Module, model: ModelConfig, pg: ProcessGroups) -> Iter
             if name.startswith(local + "."):
                 name = whole + name[len(local):]
                 break
-        vocabulary = name.endswith((_WORDS, "output_layer.weight"))
+        vocabulary = name.endswith((_WORDS, "output_layer.weight", "output_layer.bias"))
         if model.tie_word_embeddings and name == "output_layer.weight":
             name = _WORDS
         split = getattr(parameter, "tensor_model_parallel", False)
