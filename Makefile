@@ -2,13 +2,14 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+FAMILY ?= gpt
 BIN = $(VENV)/bin
 RUN = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node
 
 .PHONY: demo test bench clean
 
-demo: $(VENV)/demo            ## train a GPT on real text over 4 processes
-	$(RUN) 4 -m megafn demo
+demo: $(VENV)/demo            ## train a GPT (or FAMILY=bert) on real text over 4 processes
+	$(RUN) 4 -m megafn demo --family $(FAMILY)
 
 test: $(VENV)/test            ## every test
 	$(BIN)/python -m pytest

@@ -21,9 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--tokenizer", default="bytes", help="bytes, or a tokenizer.json")
     command.add_argument("--split", default="949,50,1", help="weights of train, valid and test; every document is cut")
     command.add_argument("--split-sentences", action="store_true", help="each sentence a sequence of its document, for BERT and T5")
-    command = commands.add_parser("demo", help="train a small GPT on English prose: torchrun --nproc-per-node 4 -m megafn demo")
-    command.add_argument("--folder", default="runs/demo", help="where the logs and the picture go")
-    command.add_argument("--iterations", type=int, default=240)
+    command = commands.add_parser("demo", help="train a small model on English prose: torchrun --nproc-per-node 4 -m megafn demo")
+    command.add_argument("--family", default="gpt", help="gpt or bert")
+    command.add_argument("--folder", help="where the logs and the picture go; runs/demo-FAMILY unless given")
+    command.add_argument("--iterations", type=int)
     arguments = parser.parse_args(argv)
     try:
         return {"train": _train, "check": _check, "data": _data, "demo": _demo}[arguments.command](arguments)
@@ -76,7 +77,7 @@ def _data(arguments) -> int:
 def _demo(arguments) -> int:
     from megafn.demo import demo
 
-    demo(folder=arguments.folder, iterations=arguments.iterations)
+    demo(folder=arguments.folder, iterations=arguments.iterations, family=arguments.family)
     return 0
 
 

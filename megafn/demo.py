@@ -1,26 +1,67 @@
-"""`make demo`: a small GPT learns English prose over tensor parallel 2 x pipeline parallel 2; shows what came of it."""
+"""`make demo`: a small model learns English prose over tensor parallel 2 x pipeline parallel 2; shows what came of it."""
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Iterable
 
 import torch
+from attrs import field, frozen
 
 import megafn as mf
 
 PROMPT = "The statement "
 
 
-def demo_config(folder: str, iterations: int, world_size: int) -> mf.TrainConfig:
-    """A GPT of 1.3 million parameters; four processes share it as 2 x 2, fewer (or one) as tensor parallel."""
+@frozen(kw_only=True)
+class Demo:
+    """What the demo of one family differs in; `sample` shows what a state makes of text and runs on every rank."""
+
+    iterations: int
+    sample: Callable[[mf.State], str]
+    model: dict[str, Any] = field(factory=dict)
+    data: dict[str, Any] = field(factory=dict)
+
+
+def written(state: mf.State, count: int = 200) -> str:
+    """What a GPT writes behind PROMPT."""
+    tokenizer = mf.load_tokenizer(state.config.data.tokenizer)
+    prompt = torch.tensor([tokenizer.encode(PROMPT).tolist()])
+    return tokenizer.decode(mf.generate(state, prompt, count=count, temperature=0.7, seed=state.config.seed)[0].numpy())
+
+
+def filled_in(state: mf.State, count: int = 4) -> str:
+    """Held-out rows as a BERT reads them (_ is a mask), what it fills in, and what stood there."""
+    tokenizer, (batch, *_) = mf.load_tokenizer(state.config.data.tokenizer), next(mf.batches(state.config, state.pg, split="valid"))
+    text, wanted = batch["text"], batch["loss_mask"] == 1
+    guesses = mf.logits(state, text).argmax(-1).cpu()
+
+    def shown(ids: torch.Tensor) -> str:
+        ids = ids.where(ids != tokenizer.mask, ord("_"))
+        return " ".join(tokenizer.decode(ids.numpy()).split())
+
+    rows = zip(text[:count], guesses.where(wanted, text), batch["labels"].where(wanted, text))
+    return "\n".join(f"reads  {shown(read)}\nwrites {shown(guess)}\nof     {shown(true)}" for read, guess, true in rows)
+
+
+DEMOS = {
+    "gpt": Demo(iterations=240, sample=written, model=dict(seq_length=128)),
+    "bert": Demo(iterations=400, sample=filled_in, model=dict(seq_length=64, init_method_std=0.05), data=dict(mask_prob=0.3)),
+}
+
+
+def demo_config(folder: str, iterations: int, world_size: int, family: str = "gpt") -> mf.TrainConfig:
+    """A model of 1.3 million parameters; four processes share it as 2 x 2, fewer (or one) as tensor parallel."""
     parallel = mf.ParallelConfig(tp=2, pp=2) if world_size % 4 == 0 else mf.ParallelConfig(tp=world_size)
+    chosen = DEMOS[family]
     return mf.TrainConfig(
-        model=mf.ModelConfig(num_layers=4, hidden_size=160, num_attention_heads=4, seq_length=128, position_embedding="rope"),
+        model=mf.ModelConfig(family=family, num_layers=4, hidden_size=160, num_attention_heads=4, position_embedding="rope", **chosen.model),
         parallel=parallel,
         schedule=mf.ScheduleConfig(lr=3e-3, min_lr=3e-4, decay="cosine", warmup_fraction=0.05, weight_decay=0.1),
-        data=mf.DataConfig(train=mf.demo_text()),
+        data=mf.DataConfig(train=mf.demo_text(), **chosen.data),
         log=mf.LogConfig(tensorboard_dir=f"{folder}/tensorboard", jsonl=f"{folder}/metrics.jsonl"),
         micro_batch_size=8, global_batch_size=32, train_iters=iterations, eval_interval=max(1, iterations // 6), eval_iters=5)
 
@@ -30,21 +71,19 @@ def layout_name(config: mf.TrainConfig, world_size: int) -> str:
             f"{world_size} process{'es' if world_size > 1 else ''}")
 
 
-def entropy(text: str) -> float:
-    """Entropy in nats per byte of a text whose bytes are drawn one by one: the loss of a model that knows frequencies alone.
+def entropy(symbols: Iterable[int]) -> float:
+    """Entropy in nats of symbols drawn one by one: the loss of a model that knows their frequencies alone.
 
-    >>> round(entropy("abab"), 4) == round(math.log(2), 4)
+    >>> round(entropy(b"abab"), 4) == round(math.log(2), 4)
     True
     """
-    data = text.encode()
-    return -sum(n / len(data) * math.log(n / len(data)) for n in Counter(data).values())
+    counts = Counter(symbols)
+    return -sum(n / counts.total() * math.log(n / counts.total()) for n in counts.values())
 
 
-def sample(state: mf.State, count: int = 200) -> str:
-    """What the model writes behind PROMPT."""
-    tokenizer = mf.load_tokenizer(state.config.data.tokenizer)
-    prompt = torch.tensor([tokenizer.encode(PROMPT).tolist()])
-    return tokenizer.decode(mf.generate(state, prompt, count=count, temperature=0.7, seed=state.config.seed)[0].numpy())
+def predicted(config: mf.TrainConfig, pg: mf.ProcessGroups) -> list[int]:
+    """What is to be predicted of the held-out text, as this data-parallel rank reads it."""
+    return [label for batch in mf.batches(config, pg, split="valid") for micro in batch for label in micro["labels"][micro["loss_mask"] == 1].tolist()]
 
 
 def draw(history: list[mf.Metrics], baseline: float, path: Path) -> None:
@@ -58,7 +97,7 @@ def draw(history: list[mf.Metrics], baseline: float, path: Path) -> None:
     loss.plot(steps, [m.loss for m in history], linewidth=0.9, label="training loss")
     loss.plot(*zip(*valid), "o-", label="held-out loss")
     loss.axhline(baseline, color="grey", linestyle="--", linewidth=0.9, label="byte frequencies alone")
-    loss.set_ylabel("nats per byte")
+    loss.set_ylabel("nats per predicted byte")
     loss.legend()
     lr.plot(steps, [m.lr for m in history], linewidth=0.9)
     lr.set_ylabel("learning rate")
@@ -68,16 +107,19 @@ def draw(history: list[mf.Metrics], baseline: float, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def demo(*, folder: str = "runs/demo", iterations: int = 240) -> None:
+def demo(*, folder: str | None = None, iterations: int | None = None, family: str = "gpt") -> None:
     """Train, and print a table, two samples and where the picture and the logs are. Run it under torchrun."""
+    if family not in DEMOS:
+        raise mf.ConfigError(f"family = {family!r}: choose one of {', '.join(DEMOS)}")
+    folder, iterations, sample = folder or f"runs/demo-{family}", DEMOS[family].iterations if iterations is None else iterations, DEMOS[family].sample
     world = mf.world_size()
-    config, history, started = demo_config(folder, iterations, world), [], time.perf_counter()
+    config, history, started = demo_config(folder, iterations, world, family), [], time.perf_counter()
     mf.check(config, world)
-    step = mf.step_fn(config.model.family)
+    step = mf.step_fn(family)
     with mf.init_groups(mf.build_groups(config.parallel, world)) as pg:
         state = mf.setup(config, pg)
         if pg.is_rank_zero:
-            print(f"A GPT of {config.model.num_layers} layers x {config.model.hidden_size} learns English over {layout_name(config, world)}: "
+            print(f"A {family.upper()} of {config.model.num_layers} layers x {config.model.hidden_size} learns English over {layout_name(config, world)}: "
                   f"{iterations} iterations, some minutes.\nLogs and the picture go to {folder}/.", flush=True)
         before = sample(state)
         first = mf.evaluate(state, mf.batches(config, pg, split="valid"), step)
@@ -85,18 +127,18 @@ def demo(*, folder: str = "runs/demo", iterations: int = 240) -> None:
         after = sample(state)
         if not pg.is_rank_zero:
             return
-    baseline = entropy(Path(config.data.train).read_text(encoding="utf-8"))
+        baseline = entropy(predicted(config, pg))
     last, speed = history[-1], sorted(m.tokens_per_second for m in history)[len(history) // 2]
     draw(history, baseline, Path(folder, "curves.png"))
     tokens = config.global_batch_size * config.model.seq_length * config.train_iters
     rows = [("layout", layout_name(config, world)),
             ("tokens trained on", f"{tokens:,} ({speed:,.0f} a second, median)"),
-            ("training loss", f"{history[0].loss:.3f} -> {last.loss:.3f} nats per byte"),
-            ("held-out loss", f"{first.loss:.3f} -> {last.valid.loss:.3f} nats per byte (perplexity {last.valid.perplexity:.2f})"),
-            ("byte frequencies alone", f"{baseline:.3f} nats per byte (unigram entropy of the text)"),
+            ("training loss", f"{history[0].loss:.3f} -> {last.loss:.3f} nats per predicted byte"),
+            ("held-out loss", f"{first.loss:.3f} -> {last.valid.loss:.3f} nats per predicted byte (perplexity {last.valid.perplexity:.2f})"),
+            ("byte frequencies alone", f"{baseline:.3f} nats per byte (unigram entropy of what is predicted)"),
             ("time", f"{time.perf_counter() - started:.0f} s"),
             ("picture", f"{folder}/curves.png"),
             ("logs", f"{folder}/metrics.jsonl, tensorboard --logdir {folder}/tensorboard")]
     width = max(len(name) for name, _ in rows)
     print("", *(f"{name:<{width}}  {value}" for name, value in rows), sep="\n")
-    print(f"\n--- a sample before training\n{before}\n\n--- and after\n{after}")
+    print(f"\n--- before training\n{before}\n\n--- and after\n{after}")

@@ -342,6 +342,11 @@ def test_a_batch_that_cannot_be_is_refused_in_one_sentence(name):
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_operations_of_its_heads_are_counted():
+    gpt, bert, tuned = (mf.training_flops(tiny(**shape).model, 5) for shape in ({}, MASKED, MASKED | dict(num_labels=3)))
+    assert bert - gpt == 3 * 5 * 32 * 2 * 32 * 32 and gpt - tuned == 3 * 5 * 32 * 2 * 32 * 97
+
+
 def test_a_row_of_padding_alone_gives_numbers(pool):
     batch = hugging_face_batch()
     batch["attention_mask"][1], batch["labels"][1] = 0, -100
