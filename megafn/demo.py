@@ -49,7 +49,7 @@ def filled_in(state: mf.State, count: int = 4) -> str:
 
 DEMOS = {
     "gpt": Demo(iterations=240, sample=written, model=dict(seq_length=128)),
-    "bert": Demo(iterations=400, sample=filled_in, model=dict(seq_length=64, init_method_std=0.05), data=dict(mask_prob=0.3)),
+    "bert": Demo(iterations=250, sample=filled_in, model=dict(seq_length=64, init_method_std=0.05), data=dict(mask_prob=0.3)),
 }
 
 

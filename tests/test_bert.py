@@ -370,4 +370,4 @@ def test_a_hugging_face_config_trains_as_its_head_says(pool):
 
 
 def trained(config, batches):
-    return mf.train(attrs.evolve(config, log=mf.LogConfig(progress=False), eval_iters=0), batches=batches).iteration
+    return mf.train(attrs.evolve(config, log=mf.LogConfig(progress=False), eval_iters=0, eval_interval=None), batches=batches).iteration
