@@ -56,7 +56,7 @@ def local_parts(state):
 
 def run_layout(config, data=uneven, step=None):
     """Trains a layout in this process group: curve [(loss, grad norm)], local parameters before and after."""
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=60) as pg:
+    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size(), model=config.model), timeout_seconds=60) as pg:
         state = mf.setup(config, pg)
         before, curve = local_parts(state), []
         for iteration in range(config.train_iters):

@@ -54,7 +54,6 @@ def assert_clear(text, *parts):
     (3, {}, ["global_batch_size = 4", "micro_batch_size * dp = 2 * 3", "multiple of 6"]),
     (1, {"hidden_size": 30}, ["model.hidden_size = 30", "num_attention_heads = 4"]),
     (1, {"family": "gtp"}, ["model.family = 'gtp'", 'did you mean "gpt"?']),
-    (1, {"family": "t5"}, ["model.family = 't5'", "not built yet", "gpt"]),
     (1, {"train_iters": None}, ["train_iters = None", "train_samples"]),
     (1, {"lr": -1.0}, ["schedule.lr = -1.0", "0 or more"]),
     (1, {"micro_batch_size": "2"}, ["micro_batch_size = '2'", "integer"]),

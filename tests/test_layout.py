@@ -5,7 +5,7 @@ import attrs
 import pytest
 from hypothesis import assume, given, strategies as st
 
-from megafn.pure.config import ParallelConfig
+from megafn.pure.config import ModelConfig, ParallelConfig
 from megafn.pure.layout import AXES, Coordinates, Groups, build_groups, coordinates, group_of, rank_of
 
 TOKENS = {"mp": "tp-pp", "dp_cp": "dp-cp", "tp_cp": "tp-cp", "tp_dp_cp": "tp-dp-cp"}   # field: megatron-core's token
@@ -143,3 +143,26 @@ def test_questions_about_ranks_and_axes_that_do_not_exist_are_refused():
     for axis in ("world_size", "zz"):
         with pytest.raises(ValueError, match=rf"^axis = '{axis}' is no axis of a layout: choose one of tp, pp, "):
             group_of(groups, axis, 0)
+
+
+@given(tp=sizes, dp=sizes, pp=st.integers(2, 4), order=orders(), tied=st.booleans(), positions=st.sampled_from(["learned_absolute", "rope"]), data=st.data())
+def test_a_split_adds_its_stage_to_the_tables_and_halves_each_pipeline_and_changes_nothing_else(tp, dp, pp, order, tied, positions, data):
+    split = data.draw(st.integers(1, pp - 1))
+    parallel = ParallelConfig(tp=tp, pp=pp, order=order, pipeline_model_parallel_split_rank=split)
+    model = ModelConfig(family="t5", num_layers=2, hidden_size=8, num_attention_heads=4, seq_length=8, tie_word_embeddings=tied,
+                        position_embedding=positions)
+    plain, groups = build_groups(parallel, tp * pp * dp), build_groups(parallel, tp * pp * dp, model=model)
+    assert all(getattr(plain, name) == getattr(groups, name) for name in PARTITIONS) and plain.half == plain.pp
+    assert plain == build_groups(parallel, tp * pp * dp, model=attrs.evolve(model, family="gpt"))
+    for stages in groups.pp:
+        assert stages[:split] in groups.half and stages[split:] in groups.half
+        assert group_of(groups, "embd", stages[0]) == tuple(sorted({stages[0], stages[split]} | ({stages[-1]} if tied else set())))
+        assert group_of(groups, "pos_embd", stages[0]) == ((stages[0], stages[split]) if positions == "learned_absolute" else stages[:1])
+    assert len(groups.half) == 2 * len(groups.pp) and len(groups.embd) == len(groups.pos_embd) == len(groups.pp)
+
+
+def test_a_split_that_leaves_a_half_without_a_stage_is_refused():
+    model = ModelConfig(family="t5", num_layers=2, hidden_size=8, num_attention_heads=4, seq_length=8)
+    for split in (0, 2, -1):
+        with pytest.raises(ValueError, match=f"pipeline_model_parallel_split_rank = {split} leaves a half without a stage: give 1 to 1"):
+            build_groups(ParallelConfig(pp=2, pipeline_model_parallel_split_rank=split), 2, model=model)

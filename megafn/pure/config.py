@@ -36,11 +36,11 @@ class ModelConfig:
     num_query_groups: int | None = None        # key and value heads of grouped-query attention; None: one per head
     kv_channels: int | None = None             # width of a head; None: hidden_size / num_attention_heads
     ffn_hidden_size: int | None = None         # None: 4 * hidden_size
-    max_position_embeddings: int | None = None # rows of a learned position table; None: seq_length
-    position_embedding: str = "learned_absolute"   # or "rope", "none"
+    max_position_embeddings: int | None = None # rows of a learned position table; None: the longest sequence
+    position_embedding: str = "learned_absolute"   # or "rope", "none", and T5's "relative"
     rotary_base: float = 10_000.0
     rotary_percent: float = 1.0
-    activation: str = "gelu"                   # or "gelu_tanh" (GPT-2), "relu", and the gated "swiglu", "geglu"
+    activation: str = "gelu"                   # or "gelu_tanh" (GPT-2), "relu", and the gated "swiglu", "geglu", "geglu_tanh" (T5 1.1)
     normalization: str = "LayerNorm"           # or "RMSNorm"
     norm_epsilon: float = 1e-5
     qk_layernorm: bool = False
@@ -55,6 +55,12 @@ class ModelConfig:
     bert_binary_head: bool = False             # the order of two sentences is predicted too
     num_labels: int | None = None              # fine-tuning: a head of so many labels stands in place of the masked-token head
     problem_type: str | None = None            # "single_label_classification", "multi_label_classification", "regression"; None: by labels
+    # T5's alone: num_layers and seq_length are its encoder's.
+    num_decoder_layers: int | None = None      # None: num_layers
+    decoder_seq_length: int | None = None      # None: seq_length
+    decoder_start_token_id: int = 0            # put before labels that are shifted right into decoder inputs
+    relative_attention_num_buckets: int = 32   # of distances, each with a learned bias per head (arXiv 1910.10683)
+    relative_attention_max_distance: int = 128 # from which on distances share a bucket
 
     @property
     def ffn_size(self) -> int:
@@ -70,11 +76,25 @@ class ModelConfig:
 
     @property
     def position_rows(self) -> int:
-        return self.max_position_embeddings if self.max_position_embeddings is not None else self.seq_length
+        longest = max(self.seq_length, self.decoder_length)
+        return self.max_position_embeddings if self.max_position_embeddings is not None else longest
+
+    @property
+    def decoder_layers(self) -> int:
+        return self.num_decoder_layers if self.num_decoder_layers is not None else self.num_layers
+
+    @property
+    def decoder_length(self) -> int:
+        return self.decoder_seq_length if self.decoder_seq_length is not None else self.seq_length
+
+    @property
+    def sample_tokens(self) -> int:
+        """Tokens of one sample: of T5, those of encoder and decoder."""
+        return self.seq_length + (self.decoder_length if self.family == "t5" else 0)
 
     @property
     def gated(self) -> bool:
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
 
 @frozen(kw_only=True)
@@ -90,6 +110,7 @@ class ParallelConfig:
     order: str = "tp-cp-ep-dp-pp"              # the axis named first changes fastest with the rank
     num_layers_in_first_pipeline_stage: int | None = None
     num_layers_in_last_pipeline_stage: int | None = None
+    pipeline_model_parallel_split_rank: int | None = None   # T5: the stage at which the decoder begins; None: pp // 2
 
 
 @frozen(kw_only=True)
@@ -242,6 +263,19 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     50260
     """
     return -(-vocab_size // tp) * tp
+
+
+def split_rank(parallel: ParallelConfig, model: ModelConfig | None) -> int | None:
+    """The pipeline stage at which T5's decoder begins; None where one stage holds both halves, and for other families.
+
+    >>> model = ModelConfig(family="t5", num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> split_rank(ParallelConfig(pp=4), model), split_rank(ParallelConfig(pp=4), None)
+    (2, None)
+    """
+    if model is None or model.family != "t5" or parallel.pp == 1:
+        return None
+    given = parallel.pipeline_model_parallel_split_rank
+    return given if given is not None else parallel.pp // 2
 
 
 def num_micro_batches(config: TrainConfig, dp: int) -> int:

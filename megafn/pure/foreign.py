@@ -53,8 +53,7 @@ so the weights would mean something else; choose megatron-bert, which has the or
 
     head = type(model).__name__ if model is not config else ((getattr(config, "architectures", None) or [""])[0] or "")
     found = _MODELS[kind](read, refuse_unless, head)
-    known = attrs.fields_dict(ModelConfig)          # of a family that is not built yet `validate` says so
-    return {f"model.{name}": value for name, value in found.items() if name in known}
+    return {f"model.{name}": value for name, value in found.items()}
 
 
 def _activation(value: Any) -> str:

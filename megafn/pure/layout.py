@@ -5,7 +5,7 @@ from math import prod
 
 from attrs import field, frozen
 
-from megafn.pure.config import ParallelConfig
+from megafn.pure.config import ModelConfig, ParallelConfig, split_rank
 
 AXES = ("tp", "cp", "ep", "dp", "pp")
 RankGroups = tuple[tuple[int, ...], ...]
@@ -26,7 +26,8 @@ class Coordinates:
 class Groups:
     """Every group of a layout. Per field a tuple of groups, each a tuple of ascending ranks; made by `build_groups`.
 
-    Each field but `embd` and `pos_embd` partitions the ranks. The names and the order of the groups are those of
+    Each field but `embd` and `pos_embd` partitions the ranks. Where the decoder of a T5 begins on a stage of its own,
+    that stage holds both tables too. The names and the order of the groups are those of
     megatron-core's `ProcessGroupCollection` and `RankGenerator.get_ranks`. As long as ep is 1, experts live on this
     same grid, so their groups are no fields.
     """
@@ -44,6 +45,7 @@ class Groups:
     tp_dp_cp: RankGroups = field(repr=False)   # all ranks of one pipeline stage
     embd: RankGroups = field(repr=False)       # first and last stage of each pipeline: they share a tied word table
     pos_embd: RankGroups = field(repr=False)   # first stage of each pipeline: it holds the position table
+    half: RankGroups = field(repr=False)       # the stages of T5's encoder, and those of its decoder; elsewhere the pipelines
 
     @property
     def tp_size(self) -> int:
@@ -66,10 +68,11 @@ class Groups:
         return self.world_size // (self.parallel.tp * self.parallel.pp * self.parallel.cp)
 
 
-def build_groups(parallel: ParallelConfig, world_size: int) -> Groups:
+def build_groups(parallel: ParallelConfig, world_size: int, *, model: ModelConfig | None = None) -> Groups:
     """The groups of `world_size` ranks cut by `parallel`; what is left over tp, pp and cp is data parallel.
 
-    `parallel.order` names the axes, the one that changes fastest with the rank first; an axis of size 1 may be
+    `model` is wanted for a T5 over a pipeline: it decides at which stage the decoder begins and which stages hold a
+    copy of which table. `parallel.order` names the axes, the one that changes fastest with the rank first; an axis of size 1 may be
     left out. Follows megatron-core's `RankGenerator` and the groups of its `initialize_model_parallel`.
 
     Raises:
@@ -79,6 +82,10 @@ def build_groups(parallel: ParallelConfig, world_size: int) -> Groups:
     >>> groups = build_groups(ParallelConfig(tp=2, pp=2), world_size=8)
     >>> groups.dp_size, groups.tp[0], groups.pp[0], groups.dp[0]
     (2, (0, 1), (0, 4), (0, 2))
+    >>> t5 = ModelConfig(family="t5", num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> groups = build_groups(ParallelConfig(pp=4), world_size=4, model=t5)
+    >>> groups.half, groups.embd, groups.pos_embd
+    (((0, 1), (2, 3)), ((0, 2, 3),), ((0, 2),))
     >>> build_groups(ParallelConfig(tp=3), world_size=8)        # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ValueError: world_size = 8 is not divisible by tp * pp * cp = 3 * 1 * 1 = 3: start a multiple of 3 processes ...
@@ -103,13 +110,20 @@ def build_groups(parallel: ParallelConfig, world_size: int) -> Groups:
             groups.setdefault(tuple(at for axis, at in place.items() if axis not in axes), []).append(rank)
         return tuple(map(tuple, groups.values()))
 
-    pipelines = along("pp")
+    pipelines, split = along("pp"), split_rank(parallel, model)
+    if split is not None and not 0 < split < pp:
+        raise ValueError(f"pipeline_model_parallel_split_rank = {split} leaves a half without a stage: give 1 to {pp - 1}")
+    # stages that begin with an embedding; the last one has the word table too where it is tied
+    first = (0,) if split is None else (0, split)
+    words = {*first, pp - 1} if split is None or model.tie_word_embeddings else {*first}
+    positions = first if split is None or model.position_embedding == "learned_absolute" else (0,)
     return Groups(
         parallel=parallel, world_size=world_size,
         tp=along("tp"), pp=pipelines, cp=along("cp"), dp=along("dp"), ep=along("ep"), mp=along("tp", "pp"),
         dp_cp=along("dp", "cp"), tp_cp=along("tp", "cp"), tp_dp_cp=along("tp", "dp", "cp"),
-        embd=tuple(stages if pp == 1 else (stages[0], stages[-1]) for stages in pipelines),
-        pos_embd=tuple(stages[:1] for stages in pipelines))
+        embd=tuple(tuple(stages[at] for at in sorted(words)) for stages in pipelines),
+        pos_embd=tuple(tuple(stages[at] for at in positions) for stages in pipelines),
+        half=pipelines if split is None else tuple(half for stages in pipelines for half in (stages[:split], stages[split:])))
 
 
 def coordinates(groups: Groups, rank: int) -> Coordinates:

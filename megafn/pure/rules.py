@@ -6,19 +6,19 @@ Fields are dotted paths, several in one string. What layers, stages and batches 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import inf, lcm
 from typing import Any
 
-from megafn.pure.dicts import nearest
 from megafn.pure.layout import AXES
 from megafn.pure.schedule import DECAYS, WEIGHT_DECAY_INCR_STYLES, WSD_DECAY_STYLES
-
-FAMILIES = {"gpt": True, "bert": True, "t5": False}            # whether it is built
+from megafn.pure.stages import half_fits, layers_fit, recomputed_fit, split_fits
 
 # What a string may be.
 CHOICES = {
-    "model.position_embedding": ("learned_absolute", "rope", "none"),
-    "model.activation": ("gelu", "gelu_tanh", "relu", "swiglu", "geglu"),
+    "model.family": ("gpt", "bert", "t5"),
+    "model.position_embedding": ("learned_absolute", "rope", "relative", "none"),
+    "model.activation": ("gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_tanh"),
     "model.normalization": ("LayerNorm", "RMSNorm"),
     "model.problem_type": ("single_label_classification", "multi_label_classification", "regression"),
     "recompute.granularity": ("selective", "full"),
@@ -43,12 +43,13 @@ def _sources(sources: Any) -> bool:
 # (fields, whether a value is fine, remedy)
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("model.num_layers model.hidden_size model.num_attention_heads model.seq_length model.vocab_size model.num_query_groups "
-     "model.kv_channels model.ffn_hidden_size model.max_position_embeddings model.num_labels parallel.tp parallel.pp parallel.vpp parallel.cp "
-     "parallel.ep parallel.num_layers_in_first_pipeline_stage parallel.num_layers_in_last_pipeline_stage recompute.num_layers "
-     "precision.loss_scale_window precision.hysteresis log.interval checkpoint.interval checkpoint.keep_every micro_batch_size global_batch_size train_iters "
-     "train_samples eval_interval world_size", lambda value: value >= 1, "give 1 or more"),
+     "model.kv_channels model.ffn_hidden_size model.max_position_embeddings model.num_decoder_layers model.decoder_seq_length model.num_labels "
+     "parallel.tp parallel.pp parallel.vpp parallel.cp parallel.ep parallel.num_layers_in_first_pipeline_stage "
+     "parallel.num_layers_in_last_pipeline_stage recompute.num_layers precision.loss_scale_window precision.hysteresis "
+     "log.interval checkpoint.interval checkpoint.keep_every micro_batch_size global_batch_size train_iters train_samples eval_interval world_size", lambda value: value >= 1, "give 1 or more"),
     ("schedule.decay_iters schedule.decay_samples schedule.warmup_iters schedule.warmup_samples schedule.wsd_decay_iters "
-     "schedule.wsd_decay_samples data.prefetch checkpoint.keep_last eval_iters model.num_tokentypes", lambda value: value >= 0, "give 0 or more"),
+     "schedule.wsd_decay_samples data.prefetch checkpoint.keep_last eval_iters model.num_tokentypes "
+     "model.decoder_start_token_id", lambda value: value >= 0, "give 0 or more"),
     ("model.rotary_base model.norm_epsilon optimizer.eps log.peak_tflops precision.initial_loss_scale precision.min_loss_scale "
      "timeout_seconds", lambda value: 0 < value < inf, "give a finite number above 0"),
     ("consumed_samples", lambda samples: min(samples) >= 0, "give three numbers, 0 or more: of train, valid and test"),
@@ -58,6 +59,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      lambda value: 0 <= value < 1, "give 0 or more, and less than 1"),
     ("data.mask_prob", lambda value: 0 < value < 1, "give more than 0 and less than 1"),
     ("data.short_seq_prob", lambda value: 0 <= value <= 1, "give 0 to 1"),
+    ("model.relative_attention_num_buckets", lambda value: value >= 4, "give 4 or more: two for each direction"),
     ("model.rotary_percent", lambda value: 0 < value <= 1, "give more than 0, and 1 at most"),
     ("seed", lambda value: 0 <= value < 2**32, "give 0 to 2**32 - 1, the seeds that numpy takes"),
     ("data.train data.valid data.test", _sources, "name at least one source, none of them empty, each weight finite and above 0"),
@@ -72,6 +74,9 @@ DEAD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("model.num_tokentypes model.bert_binary_head model.num_labels model.problem_type", "model.family", ("bert",)),
     ("data.mask_prob data.short_seq_prob", "model.family", ("bert", "t5")),
     ("data.reset_position_ids data.reset_attention_mask data.eod_mask_loss", "model.family", ("gpt",)),
+    ("model.num_decoder_layers model.decoder_seq_length model.decoder_start_token_id parallel.pipeline_model_parallel_split_rank",
+     "model.family", ("t5",)),
+    ("model.relative_attention_num_buckets model.relative_attention_max_distance", "model.position_embedding", ("relative",)),
     ("data.reset_position_ids", "model.position_embedding", ("learned_absolute",)),
     ("optimizer.beta1 optimizer.beta2 optimizer.eps", "optimizer.name", ("adam",)),
     ("optimizer.momentum", "optimizer.name", ("sgd",)),
@@ -79,13 +84,6 @@ DEAD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
      "precision.dtype", ("fp16",)),
     ("recompute.method recompute.num_layers", "recompute.granularity", ("full",)),
 )
-
-
-def _family(family: str) -> str | None:
-    built = ", ".join(name for name in FAMILIES if FAMILIES[name])
-    if family not in FAMILIES:
-        return f"choose one of {built}{nearest(family, FAMILIES)}"
-    return None if FAMILIES[family] else f"this family is not built yet; choose one of {built}"
 
 
 def _head_size(hidden: int, heads: int, kv_channels: int | None) -> int | None:
@@ -102,35 +100,6 @@ def _rotary_percent(percent: float, embedding: str, *sizes: Any) -> str | None:
         return f"it turns {width} of a head's {head} channels, and that must be even and not 0; choose an even number / {head}"
 
 
-def _layers(layers: int, pp: int, vpp: int, first: int | None, last: int | None) -> str | None:
-    """Stages (pp) of equal chunks (vpp), where first and last stage may be given; a chunk has one layer at least."""
-    if pp == 1:
-        stray = {first, last} - {None, layers}
-        return "with pp = 1 the one stage holds them all; leave num_layers_in_first_ and _last_pipeline_stage out" if stray else None
-    middle = pp - (first is not None) - (last is not None)
-    left, share = layers - (first or 0) - (last or 0), middle * vpp
-    if not middle:
-        if left:
-            return f"first and last stage hold {first + last}; leave one of the two out or choose their sum"
-        if vpp > 1:                 # a division by zero in get_transformer_layer_offset
-            return "megatron-core cannot interleave two stages that are both given; leave num_layers_in_last_pipeline_stage out"
-    elif left < share or left % share:
-        chunks = f" of vpp = {vpp} chunks each" if vpp > 1 else ""
-        rest = f"{left} of them are left for {middle} stages" if left != layers else f"they are cut into pp = {pp} stages"
-        return f"{rest}{chunks}, which takes a multiple of {share}; change num_layers, pp, vpp or what first and last stage hold"
-
-
-def _chunk(layers: int, pp: int, vpp: int, first: int | None, last: int | None) -> int:
-    """Layers of the largest chunk, where `_layers` has no objection."""
-    middle = pp - (first is not None) - (last is not None)
-    return max(first or 0, last or 0, (layers - (first or 0) - (last or 0)) // middle if middle > 0 else 0) // vpp
-
-
-def _recomputed(count: int, granularity: str | None, *cut: Any) -> str | None:
-    if granularity == "full" and not _layers(*cut) and count > _chunk(*cut):
-        return f"no stage's chunk has more than {_chunk(*cut)} layers; give that at most"
-
-
 def _sequence(length: int, tp: int, cp: int, sequence_parallel: bool) -> str | None:
     share = lcm(2 * cp if cp > 1 else 1, tp * cp if sequence_parallel else 1)
     if length % share:
@@ -143,6 +112,11 @@ def _problem_type(kind: str | None, labels: int | None, family: str) -> str | No
         return "it says what num_labels mean; give num_labels or leave it out"
     if family == "bert" and kind == "single_label_classification" and labels == 1:
         return "one label alone is no choice; raise num_labels, or choose regression or multi_label_classification"
+
+
+def _rows(name: str, rows: int | None, embedding: str, length: int | None) -> str | None:
+    if embedding == "learned_absolute" and rows and length and rows < length:
+        return f"it must reach {name.partition('.')[2]} = {length}; raise it or shorten that"
 
 
 def _order(order: str, tp: int, pp: int, cp: int, ep: int, world_size: int) -> str | None:
@@ -185,7 +159,6 @@ def _consumed(samples: tuple[int, int, int], batch: int, iters: int | None, hori
 
 # (fields, the blamed one first; from their values a remedy, or nothing)
 RULES: tuple[tuple[str, Callable[..., Any]], ...] = (
-    ("model.family", _family),
     ("world_size parallel.tp parallel.pp parallel.cp", _world),
     ("parallel.order parallel.tp parallel.pp parallel.cp parallel.ep world_size", _order),
     ("parallel.ep", lambda ep: ep > 1 and "experts are not built; set ep to 1"),
@@ -201,12 +174,30 @@ RULES: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("model.ffn_hidden_size model.hidden_size parallel.tp", lambda ffn, hidden, tp: (ffn or 4 * hidden) % tp and
      f"tp = {tp} must divide it{'' if ffn else f', and it stands for 4 * hidden_size = {4 * hidden}'}; choose a multiple of {tp}"),
     ("model.num_layers parallel.pp parallel.vpp parallel.num_layers_in_first_pipeline_stage "
-     "parallel.num_layers_in_last_pipeline_stage", _layers),
+     "parallel.num_layers_in_last_pipeline_stage model.family model.num_decoder_layers parallel.pipeline_model_parallel_split_rank", layers_fit),
+    ("model.num_decoder_layers model.family parallel.pp parallel.pipeline_model_parallel_split_rank", lambda layers, family, pp, split:
+     family == "t5" and layers is not None and half_fits("decoder", layers, pp, split)),
+    ("parallel.pipeline_model_parallel_split_rank model.family parallel.pp", split_fits),
+    ("parallel.vpp model.family", lambda vpp, family: family == "t5" and vpp > 1 and
+     "megatron-core's interleaved schedule has no place for a second embedding, where T5's decoder begins; set it to 1"),
+    ("parallel.cp model.family", lambda cp, family: family == "t5" and cp > 1 and
+     "context parallelism is not built for T5, whose two sequences it would cut; set it to 1"),
+    *((f"parallel.num_layers_in_{end}_pipeline_stage model.family", lambda layers, family: family == "t5" and layers is not None and
+       "a T5's stages are balanced by pipeline_model_parallel_split_rank; set that and leave this out") for end in ("first", "last")),
+    ("model.num_query_groups model.family model.num_attention_heads", lambda groups, family, heads: family == "t5" and groups not in
+     (None, heads) and "megatron-core's cross-attention has no grouped queries; leave it out"),
+    ("model.position_embedding model.family", lambda embedding, family: embedding == "relative" and family != "t5" and
+     "relative positions are T5's; choose learned_absolute, rope or none"),
+    ("model.relative_attention_max_distance model.relative_attention_num_buckets model.position_embedding", lambda distance, buckets, embedding:
+     embedding == "relative" and distance <= buckets // 2 and f"half of the {buckets} buckets are for single distances; give more than {buckets // 2}"),
     *((f"parallel.num_layers_in_{end}_pipeline_stage parallel.vpp parallel.pp", lambda layers, vpp, pp: layers and pp > 1 and
        layers % vpp and f"vpp = {vpp} must divide it; choose a multiple of {vpp}") for end in ("first", "last")),
     ("model.seq_length parallel.tp parallel.cp parallel.sequence_parallel", _sequence),
-    ("model.max_position_embeddings model.position_embedding model.seq_length", lambda rows, embedding, length:
-     embedding == "learned_absolute" and rows and rows < length and f"it must reach seq_length = {length}; raise it or shorten that"),
+    ("model.decoder_seq_length parallel.tp parallel.cp parallel.sequence_parallel", lambda length, *cut: length and _sequence(length, *cut)),
+    *(("model.max_position_embeddings model.position_embedding " + length, partial(_rows, length)) for length in
+      ("model.seq_length", "model.decoder_seq_length")),
+    ("model.decoder_start_token_id model.family model.vocab_size", lambda token, family, size: family == "t5" and token >= size and
+     f"it is no token of vocab_size = {size}; give 0 to {size - 1}"),
     ("model.position_embedding model.hidden_size model.num_attention_heads model.kv_channels", _even_head),
     ("model.rotary_percent model.position_embedding model.hidden_size model.num_attention_heads model.kv_channels", _rotary_percent),
     ("model.bert_binary_head model.num_labels", lambda binary, labels: binary and labels is not None and
@@ -221,8 +212,9 @@ RULES: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("global_batch_size micro_batch_size world_size parallel.tp parallel.pp parallel.cp parallel.vpp", _batch),
     ("train_samples global_batch_size", lambda samples, batch: samples and samples < batch and
      f"it does not fill one global batch; give global_batch_size = {batch} or more"),
-    ("recompute.num_layers recompute.granularity model.num_layers parallel.pp parallel.vpp "
-     "parallel.num_layers_in_first_pipeline_stage parallel.num_layers_in_last_pipeline_stage", _recomputed),
+    ("recompute.num_layers recompute.granularity recompute.method model.num_layers parallel.pp parallel.vpp "
+     "parallel.num_layers_in_first_pipeline_stage parallel.num_layers_in_last_pipeline_stage "
+     "model.family model.num_decoder_layers parallel.pipeline_model_parallel_split_rank", recomputed_fit),
     ("precision.dtype cuda", lambda dtype, cuda: dtype == "fp16" and cuda is False and "fp16 runs on CUDA alone; choose bf16 or fp32"),
     ("precision.min_loss_scale precision.initial_loss_scale precision.dtype", lambda least, first, dtype:
      dtype == "fp16" and least > first and f"choose initial_loss_scale = {first} at most"),

@@ -68,7 +68,7 @@ def details(config: TrainConfig, pg: ProcessGroups, chunks: tuple[torch.nn.Modul
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"batch_size": config.global_batch_size, "params_norm": parameter_norm(chunks, pg), "zeros_in_grad": zeros,
-            "tokens_per_second_per_device": config.global_batch_size * config.model.seq_length / seconds / pg.world_size,
+            "tokens_per_second_per_device": config.global_batch_size * config.model.sample_tokens / seconds / pg.world_size,
             "tflops_per_device": tflops, "mfu": tflops / peak if tflops and peak else None, "memory_gib": memory / 2**30,
             "forward_backward_seconds": seconds - optimizer_seconds, "optimizer_seconds": optimizer_seconds,
             "seconds_left": seconds * (config.iterations - iteration)}

@@ -5,11 +5,13 @@ from attrs import frozen
 
 from megafn.pure.config import ConfigError, TrainConfig
 from megafn.runtime.bert import BertStage, bert_batch, bert_forward, bert_loss, bert_whole
+from megafn.runtime.encoder_decoder import EncoderDecoderStage
 from megafn.runtime.groups import ProcessGroups
 from megafn.runtime.layers import transformer_config
 from megafn.runtime.losses import token_loss
 from megafn.runtime.models import Stage
 from megafn.runtime.steps import Step, gpt_batch, gpt_forward
+from megafn.runtime.t5 import t5_batch, t5_forward
 from megafn.runtime.weights import initialize_weights
 
 
@@ -24,6 +26,7 @@ class Family:
 FAMILIES = {
     "gpt": Family(step=Step(batch=gpt_batch, forward=gpt_forward, loss=token_loss), stage=Stage),
     "bert": Family(step=Step(batch=bert_batch, forward=bert_forward, loss=bert_loss, whole=bert_whole), stage=BertStage),
+    "t5": Family(step=Step(batch=t5_batch, forward=t5_forward, loss=token_loss), stage=EncoderDecoderStage),
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from megafn.pure.config import ConfigError
 from megafn.runtime.families import step_fn
 from megafn.runtime.gathering import whole_logits
 from megafn.runtime.groups import megatron
@@ -20,9 +21,11 @@ def logits(state: State, tokens: torch.Tensor) -> Any:
     Of the family's model: the next token's for GPT; for BERT each token's own (with the binary head a tuple, logits of the
     order [batch, 2] second), or those of labels [batch, num_labels]. Gathered over tensor and context parallel and sent to
     every pipeline stage. Every rank gives the same tokens.
-    Raises ValueError where an id lies outside the vocabulary or the sequence is longer than a learned position table.
+    Raises ConfigError for T5, whose decoder wants an input of its own, and ValueError where an id lies outside the vocabulary or the sequence is longer than a learned position table.
     """
     config, pg, parallel = state.config, state.pg, state.config.parallel
+    if config.model.family == "t5":
+        raise ConfigError("model.family = 't5': its decoder wants an input of its own; set return_logits, and evaluate gives the logits of a batch.")
     length, step = tokens.size(1), step_fn(config.model.family)
     check_ids("tokens", tokens, config.model.vocab_size)
     unit = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sequence_parallel else 1)

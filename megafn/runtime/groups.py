@@ -25,7 +25,8 @@ class ProcessGroups:
     """The process groups of one layout, from this process's place in it. Made by `init_groups`.
 
     `tp`, `pp`, `cp`, `dp`, `ep`, `mp` (tp x pp), `dp_cp`, `tp_cp`, `tp_dp_cp`, `world` are torch process groups;
-    `embd` and `pos_embd` (the stages that hold a copy of a table) are None where this process is in none.
+    `embd` and `pos_embd` (the stages that hold a copy of a table) are None where this process is in none; `half` is the
+    stages of T5's encoder or decoder, whichever this one belongs to, elsewhere `pp`.
     """
 
     groups: Groups
@@ -43,6 +44,7 @@ class ProcessGroups:
     tp_dp_cp: Any
     embd: Any
     pos_embd: Any
+    half: Any
     world: Any
     collection: Any = field(repr=False)      # the same groups as megatron-core's ProcessGroupCollection
     memory_buffer: Any = field(repr=False)   # megatron-core gathers sequence-parallel activations into it
@@ -139,6 +141,7 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
                 return found
 
             pg = {axis: mine(getattr(groups, axis)) for axis in _AXES}
+            half = mine(groups.half)                      # none of megatron-core's
             pg["world"] = mine((tuple(range(groups.world_size)),))
             collection = ProcessGroupCollection()
             same = dict(expt_tp="tp", tp_ep="tp", tp_ep_pp="mp", expt_dp="dp_cp", intra_dp_cp="dp_cp",
@@ -147,7 +150,7 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
                 setattr(collection, name, pg[same.get(name, name)])
             collection.hcp, collection.inter_dist_opt = [], None
             yield ProcessGroups(groups=groups, rank=rank, place=coordinates(groups, rank), device=cpu.device(),
-                                collection=collection, memory_buffer=GlobalMemoryBuffer(), **pg)
+                                collection=collection, memory_buffer=GlobalMemoryBuffer(), half=half, **pg)
         finally:
             for ranks, group in made.items():
                 if rank in ranks and dist.is_initialized():

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules, SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -26,7 +26,7 @@ from megafn.runtime.groups import ProcessGroups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu,
-                "swiglu": F.silu, "geglu": F.gelu}
+                "swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def transformer_config(config: TrainConfig, pg: ProcessGroups) -> TransformerConfig:
@@ -98,7 +98,8 @@ def cp_positions(sequence: int, cp: int, rank: int, device: torch.device | str =
 class Attention(MegatronModule):
     """Core attention by torch's `scaled_dot_product_attention` (flash kernels, no mask where it is causal).
 
-    query [sq, b, heads / tp, d], key and value [sk, b, groups / tp, d]; mask bool [b or 1, 1, sq or 1, sk], True = hidden.
+    query [sq, b, heads / tp, d], key and value [sk, b, groups / tp, d]; mask bool [b or 1, 1, sq or 1, sk], True = hidden,
+    or of the scores' dtype [b or 1, heads / tp, sq, sk], added to them (causality, where it is wanted, is in it then).
     Context parallel: keys and values are gathered over cp, and each of the rank's two chunks of queries attends to
     what lies before it (Llama 3, arXiv 2407.21783, section 3.3.2).
     """
@@ -112,7 +113,7 @@ class Attention(MegatronModule):
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))            # [b, heads, s, d]
-        mask = None if attention_mask is None else ~attention_mask
+        mask = attention_mask if attention_mask is None or attention_mask.is_floating_point() else ~attention_mask
         if self.cp.size() == 1:
             if mask is None and self.causal:
                 context = self._attend(query, key, value, None, is_causal=query.size(2) > 1)
@@ -177,9 +178,15 @@ class RowLinear(_BiasInside, RowParallelLinear):
     pass
 
 
-def layer_spec(config: TrainConfig, pg: ProcessGroups, mask: AttnMaskType) -> ModuleSpec:
-    """Which modules megatron-core builds a layer of: self-attention and MLP, a norm before each."""
+def layer_spec(config: TrainConfig, pg: ProcessGroups, mask: AttnMaskType, *, cross: bool = False) -> ModuleSpec:
+    """Which modules megatron-core builds a layer of: self-attention, cross-attention where asked for, MLP; a norm before each."""
     norm_of_heads = Norm if config.model.qk_layernorm else None
+    attending = {}
+    if cross:
+        grouped = partial(ColumnLinear, tp_group=pg.tp)             # megatron-core hands these two no group
+        attending = dict(pre_cross_attn_layernorm=Norm, cross_attn_bda=get_bias_dropout_add, cross_attention=ModuleSpec(
+            module=CrossAttention, params={"attn_mask_type": AttnMaskType.arbitrary},
+            submodules=CrossAttentionSubmodules(linear_q=grouped, linear_kv=grouped, core_attention=Attention, linear_proj=RowLinear)))
     return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
         input_layernorm=Norm,
         self_attention=ModuleSpec(
@@ -187,6 +194,7 @@ def layer_spec(config: TrainConfig, pg: ProcessGroups, mask: AttnMaskType) -> Mo
             submodules=SelfAttentionSubmodules(linear_qkv=ColumnLinear, core_attention=Attention, linear_proj=RowLinear,
                                                q_layernorm=norm_of_heads, k_layernorm=norm_of_heads)),
         self_attn_bda=get_bias_dropout_add,
+        **attending,
         pre_mlp_layernorm=Norm,
         mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
         mlp_bda=get_bias_dropout_add))

@@ -40,7 +40,7 @@ class Stage(LanguageModule):
 
     tokens, position_ids [batch, sequence / cp] -> logits [sequence / cp, batch, padded vocabulary / tp] on the last
     stage, the hidden state elsewhere. attention_mask: bool [batch or 1, 1, sequence / cp or 1, sequence], True = hidden.
-    A family that differs changes the block's name in the whole model, its mask, or what stands behind it.
+    A family that differs changes the block's name in the whole model, its mask, or one of the methods that build the stage.
     """
 
     block, mask = "decoder", AttnMaskType.causal
@@ -51,7 +51,7 @@ class Stage(LanguageModule):
         model, tp = config.model, config.parallel.tp
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
-        self.share_embeddings_and_output_weights = model.tie_word_embeddings and model.num_labels is None
+        self.share_embeddings_and_output_weights = self.tied = model.tie_word_embeddings and model.num_labels is None
         self.place, self.position_rows = pg.place, model.position_rows if model.position_embedding == "learned_absolute" else None
         self.vocabulary = vocabulary = padded_vocab_size(model.vocab_size, tp)
         here = min(max(model.vocab_size - pg.place.tp * (vocabulary // tp), 0), vocabulary // tp)
@@ -63,13 +63,16 @@ class Stage(LanguageModule):
         if model.position_embedding == "rope":
             self.rotary = RotaryEmbedding(model.head_size, model.rotary_percent, rotary_base=model.rotary_base,
                                           use_cpu_initialization=pg.device.type == "cpu", cp_group=pg.cp)
-        setattr(self, self.block, TransformerBlock(
-            mcore, block_spec(config, mcore, pg, vp_stage, self.mask), pre_process=pre_process, post_process=post_process,
-            pg_collection=pg.collection, vp_stage=vp_stage))
+        self.add_blocks(config, pg)
         if post_process:
             self.add_head(config)
-        if pre_process and not post_process or hasattr(self, "output_layer"):
-            self.setup_embeddings_and_output_layer()
+        self.share_tables(pg)
+
+    def add_blocks(self, config: TrainConfig, pg: ProcessGroups) -> None:
+        """The layers of this stage."""
+        setattr(self, self.block, TransformerBlock(
+            self.config, block_spec(config, self.config, pg, self.vp_stage, self.mask), pre_process=self.pre_process, post_process=self.post_process,
+            pg_collection=pg.collection, vp_stage=self.vp_stage))
 
     def add_head(self, config: TrainConfig, *, bias: bool = False) -> None:
         """The modules behind the block."""
@@ -77,9 +80,14 @@ class Stage(LanguageModule):
             config.model.hidden_size, self.vocabulary, config=self.config, init_method=self.config.init_method, bias=bias, skip_bias_add=False,
             gather_output=False, skip_weight_param_allocation=self.pre_process and config.model.tie_word_embeddings, tp_group=self.tp_group)
 
+    def share_tables(self, pg: ProcessGroups) -> None:
+        """Tie the tables that other stages hold too."""
+        if self.pre_process and not self.post_process or hasattr(self, "output_layer"):
+            self.setup_embeddings_and_output_layer()
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits from the block's last hidden state [sequence / cp (/ tp), batch, hidden]."""
-        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        shared = self.shared_embedding_or_output_weight() if self.tied else None
         logits, _ = self.output_layer(hidden, weight=shared)
         return _HidePadding.apply(logits, self.padding) if self.padding else logits
 

@@ -27,6 +27,12 @@ def _tokens(batch: Batch) -> torch.Tensor:
     return found
 
 
+def _shape(batch: Batch) -> tuple[int, int]:
+    """(batch, sequence) of what stages send each other: an encoder-decoder's two sequences lie one behind the other."""
+    rows, sequence = _tokens(batch).shape[:2]
+    return rows, sequence + (batch["decoder_tokens"].size(1) if "decoder_tokens" in batch else 0)
+
+
 def cut_sequence(batch: Batch, pg: ProcessGroups) -> Batch:
     """A micro-batch cut over context parallel: of each tensor [batch, sequence, ...] this rank's part of the sequence.
 
@@ -51,7 +57,7 @@ def run_schedule(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[Batc
     loss_func(micro_batch, output) is called on the last stage: -> (loss sum, token count, anything), or, with
     `collect`, anything.
     """
-    shapes = {tuple(_tokens(batch).shape[:2]) for batch in micro_batches}
+    shapes = {_shape(batch) for batch in micro_batches}
     for chunk in chunks:
         get_model_config(chunk).variable_seq_lengths = len(shapes) > 1        # then stages tell each other the shapes
     micro_batch_size, sequence = max(shapes)

@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 import attrs
 import torch
 from attrs import field, frozen
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.utils import get_model_config
 
 from megafn.pure.config import ConfigError, TrainConfig, num_micro_batches
@@ -31,6 +31,7 @@ from megafn.runtime.methods import step_of
 from megafn.runtime.optimizer import build_optimizer, set_lr
 from megafn.runtime.passes import run_step
 from megafn.runtime.saver import check_directory, open_saver, resume
+from megafn.runtime.shared_tables import finalize_grads
 from megafn.runtime.sinks import open_sinks
 from megafn.runtime.state import State
 from megafn.runtime.steps import Step
@@ -75,9 +76,12 @@ def setup(config: TrainConfig, pg: ProcessGroups, *, model: Callable | None = No
 
     model(config, pg, *, pre_process, post_process, vp_stage) -> module builds one chunk; None: config.model_function,
     or `build_stage`. config.prepare_model, where given, is handed that as a function without arguments.
-    Raises ConfigError where the config does not fit the layout.
+    Raises ConfigError where the config does not fit the layout, and where the groups are of another one.
     """
     check(config, pg.world_size, cuda=pg.device.type == "cuda")
+    if pg.groups != build_groups(config.parallel, pg.world_size, model=config.model):
+        raise ConfigError("pg: its groups are those of another layout or model; make them from "
+                          "mf.build_groups(config.parallel, world_size, model=config.model).")
     vpp, build = config.parallel.vpp, model or config.model_function or build_stage
     with megatron(pg, config.seed, "setup"):
         chunks = []
@@ -96,7 +100,7 @@ def setup(config: TrainConfig, pg: ProcessGroups, *, model: Callable | None = No
         optimizer = build_optimizer(config, chunks, pg)
         for chunk in chunks:
             mcore = get_model_config(chunk)
-            mcore.finalize_model_grads_func, mcore.grad_scale_func = finalize_model_grads, optimizer.scale_loss
+            mcore.finalize_model_grads_func, mcore.grad_scale_func = finalize_grads, optimizer.scale_loss
     consumed = config.consumed_samples[0]
     return State(config=config, pg=pg, chunks=tuple(chunks), optimizer=optimizer, schedule=make_schedule(config),
                  iteration=consumed // config.global_batch_size, consumed_samples=consumed)
@@ -145,7 +149,7 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
         iteration=state.iteration, consumed_samples=state.consumed_samples, loss=report.loss, lr=at.lr, weight_decay=at.weight_decay,
         grad_norm=float(grad_norm) if updated and grad_norm is not None else None, count=report.count, skipped=not updated,
         loss_scale=float(optimizer.get_loss_scale()), seconds=seconds,
-        tokens_per_second=samples * config.model.seq_length / seconds, report=report.report, details=more, logits=report.logits)
+        tokens_per_second=samples * config.model.sample_tokens / seconds, report=report.report, details=more, logits=report.logits)
 
 
 def evaluate(state: State, batches: Iterable[Iterable[Any]], step: Step) -> Report:
@@ -224,6 +228,6 @@ def train(config: TrainConfig, *, step: Step | None = None, model: Callable | No
         for split in ("train", "valid") if config.eval_iters and valid_batches is None else ("train",):
             corpora(config, split)               # missing, damaged or too short: told now, not when it is first read
     check_directory(config)
-    with init_groups(build_groups(config.parallel, world), timeout_seconds=config.timeout_seconds) as pg:
+    with init_groups(build_groups(config.parallel, world, model=config.model), timeout_seconds=config.timeout_seconds) as pg:
         state, batches = resume(setup(config, pg, model=model), batches)
         return fit(state, step, batches=batches, valid_batches=valid_batches, on_metrics=on_metrics)

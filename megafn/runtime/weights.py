@@ -78,13 +78,13 @@ def initial_value(name: str, shape: tuple[int, ...], model: ModelConfig, seed: i
     """The first value of a parameter of the whole model, fp32: a function of (seed, name), so that every layout starts alike.
 
     Matrices are normal with `init_method_std`, those that write to the residual stream with that over
-    sqrt(2 * num_layers) (GPT-2); norms are one, biases zero.
+    sqrt(2 * layers of their half) (GPT-2); norms are one, biases zero.
     """
     if len(shape) == 1:
         return (torch.ones if name.endswith("norm.weight") else torch.zeros)(shape)
     std = model.init_method_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        std /= math.sqrt(2 * model.num_layers)
+        std /= math.sqrt(2 * (model.decoder_layers if name.startswith("decoder.") else model.num_layers))
     return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(derive_seed(seed, name)))
 
 
