@@ -5,7 +5,7 @@ from functools import cache, partial
 import attrs
 import pytest
 import torch
-from equivalence import assert_equal, run_layout, share, stack, tiny
+from equivalence import assert_equal, local_parts, run_layout, share, stack, tiny
 from test_equivalence import assert_close, halves, noisy
 
 import megafn as mf
@@ -309,6 +309,61 @@ def test_a_loss_of_ones_own_obeys_the_law(processes, layout, pool):
     assert_equal(alone, pool(processes, run_layout, tiny(**PAIRS, **layout), as_of_two, step))
 
 
+def halfway(config, directory, at):
+    """As `run_layout`, saved at iteration `at`; or from there on, where a checkpoint is in the directory."""
+    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
+        state, curve = mf.setup(config, pg), []
+        before = local_parts(state)
+        if at is None:
+            state = mf.load(state, directory)
+        for iteration in range(state.iteration, at or config.train_iters):
+            state, metrics = mf.train_step(state, share(as_of_two(config, iteration), config, pg), mf.step_fn("bert"))
+            curve.append((metrics.loss, metrics.grad_norm))
+        if at is not None:
+            mf.save(state, directory)
+        return curve, before, local_parts(state)
+
+
+def test_a_checkpoint_goes_on_in_another_layout(pool, alone, tmp_path):
+    base = PAIRS | dict(tie_word_embeddings=False)
+    curve, before, after = alone(tiny(**base), uneven)
+    pool(4, halfway, tiny(**base, tp=2, pp=2, **SP), tmp_path, 4)
+    assert_equal((curve[4:], before, after), pool(2, halfway, tiny(**base, **DIST), tmp_path, None))
+
+
+class Methods:
+    """A train step of BERT with accelerate's three methods, as its own BertTrainStep is written; the loss by sum and count."""
+
+    def __init__(self, config):
+        pass
+
+    def get_batch_func(self, accelerator, megatron_dataset_flag):
+        return next
+
+    def get_loss_func(self, accelerator, pretraining_flag=True):
+        return lambda losses, mask: ((losses * mask).sum(), mask.sum(), {"lm loss": (losses * mask).sum()})
+
+    def get_forward_step_func(self):
+        def forward_step(iterator, model):
+            batch = self.get_batch(iterator)
+            output = model(batch["text"], batch["padding_mask"], tokentype_ids=batch["types"], lm_labels=batch["labels"])
+            return output, lambda output: self.loss_func(output[0], batch["loss_mask"])
+        return forward_step
+
+
+def run_methods(config):
+    return run_layout(config, as_of_two, mf.step_of(config))
+
+
+@pytest.mark.parametrize("shape, processes, layout", [(MASKED, 1, {}), (PAIRS, 2, dict(pp=2))], ids=["single", "pp2"])
+def test_accelerates_three_methods_train_a_bert(shape, processes, layout, pool):
+    base = tiny(steps=3, **MASKED, num_tokentypes=2)
+    config = attrs.evolve(tiny(steps=3, **shape | dict(num_tokentypes=2), **layout), step_function=Methods)
+    plain = pool(1, run_layout, base, as_of_two)[0][0]
+    for curve, *_ in pool(processes, run_methods, config):
+        assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in plain], abs=1e-5)
+
+
 def means(config):
     """The mean losses of each data-parallel rank's own micro-batch, their `avg_losses`, and the report of one evaluation."""
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
@@ -339,6 +394,7 @@ WRONG = {
     "a label outside": ({"input_ids": IDS, "labels": IDS - 1}, {}, "batch['labels']: token id -1 is outside the vocabulary"),
     "a class outside": ({"input_ids": IDS, "labels": [0, 3]}, dict(num_labels=3), "single_label_classification wants integers 0 to 2, or -100 (no loss)"),
     "too few flags": ({"input_ids": IDS, "labels": [[0.0, 1.0]] * 2}, dict(num_labels=3), "multi_label_classification of 3 labels wants 3 for each of 2 rows"),
+    "no labels of a step": ({"input_ids": IDS}, dict(num_labels=2), "batch['labels'] is missing: labels are what a model with num_labels is trained on"),
     "flags that are none": ({"input_ids": IDS, "labels": [[0.0, 2.0]] * 2}, dict(num_labels=2), "multi_label_classification wants values from 0 to 1"),
 }
 
@@ -348,7 +404,7 @@ def test_a_batch_that_cannot_be_is_refused_in_one_sentence(name):
     raw, shape, told = WRONG[name]
     config = tiny(**MASKED | shape)
     with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg, pytest.raises(ValueError) as caught:
-        mf.step_fn("bert").batch(raw, config, pg)
+        mf.step_fn("bert").whole([mf.step_fn("bert").batch(raw, config, pg)], pg)
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -70,6 +70,13 @@ class BertStage(Stage):
         return logits if self.binary_head is None else (logits, self.binary_head(pooled))
 
 
+def hide_padding(real: torch.Tensor) -> torch.Tensor | None:
+    """From bools [batch, sequence], True = real, to a mask [batch, 1, 1, sequence], True = hidden; None where nothing is padded."""
+    if real.all():
+        return None
+    return (~real & real.any(1, keepdim=True))[:, None, None]      # a row without anything real sees itself: no mean over nothing
+
+
 def bert_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Batch:
     """A micro-batch of masked tokens, or of sequences with a label each, from one of two kinds of raw batch.
 
@@ -89,9 +96,8 @@ def bert_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -
     rows, shape = tokens.size(0), tokens.shape
     real = _zeros_and_ones(raw, names[1], shape).bool() if raw.get(names[1]) is not None else torch.ones_like(tokens, dtype=torch.bool)
     batch: dict[str, torch.Tensor] = {"tokens": tokens}
-    if not real.all():
-        hidden = ~real & real.any(1, keepdim=True)         # a row without anything real sees itself: no mean over nothing
-        batch["attention_mask"] = hidden[:, None, None]
+    if (hidden := hide_padding(real)) is not None:
+        batch["attention_mask"] = hidden
     types = _integers(raw, names[2], shape) if raw.get(names[2]) is not None else torch.zeros_like(tokens)
     types = types.masked_fill(~real, 0)
     if types.device.type == "cpu" and not 0 <= types.min() <= types.max() < max(1, model.num_tokentypes):
@@ -158,7 +164,12 @@ def bert_forward(model: torch.nn.Module, batch: Batch) -> Any:
 
 
 def bert_whole(micro_batches: Sequence[Batch], pg: ProcessGroups) -> Sequence[Batch]:
-    """Where the order of sentences is learned: how many masked tokens the global batch has for each sentence pair that counts."""
+    """Where the order of sentences is learned: how many masked tokens the global batch has for each sentence pair that counts.
+
+    Raises ValueError, on every rank, where a model with num_labels is given none.
+    """
+    if not {"labels", "classes", "flags", "targets"} & micro_batches[0].keys():
+        raise ValueError("batch['labels'] is missing: labels are what a model with num_labels is trained on.")
     if "is_random" not in micro_batches[0]:
         return micro_batches
     counts = torch.stack([torch.stack((batch["loss_mask"].sum(), (batch["is_random"] >= 0).sum())) for batch in micro_batches]).sum(0)
@@ -188,8 +199,6 @@ def bert_loss(output: Any, batch: Batch, pg: ProcessGroups) -> Loss:
         return Loss(sum=losses.sum() * here, count=(batch["classes"] != IGNORE).sum() * here)
     if "flags" in batch:
         losses = F.binary_cross_entropy_with_logits(output.float(), batch["flags"].view(rows, n), reduction="none")
-    elif "targets" in batch:
-        losses = F.mse_loss(output.float(), batch["targets"].view(rows, n), reduction="none")
     else:
-        raise ValueError("batch['labels'] is missing: labels are what a model with num_labels is trained on.")
+        losses = F.mse_loss(output.float(), batch["targets"].view(rows, n), reduction="none")
     return Loss(sum=losses.mean(1).sum() * here, count=rows * here)
