@@ -6,7 +6,7 @@ FAMILY ?= gpt
 BIN = $(VENV)/bin
 RUN = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench fuzz clean
 
 demo: $(VENV)/demo            ## train a GPT (or FAMILY=bert) on real text over 4 processes
 	$(RUN) 4 -m megafn demo --family $(FAMILY)
@@ -16,6 +16,9 @@ test: $(VENV)/test            ## every test
 
 bench: $(VENV)/bench          ## speed side by side with the peers
 	$(BIN)/python -m pytest bench --benchmark-sort=name -rs
+
+fuzz: $(VENV)/test            ## 200 random products of layout and features held to the single process; planted bugs searched for
+	$(BIN)/python -m pytest tests/test_fuzz.py --cases 200 --planted --timeout 7200
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

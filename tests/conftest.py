@@ -8,6 +8,12 @@ settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile("ci")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, default=25, help="random products of layout and features that test_fuzz.py tries")
+    parser.addoption("--case", help="one of them to repeat, as a failure prints it")
+    parser.addoption("--planted", action="store_true", help="also search for each planted bug from the beginning")
+
+
 @pytest.fixture(scope="session")
 def pool():
     """`pool(n, function, *args, timeout=120, **kwargs) -> [result of each rank]`; see `pool.worker_pool`."""

@@ -1,0 +1,200 @@
+"""Random products of layout x model x features, each held to the law; a case is a flat dict that a command line can repeat."""
+import json
+
+import attrs
+import torch
+import torch.distributed as dist
+from equivalence import assert_equal, run_layout, tiny, uneven
+from hypothesis import assume
+from hypothesis import strategies as st
+from planted import planted
+
+import megafn as mf
+from megafn.runtime.losses import cross_entropy
+
+# What makes a case differ from its single process; everything else both have.
+CUT = ("tp", "pp", "vpp", "cp", "order", "sequence_parallel", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+HOW = ("use_distributed_optimizer", "granularity", "method", "recompute_num_layers")
+BF16 = dict(loss=2**-10, grad_norm=2**-8, parameter=1 / 16, grid=2**-7)            # reasons: test_equivalence.py
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+def lopsided(config, iteration):
+    """Only the last quarter of each sequence counts: under context parallelism some ranks hold none of it."""
+    rows = uneven(config, iteration)
+    for row in rows:
+        row["loss_mask"] = (torch.arange(config.model.seq_length) >= config.model.seq_length * 3 // 4).float()
+    return rows
+
+
+def alone(config, iteration):
+    """One token of the whole global batch counts."""
+    rows = uneven(config, iteration)
+    for row in rows:
+        row["loss_mask"] = torch.zeros_like(row["loss_mask"])
+    rows[iteration % len(rows)]["loss_mask"][-1 - iteration] = 1
+    return rows
+
+
+def padded(config, iteration):
+    """Hugging Face rows, padded on the left, on the right or on both sides; some labels -100."""
+    rows = []
+    for i, row in enumerate(uneven(config, iteration)):
+        s, left, right = config.model.seq_length, (0, 7, 0, 20)[i % 4], (0, 0, 5, 3)[i % 4]
+        mask = torch.ones(s, dtype=torch.long)
+        mask[:left], mask[s - right:] = 0, 0
+        labels = row["tokens"].masked_fill((mask == 0) | (row["tokens"] % 5 == 0), -100)
+        rows.append({"input_ids": row["tokens"], "labels": labels, "attention_mask": mask, "position_ids": (mask.cumsum(0) - 1).clamp(min=0)})
+    return rows
+
+
+def documents(config, iteration):
+    """Rows of three documents each, as megatron-core's dataset gives them with its resets."""
+    rows = uneven(config, iteration)
+    for i, row in enumerate(rows):
+        s = config.model.seq_length
+        cut = torch.tensor([3 + i % 8, 17 + i // 2 % 8])
+        document = (torch.arange(s)[:, None] >= cut).sum(1)
+        row["attention_mask"] = ~((document[:, None] == document) & torch.ones(s, s).tril().bool())[None]
+        row["position_ids"] = torch.arange(s) - torch.nn.functional.pad(cut, (1, 0))[document]
+    return rows
+
+
+def growing(config, iteration):
+    """The length changes from micro-batch to micro-batch, and from one data-parallel rank to the next."""
+    rows = []
+    for i, row in enumerate(uneven(config, iteration)):
+        length = (8, 32, 16, 24, 32, 8, 8, 16)[(i // config.micro_batch_size + iteration) % 8]
+        rows.append({key: value[:length].clone() for key, value in row.items()})
+        rows[-1]["loss_mask"][0] = 1
+    return rows
+
+
+DATA = {"uneven": uneven, "lopsided": lopsided, "alone": alone, "padded": padded, "documents": documents, "growing": growing}
+
+
+def whole_sum(here, pg):
+    """The sum over tp of each rank's value; the gradient is that of one's own."""
+    whole = here.detach().clone()
+    dist.all_reduce(whole, group=pg.tp)
+    return here + (whole - here.detach())
+
+
+def smoothed(logits, batch, pg):
+    """Cross-entropy with labels smoothed by 0.1 over the whole vocabulary (arXiv 1512.00567), which is cut over tp."""
+    real = torch.arange(logits.size(-1)) + pg.place.tp * logits.size(-1) < 97
+    mean = whole_sum((logits.float() * real).sum(-1), pg).t() / 97
+    losses = 0.9 * cross_entropy(logits, batch["labels"], pg) + 0.1 * (mf.logsumexp(logits, pg) - mean)
+    return mf.Loss(sum=(losses * batch["loss_mask"]).sum(), count=batch["loss_mask"].sum())
+
+
+# ----------------------------------------------------------------------------------------------------------- cases
+
+def config_of(case):
+    """The config of a case; its processes, data and loss are no part of that."""
+    case = {key: value for key, value in case.items() if key not in ("processes", "data", "smoothing")}
+    names = {"granularity": "granularity", "method": "method", "recompute_num_layers": "num_layers"}
+    recompute = mf.RecomputeConfig(**{field: case.pop(key) for key, field in names.items() if key in case})
+    steps = 10 if case.get("dtype") == "bf16" else 4            # in four, a norm's weight does not reach the next number of bf16
+    return tiny(**dict(steps=steps, warmup_iters=1, recompute=recompute) | case)
+
+
+def reference_of(case):
+    """The case that it is held to: the single process, or, with dropout, the same layout with nothing sharded or recomputed."""
+    if case.get("hidden_dropout") or case.get("attention_dropout"):
+        return {key: value for key, value in case.items() if key not in HOW}
+    return {key: value for key, value in case.items() if key not in CUT + HOW} | {"processes": 1}
+
+
+@st.composite
+def cases(draw, processes=(2, 2, 2, 4, 4, 4, 4, 8)):
+    """A case that `validate` accepts; simpler ones come first, so that a failure shrinks to few features."""
+    case = {"processes": draw(st.sampled_from(processes))}
+    left = case["processes"]
+    for axis in draw(st.permutations(["tp", "pp", "cp"])):
+        size = draw(st.sampled_from([n for n in (1, 2, 4) if left % n == 0 and n <= left]))
+        left //= size
+        if size > 1:
+            case[axis] = size
+
+    def maybe(name, *values):
+        """A field is left as it is by default, or takes one of these."""
+        value = draw(st.sampled_from((None, *values)))
+        if value is not None:
+            case[name] = value
+
+    if case.get("tp"):
+        maybe("sequence_parallel", True)
+    if case.get("pp"):
+        maybe("vpp", 2)
+        if case["pp"] * case.get("vpp", 1) > 4:
+            case["num_layers"] = 8
+        elif case["pp"] == 2 and not case.get("vpp"):
+            maybe("num_layers_in_first_pipeline_stage", 1, 3)
+    maybe("order", "pp-dp-cp-ep-tp", "dp-cp-tp-pp-ep", "cp-tp-pp-dp-ep")
+    if left > 1:
+        maybe("use_distributed_optimizer", True, True)
+    maybe("granularity", "selective", "full")
+    if case.get("granularity") == "full":
+        maybe("method", "block")
+    maybe("tie_word_embeddings", False)
+    maybe("position_embedding", "rope", "none")
+    maybe("normalization", "RMSNorm")
+    maybe("activation", "swiglu", "geglu")
+    maybe("num_query_groups", 2, 4)
+    if case.get("position_embedding") == "rope":           # unturned, softmax is blind to the keys' bias, whose gradient is rounding
+        maybe("qk_layernorm", True)
+    maybe("add_bias_linear", False)
+    maybe("clip_grad", 0.0, 0.1)
+    maybe("micro_batch_size", 1)
+    maybe("smoothing", True)
+    case["data"] = draw(st.sampled_from(list(DATA)))
+    if case.keys() & {"use_distributed_optimizer", "granularity"}:
+        maybe("hidden_dropout", 0.1)
+        maybe("attention_dropout", 0.1)
+    if not case.keys() & {"hidden_dropout", "attention_dropout", "smoothing"} and case["data"] == "uneven":
+        maybe("dtype", "bf16")
+    assume(mf.validate(config_of(case), case["processes"]) == ())
+    return case
+
+
+def run_case(case, bug=None):
+    """In the workers: trains a case, with a planted bug if one is named."""
+    with planted(bug):
+        return run_layout(config_of(case), DATA[case["data"]], step_of(case))
+
+
+def step_of(case):
+    step = mf.step_fn("gpt")
+    return attrs.evolve(step, loss=smoothed) if case.get("smoothing") else step
+
+
+def hold(case, pool, references, bug=None):
+    """Raises AssertionError where a case breaks the law, with the command that repeats it. references: a dict that is filled."""
+    base = reference_of(case)
+    key = json.dumps(base, sort_keys=True)
+    if key not in references:
+        references[key] = pool(base["processes"], run_case, base)
+    try:
+        results = pool(case["processes"], run_case, case, bug)
+        tolerances = BF16 if case.get("dtype") == "bf16" else {}
+        if base["processes"] == 1:
+            assert_equal(references[key][0], results, **tolerances)
+        else:
+            for one, other in zip(references[key], results, strict=True):
+                assert_equal_ranks(one, other, **tolerances)
+    except Exception as error:
+        error.add_note(f"repeat it: python -m pytest tests/test_fuzz.py -k given_case --case '{json.dumps(case)}'")
+        raise
+
+
+def assert_equal_ranks(reference, result, loss=1e-4, grad_norm=1e-4, parameter=1e-3, grid=0.0):
+    """Two runs of one layout, rank by rank: the same part of each parameter lies on both."""
+    (curve, start, end), (other, first, last) = reference, result
+    assert max(abs(a - b) for (a, _), (b, _) in zip(curve, other, strict=True)) < loss, (curve, other)
+    assert max(abs(a - b) for (_, a), (_, b) in zip(curve, other, strict=True)) < grad_norm, (curve, other)
+    for (name, old, *_), (_, new, *_), (_, before, *_), (_, after, *_) in zip(start, end, first, last, strict=True):
+        assert torch.equal(old, before), name
+        update = (new - old).abs().max()
+        assert (new - after).abs().max() - grid * new.abs().max() <= parameter * update, name

@@ -1,0 +1,73 @@
+"""Random products of layout, model and features obey the law; and where a bug is planted, they show it."""
+import json
+from itertools import count
+
+import pytest
+from combinations import cases, hold
+from hypothesis import HealthCheck, Phase, given, settings
+from planted import NAMES
+
+KNOWN = {                                                    # for each planted bug a small case that shows it
+    "tied table not summed over stages": dict(processes=2, pp=2, data="uneven"),
+    "norms not summed over tp": dict(processes=2, tp=2, sequence_parallel=True, data="uneven"),
+    "gradients times dp": dict(processes=2, data="uneven"),
+    "gradients not summed over dp": dict(processes=2, data="lopsided"),
+    "updated shards not gathered": dict(processes=2, use_distributed_optimizer=True, data="uneven"),
+    "norm of the local gradients": dict(processes=2, pp=2, clip_grad=0.1, data="uneven"),
+    "loss over the local vocabulary": dict(processes=2, tp=2, data="uneven"),
+    "smoothing over the local vocabulary": dict(processes=2, tp=2, smoothing=True, data="uneven"),
+    "mean of means": dict(processes=2, data="uneven"),
+    "padded vocabulary takes part": dict(processes=2, tp=2, data="uneven"),
+    "bias of each tp rank counts": dict(processes=2, tp=2, data="uneven"),
+    "mask cut elsewhere than queries": dict(processes=2, cp=2, data="documents"),
+    "keys in the order of ranks": dict(processes=2, cp=2, data="uneven"),
+    "angles of local positions": dict(processes=2, cp=2, position_embedding="rope", data="uneven"),
+    "recomputation draws other dropout": dict(processes=1, granularity="full", hidden_dropout=0.1, data="uneven"),
+}
+
+
+@pytest.fixture(scope="module")
+def references():
+    """Runs of the single process, by their case: many layouts are held to one."""
+    return {}
+
+
+def test_random_products_obey_the_law(pool, references, pytestconfig):
+    @settings(max_examples=pytestconfig.getoption("cases"), suppress_health_check=list(HealthCheck))
+    @given(cases())
+    def obey(case):
+        hold(case, pool, references)
+
+    obey()
+
+
+def test_the_given_case_obeys_the_law(pool, references, pytestconfig):
+    if not (case := pytestconfig.getoption("case")):
+        pytest.skip("no --case is given")
+    hold(json.loads(case), pool, references)
+
+
+@pytest.mark.parametrize("bug", NAMES)
+def test_a_planted_bug_is_seen_in_a_case_known_to_show_it(bug, pool, references):
+    with pytest.raises(AssertionError):
+        hold(KNOWN[bug], pool, references, bug)
+    hold(KNOWN[bug], pool, references)
+
+
+@pytest.mark.parametrize("bug", NAMES)
+def test_a_planted_bug_is_found_within_200_cases(bug, pool, references, pytestconfig, capsys):
+    if not pytestconfig.getoption("planted"):
+        pytest.skip("a search of minutes: --planted")
+    tried = count(1)
+
+    @settings(max_examples=200, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+    @given(cases(processes=(2, 4)))
+    def obey(case):
+        found["case"], found["number"] = case, next(tried)
+        hold(case, pool, references, bug)
+
+    found = {}
+    with pytest.raises(AssertionError):
+        obey()
+    with capsys.disabled():
+        print(f"\n{bug!r}: case {found['number']}: {json.dumps(found['case'])}")
