@@ -2,6 +2,8 @@
 import json
 
 import attrs
+import test_bert
+import test_t5
 import torch
 import torch.distributed as dist
 from equivalence import assert_equal, run_layout, tiny, uneven
@@ -13,7 +15,7 @@ import megafn as mf
 from megafn.runtime.losses import cross_entropy
 
 # What makes a case differ from its single process; everything else both have.
-CUT = ("tp", "pp", "vpp", "cp", "order", "sequence_parallel", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+CUT = ("pipeline_model_parallel_split_rank", "tp", "pp", "vpp", "cp", "order", "sequence_parallel", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 HOW = ("use_distributed_optimizer", "granularity", "method", "recompute_num_layers")
 BF16 = dict(loss=2**-10, grad_norm=2**-8, parameter=1 / 16, grid=2**-7)            # reasons: test_equivalence.py
 
@@ -71,7 +73,9 @@ def growing(config, iteration):
     return rows
 
 
-DATA = {"uneven": uneven, "lopsided": lopsided, "alone": alone, "padded": padded, "documents": documents, "growing": growing}
+DATA = {"uneven": uneven, "lopsided": lopsided, "alone": alone, "padded": padded, "documents": documents, "growing": growing,
+        "bert": test_bert.uneven, "bert pairs": test_bert.uneven, "t5": test_t5.pairs}
+MODELS = {"bert": test_bert.MASKED, "bert pairs": test_bert.PAIRS, "t5": test_t5.T5}       # of GPT where it is not told
 
 
 def whole_sum(here, pg):
@@ -93,7 +97,7 @@ def smoothed(logits, batch, pg):
 
 def config_of(case):
     """The config of a case; its processes, data and loss are no part of that."""
-    case = {key: value for key, value in case.items() if key not in ("processes", "data", "smoothing")}
+    case = MODELS.get(case["data"], {}) | {key: value for key, value in case.items() if key not in ("processes", "data", "smoothing")}
     names = {"granularity": "granularity", "method": "method", "recompute_num_layers": "num_layers"}
     recompute = mf.RecomputeConfig(**{field: case.pop(key) for key, field in names.items() if key in case})
     steps = 10 if case.get("dtype") == "bf16" else 4            # in four, a norm's weight does not reach the next number of bf16
@@ -108,10 +112,10 @@ def reference_of(case):
 
 
 @st.composite
-def cases(draw, processes=(2, 2, 2, 4, 4, 4, 4, 8)):
+def cases(draw, processes=(2, 2, 2, 4, 4, 4, 4, 8), data=tuple(DATA)):
     """A case that `validate` accepts; simpler ones come first, so that a failure shrinks to few features."""
     case = {"processes": draw(st.sampled_from(processes))}
-    left = case["processes"]
+    left, case["data"] = case["processes"], draw(st.sampled_from(data))
     for axis in draw(st.permutations(["tp", "pp", "cp"])):
         size = draw(st.sampled_from([n for n in (1, 2, 4) if left % n == 0 and n <= left]))
         left //= size
@@ -127,7 +131,8 @@ def cases(draw, processes=(2, 2, 2, 4, 4, 4, 4, 8)):
     if case.get("tp"):
         maybe("sequence_parallel", True)
     if case.get("pp"):
-        maybe("vpp", 2)
+        if case["data"] != "t5":
+            maybe("vpp", 2)
         if case["pp"] * case.get("vpp", 1) > 4:
             case["num_layers"] = 8
         elif case["pp"] == 2 and not case.get("vpp"):
@@ -148,8 +153,10 @@ def cases(draw, processes=(2, 2, 2, 4, 4, 4, 4, 8)):
     maybe("add_bias_linear", False)
     maybe("clip_grad", 0.0, 0.1)
     maybe("micro_batch_size", 1)
-    maybe("smoothing", True)
-    case["data"] = draw(st.sampled_from(list(DATA)))
+    if case["data"] == "t5" and case.get("pp") == 4:
+        maybe("pipeline_model_parallel_split_rank", 1, 3)
+    if case["data"] not in MODELS:
+        maybe("smoothing", True)
     if case.keys() & {"use_distributed_optimizer", "granularity"}:
         maybe("hidden_dropout", 0.1)
         maybe("attention_dropout", 0.1)
@@ -166,7 +173,7 @@ def run_case(case, bug=None):
 
 
 def step_of(case):
-    step = mf.step_fn("gpt")
+    step = mf.step_fn(config_of(case).model.family)
     return attrs.evolve(step, loss=smoothed) if case.get("smoothing") else step
 
 

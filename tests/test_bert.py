@@ -127,7 +127,7 @@ def test_bf16_obeys_the_law_as_far_as_bf16_allows(processes, layout, pool, alone
 
     Logits, and what rounding does to them, are as much larger; and the losses of a handful of pairs weigh as much as those of all
     tokens. A loss of 5.4 stays within 2^-7, less than its own rounding to bf16 (2^-9 of it), a norm of 2.5 within 2^-6, a weight
-    within a sixth of its update (tp 2 with sp and dp 2: 2.4e-3, 6.7e-3, 0.11 seen). The bugs planted here were off by 0.6 and more.
+    within a sixth of its update (tp 2 with sp and dp 2: 2.4e-3, 6.7e-3, 0.11 seen). Planted bugs put a parameter off by 0.6 of its update and more.
     """
     obeys(pool, alone, processes, PAIRS | dict(dtype="bf16", init_method_std=0.1), layout, loss=2**-7, grad_norm=2**-6, parameter=1 / 6, grid=2**-7)
 
