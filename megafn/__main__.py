@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 
@@ -29,11 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return {"train": _train, "check": _check, "data": _data, "demo": _demo}[arguments.command](arguments)
     except (ValueError, OSError) as error:
-        from megafn.pure.config import ConfigError
-
-        # every process knows a config's problems, and one of each machine tells them
-        if not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"megafn: {error}", file=sys.stderr)
+        print(f"megafn: {error}", file=sys.stderr)      # of every process: torchrun ends the others when one has failed
         return 2
 
 
