@@ -44,8 +44,8 @@ def t5_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> 
         decoder_tokens = decoder_tokens.masked_fill(decoder_tokens == IGNORE, model.decoder_start_token_id)
     labels = labels.masked_fill(~decoder_real, IGNORE)
     check_ids(f"batch[{inputs!r}]", tokens, model.vocab_size)
-    check_ids(f"batch[{decoder_inputs!r}]", decoder_tokens, model.vocab_size)
     check_ids("batch['labels']", labels.masked_fill(labels == IGNORE, 0), model.vocab_size)
+    check_ids(f"batch[{decoder_inputs!r}]", decoder_tokens, model.vocab_size)
     if real.device.type == "cpu" and not real.any(1).all():
         raise ValueError(f"batch[{names[1]!r}] hides every token of row {int((~real.any(1)).nonzero()[0])}: one real token at least is wanted.")
     for length in (tokens.size(1), labels.size(1)):
