@@ -8,7 +8,7 @@ RUN = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node
 
 .PHONY: demo test bench fuzz clean
 
-demo: $(VENV)/demo            ## train a GPT (or FAMILY=bert) on real text over 4 processes
+demo: $(VENV)/demo            ## train a GPT (or FAMILY=bert, FAMILY=t5) on real text over 4 processes
 	$(RUN) 4 -m megafn demo --family $(FAMILY)
 
 test: $(VENV)/test            ## every test

@@ -1,6 +1,7 @@
 """Masked tokens: sentences as sequences, megatron-core's samples of them without its cache and its mistakes about padding."""
 import subprocess
 import sys
+from functools import partial
 
 import attrs
 import numpy as np
@@ -13,7 +14,7 @@ from pool import ROOT
 
 import megafn as mf
 from megafn.runtime.corpora import build_dataset, corpora
-from megafn.runtime.masked import bert_data
+from megafn.runtime.masked import bert_data, t5_data
 from megafn.runtime.text import cut_sentences
 
 DOCUMENTS = [" ".join(f"Sentence {i} of {name} has {'word ' * (i % 5 + 1)}in it." for i in range(12)) + "\n" for name in ("one", "two", "three", "four")]
@@ -29,6 +30,11 @@ def config(folder, **changes):
     for key in list(changes):
         (model if key in attrs.fields_dict(mf.ModelConfig) else data)[key] = changes.pop(key)
     return mf.TrainConfig(model=mf.ModelConfig(**model), data=mf.DataConfig(**data), micro_batch_size=2, global_batch_size=4, train_iters=10, eval_iters=0)
+
+
+def t5(folder, **changes):
+    """A tiny T5 on DOCUMENTS."""
+    return config(folder, **dict(family="t5", num_tokentypes=0, seq_length=40, decoder_seq_length=16) | changes)
 
 
 # -------------------------------------------------------------------------------------------------------- sentences
@@ -92,18 +98,67 @@ def beside_megatron(made, folder):
     """Whether the first samples are those that megatron-core's own dataset gives through its cache."""
     with mf.init_groups(mf.build_groups(made.parallel, 1)):                   # it asks torch.distributed for the rank
         ours = build_dataset(made)
-        kind, settings = bert_data(made, mf.byte_tokenizer())
+        kind, settings = (t5_data if made.model.family == "t5" else bert_data)(made, mf.byte_tokenizer())
         settings.path_to_cache = folder
         theirs = kind.__mro__[2](ours.dataset, ours.dataset_path, ours.indices, ours.num_samples, ours.index_split, settings)
         assert kind.__mro__[2].__module__.startswith("megatron") and type(theirs)._build_sample_index is not kind._build_sample_index
-        same = [np.array_equal(ours[i][key], theirs[i][key]) for i in range(20) for key in ("text", "labels", "loss_mask", "is_random", "truncated")]
+        keys = ("text", "text_enc", "text_dec", "enc_mask", "dec_mask", "labels", "loss_mask", "is_random", "truncated")
+        same = [np.array_equal(ours[i][key], theirs[i][key]) for i in range(20) for key in keys if key in theirs[i]]
         return len(ours) == len(theirs) and np.array_equal(ours.sample_index, theirs.sample_index) and all(same)
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_samples_are_those_of_megatron_core(pairs, tmp_path, pool):
-    assert pool(1, beside_megatron, config(tmp_path, bert_binary_head=pairs), str(tmp_path / "theirs")) == [True]
+@pytest.mark.parametrize("made", [config, partial(config, bert_binary_head=True), t5], ids=["bert", "bert-pairs", "t5"])
+def test_samples_are_those_of_megatron_core(made, tmp_path, pool):
+    assert pool(1, beside_megatron, made(tmp_path), str(tmp_path / "theirs")) == [True]
     assert list((tmp_path / "theirs").iterdir()) and not list((tmp_path / "cache").rglob("*.npy"))
+
+
+def spans(ids):
+    """{sentinel: what stands behind it} of ids that begin with one."""
+    found, sentinels = {}, mf.byte_tokenizer().additional_special_tokens_ids
+    for token in ids:
+        if token in sentinels:
+            found[token], last = [], token
+        else:
+            found[last].append(token)
+    return found
+
+
+def test_spans_put_back_for_their_sentinels_are_a_run_of_a_document(tmp_path):
+    tokenizer, rows, lengths = mf.byte_tokenizer(), [build_dataset(t5(tmp_path))[i] for i in range(60)], set()
+    for row in rows:
+        read, write = (row[name][row[mask] == 1].tolist() for name, mask in (("text_enc", "enc_mask"), ("text_dec", "dec_mask")))
+        labels = row["labels"][row["loss_mask"] == 1].tolist()
+        assert len(row["text_enc"]) == 40 and len(row["text_dec"]) == len(row["labels"]) == 16
+        assert write == [tokenizer.bos, *labels[:-1]] and labels[-1] == tokenizer.eos and torch.equal(row["loss_mask"], row["dec_mask"])
+        taken = spans(labels[:-1])
+        assert list(taken) == list(tokenizer.additional_special_tokens_ids[:len(taken)]) == [token for token in read if token in taken]
+        whole = bytes(byte for token in read for byte in taken.get(token, [token])).decode()
+        assert any(whole in text for text in DOCUMENTS) and len(whole) <= 38 and row["enc_mask"].tolist() == [1] * len(read) + [0] * (40 - len(read))
+        lengths |= {len(span) for span in taken.values()}
+        assert 1 <= sum(map(len, taken.values())) <= 5
+    assert {1, 2, 3} <= lengths
+
+
+@pytest.mark.parametrize("changes, told", [
+    (dict(seq_length=60), r"'bytes' has 6 sentinels, and a sample may have 8 spans; lower model.seq_length = 60 or data.mask_prob = 0.15, or choose"),
+    (dict(decoder_seq_length=10), r"model.decoder_seq_length = 10: up to 5 spans of a sample are written; give 11 or more, or lower model.seq_length"),
+])
+def test_spans_that_find_no_place_are_refused_before_the_run(changes, told, tmp_path):
+    assert build_dataset(t5(tmp_path, decoder_seq_length=11))[0] and build_dataset(t5(tmp_path, seq_length=48))[0]      # the last that do
+    with pytest.raises(mf.ConfigError, match=told):
+        build_dataset(t5(tmp_path, **changes))
+    assert [problem.field for problem in mf.validate(t5(tmp_path, seq_length=7), 1)] == ["model.seq_length"]
+
+
+def test_a_tokenizer_without_bos_begins_with_padding_and_one_without_sentinels_is_refused(tmp_path):
+    path, vocab = word_pieces(tmp_path, 0)
+    with pytest.raises(mf.ConfigError, match="0.json' has no additional_special_tokens_ids, which data for t5 want"):
+        build_dataset(t5(tmp_path, tokenizer=path, vocab_size=len(vocab)))
+    text = (tmp_path / "0.json").read_text().replace("[CLS]", "<extra_id_0>").replace("[MASK]", "<extra_id_1>")
+    (tmp_path / "0.json").write_text(text)
+    row = build_dataset(t5(tmp_path, tokenizer=path, vocab_size=len(vocab), seq_length=16))[0]
+    assert row["text_dec"][0] == vocab["[PAD]"] and row["dec_mask"][0] == 1 and row["text_dec"][1] == vocab["[CLS]"]
 
 
 def word_pieces(folder, pad):
@@ -159,8 +214,9 @@ def losses(made):
     return [(metrics.loss, metrics.grad_norm, metrics.count) for metrics in seen]
 
 
-def test_a_run_from_text_is_the_same_in_every_layout(tmp_path, pool):
-    made = attrs.evolve(config(tmp_path, bert_binary_head=True), train_iters=6, log=mf.LogConfig(progress=False))
+@pytest.mark.parametrize("made", [partial(config, bert_binary_head=True), t5], ids=["bert", "t5"])
+def test_a_run_from_text_is_the_same_in_every_layout(made, tmp_path, pool):
+    made = attrs.evolve(made(tmp_path), train_iters=6, log=mf.LogConfig(progress=False))
     alone = pool(1, losses, made)[0]
     for layout in (mf.ParallelConfig(tp=2), mf.ParallelConfig(pp=2), mf.ParallelConfig()):
         for other in pool(2, losses, attrs.evolve(made, parallel=layout)):

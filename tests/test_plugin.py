@@ -264,8 +264,17 @@ def test_hugging_face_configs_give_the_model():
         add_bias_linear=False, tie_word_embeddings=False)
     bert = model_fields(transformers.MegatronBertConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=4, intermediate_size=80))
     assert (bert["model.family"], bert["model.num_layers"], bert["model.ffn_hidden_size"], bert["model.norm_epsilon"]) == ("bert", 3, 80, 1e-12)
-    t5 = model_fields(transformers.T5Config(num_layers=3, d_model=64, num_heads=4, d_kv=8, feed_forward_proj="gated-gelu"))
-    assert (t5["model.family"], t5["model.hidden_size"], t5["model.kv_channels"], t5["model.activation"]) == ("t5", 64, 8, "geglu")
+    t5 = model_fields(transformers.T5Config(num_layers=3, d_model=64, num_heads=4, d_kv=8, feed_forward_proj="gated-gelu", num_decoder_layers=2,
+                                               relative_attention_num_buckets=16, relative_attention_max_distance=64, decoder_start_token_id=5))
+    assert (t5["model.family"], t5["model.hidden_size"], t5["model.kv_channels"], t5["model.activation"]) == ("t5", 64, 8, "geglu_tanh")
+    assert [t5[f"model.{name}"] for name in ("num_layers", "num_decoder_layers", "position_embedding", "relative_attention_num_buckets",
+                                             "relative_attention_max_distance", "decoder_start_token_id")] == [3, 2, "relative", 16, 64, 5]
+    with pytest.raises(ConfigError, match="^model.feed_forward_proj = 'gated-relu': choose one of relu, gelu, gelu_new, gated-gelu"):
+        model_fields(transformers.T5Config(feed_forward_proj="gated-relu"))
+    with pytest.raises(ConfigError, match="^model = 'T5EncoderModel': this head is not built; give T5ForConditionalGeneration"):
+        model_fields(transformers.T5Config(architectures=["T5EncoderModel"]))
+    with pytest.raises(ConfigError, match="^model.is_encoder_decoder = False"):
+        model_fields(transformers.T5Config(is_encoder_decoder=False))
     with pytest.raises(ConfigError, match="^model.model_type = 'bert': its norms stand behind"):
         made(model=transformers.BertConfig())
     with pytest.raises(ConfigError, match="^model.scale_attn_by_inverse_layer_idx = True"):
@@ -288,6 +297,25 @@ def test_a_model_is_read_by_its_config_and_what_head_it_has():
     assert made(model=mine).model == mine
     with pytest.raises(ConfigError, match="^model.n_layer = None: a gpt2 config has it"):
         made(model=SimpleNamespace(model_type="gpt2"))
+
+
+def test_every_name_of_t5_reaches_the_config():
+    t5 = SimpleNamespace(model_type="t5", num_layers=3, num_decoder_layers=3, d_model=64, num_heads=4, d_kv=16, d_ff=128, vocab_size=100)
+    config = made(model=t5, world_size=4, pp_degree=4, pipeline_model_parallel_split_rank=1, encoder_seq_length=40, decoder_seq_length=12)
+    assert (config.parallel.pipeline_model_parallel_split_rank, config.model.seq_length, config.model.decoder_seq_length) == (1, 40, 12)
+    args = {"decoder_num_layers": 6, "relative_attention_num_buckets": 16, "relative_attention_max_distance": 50, "decoder_start_token_id": 7}
+    model = made(model=t5, other_megatron_args=args).model
+    assert (model.num_layers, model.num_decoder_layers, model.relative_attention_num_buckets, model.relative_attention_max_distance,
+            model.decoder_start_token_id) == (3, 6, 16, 50, 7)
+    assert made(model=t5, other_megatron_args={"num_decoder_layers": 5}).model.num_decoder_layers == 5
+    with pytest.raises(ConfigError, match="encoder_num_layers.* it is the model's; give another model config"):
+        made(model=t5, other_megatron_args={"encoder_num_layers": 5})
+    with pytest.raises(ConfigError, match="^pipeline_model_parallel_split_rank = 4: encoder and decoder have a stage each"):
+        made(model=t5, world_size=4, pp_degree=4, pipeline_model_parallel_split_rank=4)
+    with pytest.raises(ConfigError, match="num_decoder_layers.*it has no effect where model.family is 'gpt'"):
+        made(other_megatron_args={"num_decoder_layers": 5})
+    with pytest.raises(ConfigError, match="cross-attention has no grouped queries"):
+        made(model=t5, other_megatron_args={"num_query_groups": 2})
 
 
 def parameters(*decays):

@@ -13,8 +13,9 @@ import attrs
 from megafn.pure.config import ConfigError, DataConfig, ModelConfig, Problem
 from megafn.pure.dicts import nearest, refusal
 
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "swiglu",
-                "gated-gelu": "geglu"}
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "swiglu"}
+_T5_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gated-gelu": "geglu_tanh", "gated-gelu_new": "geglu_tanh",
+                   "gated-silu": "swiglu"}                     # by the name gated-gelu transformers mean gelu_new
 
 
 def model_fields(model: Any) -> dict[str, Any]:
@@ -109,15 +110,22 @@ def _megatron_bert(read: Callable, refuse_unless: Callable, head: str) -> dict[s
 
 
 def _t5(read: Callable, refuse_unless: Callable, head: str) -> dict[str, Any]:
+    refuse_unless("is_encoder_decoder", True)
+    if head not in ("", "T5Model", "T5ForConditionalGeneration"):
+        raise refusal([Problem("model", head, "this head is not built; give T5ForConditionalGeneration")])
+    activation, start = read("feed_forward_proj", "relu"), read("decoder_start_token_id", None)
+    if activation not in _T5_ACTIVATIONS:
+        raise refusal([Problem("model.feed_forward_proj", activation, f"choose one of {', '.join(_T5_ACTIVATIONS)}")])
     return dict(family="t5", num_layers=read("num_layers"), num_decoder_layers=read("num_decoder_layers", None) or read("num_layers"),
                 hidden_size=read("d_model"), num_attention_heads=read("num_heads"), kv_channels=read("d_kv"), ffn_hidden_size=read("d_ff"),
                 vocab_size=read("vocab_size"), max_position_embeddings=read("n_positions", 512), position_embedding="relative",
                 relative_attention_num_buckets=read("relative_attention_num_buckets", 32),
                 relative_attention_max_distance=read("relative_attention_max_distance", 128),
-                activation=_activation(read("feed_forward_proj", "relu")), normalization="RMSNorm",
+                activation=_T5_ACTIVATIONS[activation], normalization="RMSNorm",
                 norm_epsilon=read("layer_norm_epsilon", 1e-6), add_bias_linear=False,
                 hidden_dropout=read("dropout_rate", 0.1), attention_dropout=read("dropout_rate", 0.1),
-                tie_word_embeddings=read("tie_word_embeddings", True))
+                tie_word_embeddings=read("tie_word_embeddings", True),
+                decoder_start_token_id=start if start is not None else read("pad_token_id", None) or 0)
 
 
 _MODELS = {"gpt2": _gpt2, "llama": _llama, "megatron-bert": _megatron_bert, "t5": _t5}

@@ -25,7 +25,8 @@ def _swiglu(value: Any) -> str:
 _STRAIGHT = {
     "model": "ffn_hidden_size kv_channels num_query_groups max_position_embeddings rotary_base rotary_percent qk_layernorm "
              "add_bias_linear add_qkv_bias hidden_dropout attention_dropout init_method_std normalization norm_epsilon "
-             "bert_binary_head num_tokentypes num_labels",
+             "bert_binary_head num_tokentypes num_labels num_decoder_layers decoder_start_token_id "
+             "relative_attention_num_buckets relative_attention_max_distance",
     "precision": "initial_loss_scale min_loss_scale loss_scale_window hysteresis",
     "data": "reset_position_ids reset_attention_mask eod_mask_loss mask_prob short_seq_prob",
     "": "seed",
@@ -38,6 +39,7 @@ MEGATRON: dict[str, tuple[str | None, Callable[[Any], Any] | str | None]] = {
     "swiglu": ("model.activation", _swiglu),
     "disable_bias_linear": ("model.add_bias_linear", _not),
     "untie_embeddings_and_output_weights": ("model.tie_word_embeddings", _not),
+    "decoder_num_layers": ("model.num_decoder_layers", None),
     "context_parallel_size": ("parallel.cp", None),
     "expert_model_parallel_size": ("parallel.ep", None),
     "decoder_first_pipeline_num_layers": ("parallel.num_layers_in_first_pipeline_stage", None),
@@ -68,6 +70,6 @@ MEGATRON: dict[str, tuple[str | None, Callable[[Any], Any] | str | None]] = {
     "virtual_pipeline_model_parallel_size": (None, "it follows from the plugin's num_layers_per_virtual_pipeline_stage; give that"),
     "data_path": (None, "name the data with data = DataConfig(train=...)"),
     **{name: (None, "it is the model's; give another model config") for name in
-       ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")},
+       ("num_layers", "encoder_num_layers", "hidden_size", "num_attention_heads", "vocab_size")},
     **{name: (None, 'it is said by mixed_precision = "fp16" or "bf16"; give it there') for name in ("fp16", "bf16")},
 }

@@ -14,7 +14,7 @@ import attrs
 from attrs import frozen
 
 from megafn.pure import config as configs
-from megafn.pure.config import ConfigError, DataConfig, ParallelConfig, Problem, TrainConfig
+from megafn.pure.config import ConfigError, DataConfig, Problem, TrainConfig
 from megafn.pure.dicts import fits, nearest, refusal, said
 from megafn.pure.foreign import loader_fields, model_fields, optimizer_fields, scheduler_fields
 from megafn.pure.megatron_names import MEGATRON
@@ -355,7 +355,7 @@ def _layout(found: _Fields, plugin: PluginFields, world_size: int) -> None:
         elif isinstance(layers, int):
             found.put("parallel.vpp", layers // plugin.pp_degree // n, "num_layers_per_virtual_pipeline_stage")
     if (split := plugin.pipeline_model_parallel_split_rank) is not None:
-        if family == "t5" and "pipeline_model_parallel_split_rank" in attrs.fields_dict(ParallelConfig):
+        if family == "t5":
             found.put("parallel.pipeline_model_parallel_split_rank", split, "pipeline_model_parallel_split_rank")
         else:
             found.refuse("pipeline_model_parallel_split_rank", split, "it is the stage at which T5's decoder begins, and this model is "

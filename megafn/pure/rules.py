@@ -207,6 +207,8 @@ RULES: tuple[tuple[str, Callable[..., Any]], ...] = (
      f"the head of num_labels = {labels} stands in place of the output layer; leave it out"),
     ("model.seq_length model.family data", lambda length, family, data: family == "bert" and data is not None and length < 8 and
      "three tokens of it mark the two sentences; give 8 or more"),
+    ("model.seq_length model.family data", lambda length, family, data: family == "t5" and data is not None and length < 8 and
+     "two tokens of it are kept free, and of the rest spans are taken; give 8 or more"),
     ("data model.num_labels model.family", lambda data, labels, family: family == "bert" and data is not None and labels is not None and
      "corpora have no labels for num_labels; leave it out and pass batches"),
     ("global_batch_size micro_batch_size world_size parallel.tp parallel.pp parallel.cp parallel.vpp", _batch),

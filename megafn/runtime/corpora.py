@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.utils import Split
 
 from megafn.pure.config import ConfigError, TrainConfig
-from megafn.runtime.masked import bert_data, sentences_wanted
+from megafn.runtime.masked import bert_data, sentences_wanted, t5_data
 from megafn.runtime.text import LONG_SENTENCE, PARTS, indexed_text
 from megafn.runtime.tokenizer import Tokenizer, load_tokenizer
 
@@ -50,7 +50,7 @@ def gpt_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
         path_to_cache="")
 
 
-_FAMILIES: dict[str, Callable[[TrainConfig, Tokenizer], tuple[type, Any]]] = {"gpt": gpt_data, "bert": bert_data}
+_FAMILIES: dict[str, Callable[[TrainConfig, Tokenizer], tuple[type, Any]]] = {"gpt": gpt_data, "bert": bert_data, "t5": t5_data}
 
 
 def corpora(config: TrainConfig, split: str = "train", *, tokenizer: Tokenizer | None = None) -> tuple[Corpus, ...]:
@@ -164,12 +164,9 @@ def build_dataset(config: TrainConfig, split: str = "train") -> torch.utils.data
     a sample each; without weights by their tokens, and an epoch reads each of them once. Each rank holds the order of
     samples in memory: 12 bytes a sample and 4 a document, times epochs. No communication.
     """
-    family = config.model.family
-    if family not in _FAMILIES:
-        raise ConfigError(f"model.family = {family!r}: data can be read for {', '.join(_FAMILIES)}; pass batches instead")
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data is not None else None
     found = corpora(config, split, tokenizer=tokenizer)
-    kind, mcore = _FAMILIES[family](config, tokenizer)
+    kind, mcore = _FAMILIES[config.model.family](config, tokenizer)
 
     def read(corpus: Corpus, samples: int | None) -> Any:
         indexed = kind.build_low_level_dataset(corpus.prefix, mcore)

@@ -24,6 +24,7 @@ def batches(config: TrainConfig, pg: ProcessGroups, *, split: str = "train", con
     GPT: tokens, labels (the next tokens), position_ids int64 and loss_mask float32, each [micro_batch_size, seq_length];
     attention_mask bool [micro_batch_size, 1, seq_length, seq_length], True = hidden, only under reset_attention_mask.
     BERT: text, types, labels, loss_mask, padding_mask (1 = real) int64, likewise, and is_random, truncated [micro_batch_size].
+    T5: text_enc, enc_mask [micro_batch_size, seq_length], text_dec, dec_mask, labels, loss_mask [micro_batch_size, decoder_seq_length] int64.
     Which samples these are depends on dp_rank and dp_size alone of `pg`, see `megafn.pure.sampling`: tensor-, context-
     and pipeline-parallel ranks read the same ones. Nothing is communicated.
 
@@ -55,7 +56,7 @@ def batches(config: TrainConfig, pg: ProcessGroups, *, split: str = "train", con
     def micro_batch(indices: tuple[int, ...]) -> dict[str, torch.Tensor]:
         rows = [dataset[index % samples] for index in indices]
         made = {key: _stack([row[key] for row in rows], pin) for key in rows[0] if key != "dataset_id"}
-        for ids in (made[key] for key in ("tokens", "text", "labels") if key in made):
+        for ids in (made[key] for key in ("tokens", "text", "text_enc", "text_dec", "labels") if key in made):
             low, high = map(int, ids.aminmax())
             if low < 0 or high >= vocab_size:
                 raise ConfigError(f"data: token id {low if low < 0 else high} in the samples {indices} of {split}, but "

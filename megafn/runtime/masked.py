@@ -1,4 +1,4 @@
-"""Datasets of masked tokens, megatron-core's, over documents of sentences: what BERT's and T5's have in common, and BERT's."""
+"""Datasets of masked tokens, megatron-core's, over documents of sentences: BERT's masked tokens and T5's span corruption."""
 from __future__ import annotations
 
 from typing import Any
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from megatron.core.datasets import helpers
 from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset, BERTMaskedWordPieceDatasetConfig
+from megatron.core.datasets.t5_dataset import T5MaskedWordPieceDataset, T5MaskedWordPieceDatasetConfig
 
 from megafn.pure.config import ConfigError, ModelConfig, TrainConfig
 from megafn.runtime.tokenizer import Tokenizer
@@ -65,3 +66,30 @@ def bert_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
     return BertDataset, BERTMaskedWordPieceDatasetConfig(
         **masked_settings(config, tokenizer, ("cls", "sep", "mask")), masking_max_ngram=3, masking_use_geometric_distribution=False,
         classification_head=config.model.bert_binary_head)
+
+
+class T5Dataset(SampleIndex, T5MaskedWordPieceDataset):
+    """Samples as tensors: text_enc, enc_mask [seq_length], text_dec, labels, loss_mask, dec_mask [decoder_seq_length], 1 = real; truncated []."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {key: torch.as_tensor(value) for key, value in super().__getitem__(index).items()}
+
+
+def t5_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
+    """The dataset class for span corruption, and its config: as Megatron-LM's pretrain_t5, spans of geometric length, 10 tokens or words at most.
+
+    The encoder reads a run of sentences in which each span is one sentinel; the decoder begins with bos (padding, where a
+    tokenizer has none, as T5's own) and writes each sentinel and its span, then eos. Raises ConfigError where the most
+    spans that a sample may have are more than the tokenizer's sentinels, or do not fit into decoder_seq_length.
+    """
+    model, data = config.model, config.data
+    begin = tokenizer.pad if tokenizer.bos is None and tokenizer.pad >= 0 else tokenizer.bos
+    settings = masked_settings(config, attrs.evolve(tokenizer, bos=begin), ("bos", "eos", "additional_special_tokens_ids"))
+    most, sentinels = int(data.mask_prob * (model.seq_length - 2)), len(tokenizer.additional_special_tokens_ids)
+    lower = f"lower model.seq_length = {model.seq_length} or data.mask_prob = {data.mask_prob}"
+    if most > sentinels:
+        raise ConfigError(f"data.tokenizer = {data.tokenizer!r} has {sentinels} sentinels, and a sample may have {most} spans; {lower}, or choose a tokenizer with more")
+    if model.decoder_length < 2 * most + 1:
+        raise ConfigError(f"model.decoder_seq_length = {model.decoder_length}: up to {most} spans of a sample are written; give {2 * most + 1} or more, or {lower}")
+    return T5Dataset, T5MaskedWordPieceDatasetConfig(
+        **settings, masking_max_ngram=10, masking_use_geometric_distribution=True, sequence_length_decoder=model.decoder_length)
