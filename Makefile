@@ -6,13 +6,16 @@ FAMILY ?= gpt
 BIN = $(VENV)/bin
 RUN = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node
 
-.PHONY: demo test bench fuzz clean
+.PHONY: demo test torture bench fuzz clean
 
 demo: $(VENV)/demo            ## train a GPT (or FAMILY=bert, FAMILY=t5) on real text over 4 processes
 	$(RUN) 4 -m megafn demo --family $(FAMILY)
 
 test: $(VENV)/test            ## every test
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/test         ## a training run killed 100 times, at random
+	MEGAFN_KILLS=100 $(BIN)/python -m pytest tests/test_checkpoint.py -k killed
 
 bench: $(VENV)/bench          ## speed side by side with the peers
 	$(BIN)/python -m pytest bench --benchmark-sort=name -rs

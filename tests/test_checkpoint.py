@@ -5,10 +5,10 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import threading
-import time
 import warnings
 from functools import cache, partial
 from pathlib import Path
@@ -85,7 +85,7 @@ PAIRS = {                       # name: ((processes, layout) that saves, (proces
     "cp2-dp2-dist-to-pp2-first3": ((4, dict(cp=2, **DIST)), (2, dict(pp=2, num_layers_in_first_pipeline_stage=3))),
     "tp2-pp2-dp2-sp-dist-to-cp2": ((8, dict(tp=2, pp=2, **SP, **DIST)), (2, dict(cp=2))),
     "cp2-to-tp2-pp2-dp2-sp-dist": ((2, dict(cp=2)), (8, dict(tp=2, pp=2, order="pp-dp-cp-ep-tp", **SP, **DIST))),
-    "untied-tp2-pp2-to-dp3-dist": ((4, dict(tp=2, pp=2)), (2, DIST), UNTIED),
+    "untied-tp2-pp2-to-dp2-dist": ((4, dict(tp=2, pp=2)), (2, DIST), UNTIED),
     "untied-gated-pp2-dp2-dist-to-tp2-sp": ((4, dict(pp=2, **DIST)), (2, dict(tp=2, **SP)), dict(activation="swiglu", normalization="RMSNorm", ffn_hidden_size=40, **UNTIED)),
     "gated-tp2-dp2-dist-to-pp2": ((4, dict(tp=2, **DIST)), (2, dict(pp=2)), dict(activation="geglu", position_embedding="rope")),
     "sgd-tp2-to-dp2": ((2, dict(tp=2)), (2, {}), dict(name="sgd", momentum=0.9, lr=0.5, eps=1e-8)),
@@ -198,7 +198,7 @@ def test_batches_of_ones_own_go_on_behind_what_was_read(tmp_path):
         rest, other, _, heard = train(config, data=data)
         assert rest == whole[4:] and same(end, other) and heard == []
         for iteration in (6, 7):
-            os.system(f"rm -r {tmp_path}/iteration-0000000{iteration}")
+            shutil.rmtree(tmp_path / f"iteration-0000000{iteration}")
     heard = train(config, data=partial(loader, draw=50))[3]
     assert len(heard) == 1 and "micro-batch 12 is not the one that was read before" in heard[0]
 
@@ -284,45 +284,47 @@ def effects(monkeypatch, at=None, flushed=None):
 def test_a_crash_between_any_two_effects_leaves_the_old_or_the_new(tmp_path, monkeypatch):
     config = config_of(steps=4)
     with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg:
-        state, curves, crashes = mf.setup(config, pg), [], 0
+        state, at, finished, survived = mf.setup(config, pg), 0, False, []
         for iteration in range(2):
             state, _ = mf.train_step(state, share(uneven(config, iteration), config, pg), mf.step_fn("gpt"))
             if iteration == 0:
                 mf.save(state, tmp_path)
         values = {1: local_parts(mf.load(mf.setup(config, pg), tmp_path)), 2: local_parts(state)}
-        for at in range(100):
+        while not finished:
             with monkeypatch.context() as patched:
                 done = effects(patched, at)
                 try:
                     mf.save(state, tmp_path)
+                    finished = True
                 except Crash:
-                    crashes += 1
+                    assert len(done) == at
             newest = mf.latest(tmp_path)
             found = mf.load(mf.setup(config, pg), tmp_path)
             assert same(local_parts(found), values[found.iteration]) and newest.name == f"iteration-{found.iteration:08d}"
+            assert found.iteration == (2 if "rename" in done else 1)
             assert saver._tidy(tmp_path)[-1] == newest and [path.name for path in tmp_path.glob(".*")] == []
+            survived.append(found.iteration)
             if found.iteration == 2:
-                assert done[-1] == "rename" or len(done) == at and done[-2:] == ["rename", "fsync"] or done[-1] == "fsync"
-                os.system(f"rm -r {newest}")
-            if len(done) < at or not patched and False:
-                break
-        assert crashes == at - 1 > 10
+                shutil.rmtree(newest)
+            at += 1
+        assert len(survived) > 10 and set(survived) == {1, 2} and survived == sorted(survived)
 
 
-def test_everything_is_flushed_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
-    flushed, at_rename = set(), []
+def test_everything_is_flushed_before_the_checkpoint_has_its_name_and_the_name_after(tmp_path, monkeypatch):
+    flushed, renamed = [set()], []
 
     def note(name, *args):
         if name == "fsync":
-            flushed.add(os.fstat(args[0]).st_ino)
+            flushed[-1].add(os.fstat(args[0]).st_ino)
         if name == "rename":
-            at_rename.append(set(flushed))
+            renamed.append(args[1])
+            flushed.append(set())
     config = config_of(steps=2)
     with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg:
         effects(monkeypatch, flushed=note)
         path = mf.save(mf.setup(config, pg), tmp_path / "new")
-    assert len(at_rename) == 1 and {file.stat().st_ino for file in (path, *path.iterdir())} <= at_rename[0]
-    assert path.parent.stat().st_ino in flushed - at_rename[0] or path.parent.stat().st_ino in flushed
+    before, after = flushed
+    assert renamed == [path] and {file.stat().st_ino for file in (path, *path.iterdir())} <= before and path.parent.stat().st_ino in after
 
 
 def no_space(rank, iteration):
@@ -390,7 +392,7 @@ def two(tmp_path_factory):
 
 
 def copy_of(two, tmp_path):
-    subprocess.run(["cp", "-r", f"{two[0]}/.", tmp_path], check=True)
+    shutil.copytree(two[0], tmp_path, dirs_exist_ok=True)
     return tmp_path, mf.latest(tmp_path)
 
 
@@ -467,10 +469,9 @@ def test_nothing_in_a_checkpoint_is_executed(name, two, tmp_path):
 
 def test_the_code_that_reads_checkpoints_knows_no_pickle():
     for module in (checkpoint, durable, pieces, saver):
-        names = {node.id for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(node, ast.Name)}
-        calls = {node.attr for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(node, ast.Attribute)}
-        assert not {"pickle", "eval", "exec", "dill", "joblib"} & names and not {"unsafe_load", "load_module"} & calls
-        assert "torch.load" not in Path(module.__file__).read_text()
+        tree = ast.walk(ast.parse(Path(module.__file__).read_text()))
+        names = {node.id if isinstance(node, ast.Name) else ast.unparse(node) for node in tree if isinstance(node, (ast.Name, ast.Attribute))}
+        assert not names & {"pickle", "eval", "exec", "torch.load"}
 
 
 def test_the_checksums_are_those_of_sha256sum(two):
@@ -512,7 +513,7 @@ def with_buffer(config, pg, **stage):
 
 def test_a_persistent_buffer_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(mf.ConfigError, match="TransformerBlock has the buffer 'running_mean' at module.decoder; make it a parameter"):
-        train(text_config(tmp_path), model=with_buffer)
+        train(text_config(tmp_path), model=with_buffer, at=1, act=partial(pytest.fail, "it trained first"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -540,7 +541,7 @@ def test_asynchronous_saving_writes_what_the_state_was(pool, tmp_path):
     whole = pool(4, train, text_config(tp=2))
     results = pool(4, slow_writer, attrs.evolve(config, checkpoint=attrs.evolve(config.checkpoint, asynchronous=True, interval=4)))
     assert [seen for seen, *_ in results] == [seen[:7] for seen, *_ in whole]
-    os.system(f"rm -r {tmp_path}/there/iteration-00000007")
+    shutil.rmtree(tmp_path / "there" / "iteration-00000007")
     assert list(checkpoint.checkpoints(tmp_path / "there")) == [4]
     for (seen, end, *_), (rest, other, *_) in zip(whole, pool(4, train, config)):
         assert rest == seen[4:] and same(end, other)
