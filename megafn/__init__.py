@@ -85,6 +85,7 @@ _HOME = {
     "evaluate": "runtime.train",
     "fit": "runtime.train",
     "train": "runtime.train",
+    "replay": "runtime.replay",
     "save": "runtime.checkpoint",
     "load": "runtime.checkpoint",
     "latest": "runtime.checkpoint",

@@ -246,6 +246,7 @@ class TrainConfig:
     model_function: Callable | None = None     # builds one model chunk: takes and returns what `build_stage` does
     prepare_model: Callable | None = None      # (a function without arguments that builds the chunk) -> the chunk, made ready
     seed: int = 1234
+    stop_after_skipped: int = 10               # updates left out in a row, for NaN or infinity, that end the run; 0: none do
     timeout_seconds: float = 600.0             # a collective that takes longer ends the run
 
     @property

@@ -48,7 +48,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      "parallel.num_layers_in_last_pipeline_stage recompute.num_layers precision.loss_scale_window precision.hysteresis "
      "log.interval checkpoint.interval checkpoint.keep_every micro_batch_size global_batch_size train_iters train_samples eval_interval world_size", lambda value: value >= 1, "give 1 or more"),
     ("schedule.decay_iters schedule.decay_samples schedule.warmup_iters schedule.warmup_samples schedule.wsd_decay_iters "
-     "schedule.wsd_decay_samples data.prefetch checkpoint.keep_last eval_iters model.num_tokentypes "
+     "schedule.wsd_decay_samples data.prefetch checkpoint.keep_last stop_after_skipped eval_iters model.num_tokentypes "
      "model.decoder_start_token_id", lambda value: value >= 0, "give 0 or more"),
     ("model.rotary_base model.norm_epsilon optimizer.eps log.peak_tflops precision.initial_loss_scale precision.min_loss_scale "
      "timeout_seconds", lambda value: 0 < value < inf, "give a finite number above 0"),

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Iterator
+from typing import Any, Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -54,6 +55,15 @@ def inner_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.optimizer is not None:
             yield part.optimizer
+
+
+@torch.no_grad()
+def gradients_are_finite(chunks: Iterable[torch.nn.Module], pg: ProcessGroups) -> bool:
+    """Whether no gradient anywhere in the whole model is NaN or infinite: one answer on every rank, which all call it."""
+    sums = [buffer.grad_data.sum() for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    finite = torch.stack([total.isfinite() for total in sums]).all().to(torch.int32) if sums else torch.ones((), dtype=torch.int32, device=pg.device)
+    dist.all_reduce(finite, dist.ReduceOp.MIN, group=pg.world)
+    return bool(finite)
 
 
 def set_lr(optimizer: Any, lr: float, weight_decay: float) -> None:

@@ -50,14 +50,19 @@ def resume(state: State, batches: Any = None) -> tuple[State, Any]:
     the config's, the last sample read before is read again and compared: other data, or another order, is a ConfigError.
     """
     started, (state, last_sample) = state.iteration, _newest(state)
+    return state, batches_from(batches, state, started, last_sample)
+
+
+def batches_from(batches: Any, state: State, started: int, last_sample: int | None) -> Any:
+    """The user's batches from where the state stands, in a run that began at iteration `started`; None: those of the config's data."""
     if callable(batches) and not isinstance(batches, Iterable):
-        return state, batches(state.consumed_samples)
+        return batches(state.consumed_samples)
     if state.iteration == started:
-        return state, batches
+        return batches
     if batches is not None:
-        return state, _behind(batches, (state.iteration - started) * num_micro_batches(state.config, state.pg.dp_size), state, last_sample)
+        return _behind(batches, (state.iteration - started) * num_micro_batches(state.config, state.pg.dp_size), state, last_sample)
     _check_data(state, last_sample)
-    return state, None
+    return None
 
 
 def _newest(state: State) -> tuple[State, int | None]:

@@ -28,7 +28,7 @@ from megafn.runtime.gathering import whole_logits
 from megafn.runtime.groups import ProcessGroups, init_groups, megatron, world_size
 from megafn.runtime.layers import check_parallel_layers
 from megafn.runtime.methods import step_of
-from megafn.runtime.optimizer import build_optimizer, set_lr
+from megafn.runtime.optimizer import build_optimizer, gradients_are_finite, set_lr
 from megafn.runtime.passes import run_step
 from megafn.runtime.saver import check_directory, open_saver, resume
 from megafn.runtime.shared_tables import finalize_grads
@@ -61,7 +61,7 @@ class Metrics:
     weight_decay: float
     grad_norm: float | None               # None where the update was skipped
     count: int
-    skipped: bool                         # fp16: the scaled gradients overflowed, nothing was updated
+    skipped: bool                         # loss or gradient was NaN or infinite, so nothing was updated, on any rank
     loss_scale: float
     seconds: float
     tokens_per_second: float
@@ -120,7 +120,8 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
     """One update; the old state's buffers are donated: its tensors now belong to the state returned.
 
     batch: this rank's share of one global batch, raw micro-batches, as many on every rank. The gradient is that of
-    (sum of losses) / (sum of counts), both over the whole global batch, however it was cut.
+    (sum of losses) / (sum of counts), both over the whole global batch, however it was cut. Where it or the loss is NaN or
+    infinite on one rank, no rank updates anything, and the schedule does not move.
     Raises ValueError, before the update, where no token of the global batch counts.
     """
     started = time.perf_counter()
@@ -136,7 +137,9 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
         report = _report(run_step(state.chunks, batch, step, config, pg, forward_only=False, on_logits=kept.append if config.return_logits else None),
                          kept, config, pg)
         stepping = time.perf_counter()
-        updated, grad_norm, _ = optimizer.step()
+        fp16 = config.precision.dtype == "fp16"              # its loss scale looks for overflows itself
+        finite = math.isfinite(report.loss) and (fp16 or gradients_are_finite(state.chunks, pg))
+        updated, grad_norm, _ = optimizer.step() if fp16 or finite else (False, None, None)
         zeros = zeros_in_grad(optimizer, pg) if config.log.everything and updated else None
     now, samples = time.perf_counter(), config.global_batch_size
     seconds, more = now - started, {}
@@ -144,7 +147,8 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
         more = details(config, pg, state.chunks, zeros=zeros, seconds=seconds, optimizer_seconds=now - stepping,
                        iteration=state.iteration + 1)
     state = attrs.evolve(state, iteration=state.iteration + 1, consumed_samples=state.consumed_samples + samples,
-                         skipped_samples=state.skipped_samples + (0 if updated else samples))
+                         skipped_samples=state.skipped_samples + (0 if updated else samples),
+                         skipped_in_a_row=0 if updated else state.skipped_in_a_row + (not finite))
     return state, Metrics(
         iteration=state.iteration, consumed_samples=state.consumed_samples, loss=report.loss, lr=at.lr, weight_decay=at.weight_decay,
         grad_norm=float(grad_norm) if updated and grad_norm is not None else None, count=report.count, skipped=not updated,
@@ -201,10 +205,19 @@ def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid
             for sink in (*sinks, *on_metrics):
                 sink(metrics)
             keep(state, batch)
+            if state.skipped_in_a_row >= config.stop_after_skipped > 0:
+                raise FloatingPointError(_not_finite(state))
         keep(state, ended=True)
     if state.iteration < config.iterations:
         warnings.warn(f"batches ended at iteration {state.iteration} of {config.iterations}: give more of them, or lower train_iters.", stacklevel=2)
     return state
+
+
+def _not_finite(state: State) -> str:
+    batch, count, end = state.config.global_batch_size, state.skipped_in_a_row, state.consumed_samples
+    return (f"iterations {state.iteration - count + 1} to {state.iteration}: loss or gradient was NaN or infinite {count} times in a row, so nothing was updated "
+            f"(stop_after_skipped). They read the run's samples {end - count * batch} to {end - 1}, of which {end - batch} to {end - 1} last; "
+            f"replay(config, {state.iteration}) runs that step again.")
 
 
 def train(config: TrainConfig, *, step: Step | None = None, model: Callable | None = None, batches: Iterable[Any] | Callable | None = None,

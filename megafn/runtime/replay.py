@@ -1,0 +1,49 @@
+"""`replay`: one step of a run again."""
+from __future__ import annotations
+
+from typing import Any, Callable, Iterable
+
+from megafn.pure.config import ConfigError, TrainConfig, num_micro_batches
+from megafn.pure.layout import build_groups
+from megafn.pure.validate import check
+from megafn.runtime import cpu
+from megafn.runtime.agreement import agreed
+from megafn.runtime.checkpoint import checkpoints, read, told
+from megafn.runtime.data import batches as read_batches
+from megafn.runtime.data import group_batches
+from megafn.runtime.groups import init_groups, world_size
+from megafn.runtime.methods import step_of
+from megafn.runtime.saver import batches_from
+from megafn.runtime.steps import Step
+from megafn.runtime.train import Metrics, setup, train_step
+
+
+def replay(config: TrainConfig, iteration: int, *, step: Step | None = None, model: Callable | None = None,
+           batches: Iterable[Any] | Callable | None = None) -> Metrics:
+    """Run an iteration of a run again, and return its `Metrics`; nothing is written. The arguments are those of `train`.
+
+    Goes on from the newest checkpoint before it, or from the start: samples, dropout and weights are those of the run, so in
+    the same layout the numbers are too, bit for bit. Give a `step` that looks closer at what happens in it.
+    Raises ConfigError for an iteration that the run does not have.
+    """
+    check(config, world_size(), cuda=cpu.device().type == "cuda")
+    begun = config.consumed_samples[0] // config.global_batch_size
+    if not begun < iteration <= config.iterations:
+        raise ConfigError(f"iteration = {iteration}: the run has {begun + 1} to {config.iterations}; give one of them")
+    if config.data is None and batches is None:
+        raise ConfigError("data = None: name a text or an indexed dataset in config.data, or give replay the batches of the run.")
+    step = step if step is not None else step_of(config)
+    with init_groups(build_groups(config.parallel, world_size()), timeout_seconds=config.timeout_seconds) as pg:
+        state, last_sample, directory = setup(config, pg, model=model), None, config.checkpoint.directory
+        path = told(next((path for at, path in reversed(checkpoints(directory).items()) if at < iteration), None) if directory else None, pg)
+        if path is not None:
+            state, manifest = read(state, path)
+            last_sample = manifest["last_sample"]
+        given, count = batches_from(batches, state, begun, last_sample), iteration - state.iteration
+        stream = read_batches(config, pg, consumed_samples=state.consumed_samples, count=count) if given is None else \
+            agreed(group_batches(given, num_micro_batches(config, pg.dp_size)), pg, count=count)
+        for batch in stream:
+            state, metrics = train_step(state, batch, step)
+        if state.iteration < iteration:
+            raise ConfigError(f"batches ended at iteration {state.iteration}: give those of the run, up to iteration {iteration}")
+        return metrics

@@ -1,0 +1,95 @@
+"""Numbers that go wrong: no rank updates, all of them count it, the run stops in time, and the step can be run again."""
+import os
+import math
+from functools import partial
+
+import attrs
+import pytest
+import torch
+from equivalence import assert_equal, local_parts, share, tiny, uneven
+from test_checkpoint import same, text_config
+
+import megafn as mf
+from megafn.runtime.losses import token_loss
+from megafn.runtime.steps import gpt_batch
+
+SP, DIST = dict(sequence_parallel=True), dict(use_distributed_optimizer=True)
+BAD = {2: math.nan, 3: math.inf, 6: -math.inf}               # iteration: what the last rows' loss is multiplied by
+
+
+def batch(raw, config, pg):
+    made = gpt_batch(raw, config, pg)
+    return made if "factor" not in raw else made | {"factor": torch.as_tensor(raw["factor"])[:, None].expand_as(made["tokens"]).contiguous()}
+
+
+def loss(logits, batch, pg):
+    made = token_loss(logits, batch, pg)
+    return attrs.evolve(made, sum=made.sum * batch["factor"].max()) if "factor" in batch else made
+
+
+POISONED = mf.Step(batch=batch, forward=mf.step_fn("gpt").forward, loss=loss)
+
+
+def rows_of(config, iteration):
+    """One of the global batch's micro-batches (the last of the last data-parallel rank) is poisoned, counted from 1."""
+    rows = uneven(attrs.evolve(config, micro_batch_size=2), iteration)
+    for i, row in enumerate(rows):
+        row["factor"] = torch.tensor(BAD.get(iteration + 1, 1.0) if i >= len(rows) - config.micro_batch_size else 1.0)
+    return rows
+
+
+def run(config):
+    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=60) as pg:
+        state = mf.setup(config, pg)
+        start, curve, seen = local_parts(state), [], []
+        for iteration in range(config.train_iters):
+            before = local_parts(state)
+            state, metrics = mf.train_step(state, share(rows_of(config, iteration), config, pg), POISONED)
+            assert metrics.skipped == (iteration + 1 in BAD) == same(before, local_parts(state)) and (metrics.grad_norm is None) == metrics.skipped
+            seen.append((metrics.skipped, metrics.lr, state.skipped_in_a_row, state.skipped_samples))
+            if not metrics.skipped:
+                curve.append((metrics.loss, metrics.grad_norm))
+        return curve, start, local_parts(state), seen
+
+
+@pytest.mark.parametrize("n, layout", [(2, dict(tp=2, **SP)), (4, dict(pp=2, **DIST)), (4, dict(cp=2)), (2, DIST | dict(dtype="bf16"))])
+def test_an_update_that_is_not_finite_is_left_out_on_every_rank_alike(n, layout, pool):
+    base = dict(steps=8, warmup_iters=1)
+    single, results = pool(1, run, tiny(**base)), pool(n, run, tiny(**base, **layout))
+    assert [one[0] for one in single[0][3]] == [i in BAD for i in range(1, 9)] and [one[2] for one in single[0][3]] == [0, 1, 2, 0, 0, 1, 0, 0]
+    assert all(result[3] == single[0][3] for result in results)
+    if "dtype" not in layout:
+        assert_equal(single[0][:3], [result[:3] for result in results])
+
+
+def poisoned_loader(config, bad):
+    for iteration in range(config.train_iters):
+        rows = uneven(config, iteration)
+        for i in range(0, len(rows), config.micro_batch_size):
+            made = {key: torch.stack([row[key] for row in rows[i:i + config.micro_batch_size]]) for key in rows[0]}
+            yield made | {"factor": torch.full((config.micro_batch_size,), math.nan if iteration + 1 in bad and i == 0 else 1.0)}
+
+
+def test_so_many_in_a_row_end_the_run_and_the_step_can_be_run_again(tmp_path):
+    config = attrs.evolve(text_config(tmp_path, steps=9, global_batch_size=8), data=None, stop_after_skipped=3)
+    seen, give = [], partial(poisoned_loader, config, (2, 3, 5, 6, 7))
+    with pytest.raises(FloatingPointError, match=r"iterations 5 to 7: .* 3 times in a row.*samples 32 to 55, of which 48 to 55 last; replay\(config, 7\)"):
+        mf.train(config, step=POISONED, batches=give(), on_metrics=[seen.append])
+    assert [m.skipped for m in seen] == [False, True, True, False, True, True, True] and [m.iteration for m in seen] == [*range(1, 8)]
+    for iteration in (1, 4, 7):
+        again, there = mf.replay(config, iteration, step=POISONED, batches=give()), seen[iteration - 1]
+        assert (again.iteration, again.lr, again.skipped, again.grad_norm) == (iteration, there.lr, there.skipped, there.grad_norm)
+        assert again.loss == there.loss or math.isnan(again.loss) and math.isnan(there.loss)
+    assert sorted(os.listdir(tmp_path)) == ["iteration-00000002", "iteration-00000004", "iteration-00000006"], "replay writes nothing"
+    forgiving = attrs.evolve(config, stop_after_skipped=0)
+    assert mf.train(forgiving, step=POISONED, batches=give()).iteration == 9
+    with pytest.raises(mf.ConfigError, match="iteration = 10: the run has 1 to 9; give one of them"):
+        mf.replay(config, 10, step=POISONED, batches=give())
+
+
+def test_a_step_of_a_run_on_text_is_replayed_bit_for_bit(tmp_path):
+    config, seen = text_config(tmp_path, steps=5), []
+    mf.train(config, on_metrics=[seen.append])
+    for iteration in (1, 3, 4):
+        again = mf.replay(config, iteration)
+        assert (again.loss, again.grad_norm) == (seen[iteration - 1].loss, seen[iteration - 1].grad_norm)
