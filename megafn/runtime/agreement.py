@@ -1,4 +1,4 @@
-"""A user's own batches: every rank has one or none does, and ranks of one data-parallel position have the same."""
+"""What ranks tell each other: rank zero's value, everyone's, and that a user's own batches fit together."""
 from __future__ import annotations
 
 import zlib
@@ -9,6 +9,20 @@ import torch.distributed as dist
 
 from megafn.pure.layout import coordinates
 from megafn.runtime.groups import ProcessGroups
+
+
+def told(value: Any, pg: ProcessGroups) -> Any:
+    """Rank zero's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=pg.world, device=pg.device)
+    return values[0]
+
+
+def everyones(value: Any, pg: ProcessGroups) -> list[Any]:
+    """The values of all ranks, on every rank."""
+    values = [None] * pg.world_size
+    dist.all_gather_object(values, value, group=pg.world)
+    return values
 
 
 def fingerprint(value: Any, start: int = 0) -> int:

@@ -34,7 +34,6 @@ from typing import Any, Mapping
 
 import attrs
 import torch
-import torch.distributed as dist
 from attrs import frozen
 from safetensors import SafetensorError, safe_open
 
@@ -43,6 +42,7 @@ from megafn.pure.boxes import overlap
 from megafn.pure.dicts import from_dict, refusal, savable, to_dict
 from megafn.pure.resume import resume_problems
 from megafn.pure.writers import share_out
+from megafn.runtime.agreement import everyones, told
 from megafn.runtime.durable import SUMS, CheckpointError, damage, publish, read_sums, sync_folder, write, write_tensors
 from megafn.runtime.groups import ProcessGroups
 from megafn.runtime.pieces import check_buffers, fill, optimizer_step, pieces
@@ -60,20 +60,6 @@ def checkpoints(directory: str | Path) -> dict[int, Path]:
 def latest(directory: str | Path) -> Path | None:
     """The newest complete checkpoint of a directory; None where there is none."""
     return next(reversed(checkpoints(directory).values()), None)
-
-
-def told(value: Any, pg: ProcessGroups) -> Any:
-    """Rank zero's value, on every rank."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0, group=pg.world, device=pg.device)
-    return values[0]
-
-
-def everyones(value: Any, pg: ProcessGroups) -> list[Any]:
-    """The values of all ranks, on every rank."""
-    values = [None] * pg.world_size
-    dist.all_gather_object(values, value, group=pg.world)
-    return values
 
 
 # ---------------------------------------------------------------------------------------------------------- saving

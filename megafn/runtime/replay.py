@@ -7,8 +7,8 @@ from megafn.pure.config import ConfigError, TrainConfig, num_micro_batches
 from megafn.pure.layout import build_groups
 from megafn.pure.validate import check
 from megafn.runtime import cpu
-from megafn.runtime.agreement import agreed
-from megafn.runtime.checkpoint import checkpoints, read, told
+from megafn.runtime.agreement import agreed, told
+from megafn.runtime.checkpoint import checkpoints, read
 from megafn.runtime.data import batches as read_batches
 from megafn.runtime.data import group_batches
 from megafn.runtime.groups import init_groups, world_size

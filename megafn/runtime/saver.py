@@ -17,8 +17,8 @@ import torch.distributed as dist
 from megafn.pure.config import ConfigError, Problem, TrainConfig, num_micro_batches
 from megafn.pure.dicts import refusal
 from megafn.pure.retention import kept
-from megafn.runtime.agreement import fingerprint
-from megafn.runtime.checkpoint import Saving, begin, checkpoints, finish, read, told
+from megafn.runtime.agreement import fingerprint, told
+from megafn.runtime.checkpoint import Saving, begin, checkpoints, finish, read
 from megafn.runtime.data import batches as read_batches
 from megafn.runtime.durable import CheckpointError
 from megafn.runtime.pieces import check_buffers
