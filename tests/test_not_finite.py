@@ -45,7 +45,8 @@ def run(config):
         for iteration in range(config.train_iters):
             before = local_parts(state)
             state, metrics = mf.train_step(state, share(rows_of(config, iteration), config, pg), POISONED)
-            assert metrics.skipped == (iteration + 1 in BAD) == same(before, local_parts(state)) and (metrics.grad_norm is None) == metrics.skipped
+            assert metrics.skipped == (iteration + 1 in BAD) == (metrics.grad_norm is None)
+            assert same(before, local_parts(state)) == (metrics.skipped or metrics.lr == 0)
             seen.append((metrics.skipped, metrics.lr, state.skipped_in_a_row, state.skipped_samples))
             if not metrics.skipped:
                 curve.append((metrics.loss, metrics.grad_norm))
