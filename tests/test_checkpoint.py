@@ -16,6 +16,7 @@ from pathlib import Path
 import attrs
 import pytest
 import test_bert
+import test_t5
 import torch
 from pool import PoolError, run_script
 from equivalence import assert_equal, local_parts, share, tiny, uneven
@@ -24,7 +25,8 @@ import megafn as mf
 from megafn.runtime import checkpoint, durable, pieces, saver
 from megafn.runtime.weights import parts
 
-SP, DIST, DEEP, UNTIED = dict(sequence_parallel=True), dict(use_distributed_optimizer=True), dict(num_layers=8), dict(tie_word_embeddings=False)
+SP, DIST, UNTIED = dict(sequence_parallel=True), dict(use_distributed_optimizer=True), dict(tie_word_embeddings=False)
+T5 = test_t5.T5 | dict(num_query_groups=None)
 BERT = dict(family="bert", num_tokentypes=2, bert_binary_head=True)
 SAVED = 3                       # the iteration of the checkpoint, of 6
 
@@ -35,11 +37,13 @@ def config_of(**changes):
 
 def as_of_two(config, iteration):
     """`uneven` as micro-batches of two rows would have it."""
-    data = uneven if config.model.family == "gpt" else test_bert.uneven
+    data = {"gpt": uneven, "bert": test_bert.uneven, "t5": test_t5.pairs}[config.model.family]
     return data(attrs.evolve(config, micro_batch_size=2), iteration)
 
 
 def probe(state):
+    if state.config.model.family == "t5":
+        return torch.zeros(())                                  # its decoder wants an input of its own
     found = mf.logits(state, torch.arange(40).reshape(2, 20) % state.config.model.vocab_size)
     return found[0] if isinstance(found, tuple) else found      # BERT's second are those of the order of sentences
 
@@ -49,7 +53,7 @@ def run(config, directory=None, at=None, stop=None):
 
     (curve, parameters at first, at last, the logits where it loaded or saved)
     """
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=60) as pg:
+    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size(), model=config.model), timeout_seconds=60) as pg:
         state, logits = mf.setup(config, pg), None
         start, curve = local_parts(state), []
         if directory is not None and at is None:
@@ -94,6 +98,9 @@ PAIRS = {                       # name: ((processes, layout) that saves, (proces
     "gated-tp2-dp2-dist-to-pp2": ((4, dict(tp=2, **DIST)), (2, dict(pp=2)), dict(activation="geglu", position_embedding="rope")),
     "bert-tp2-pp2-to-dp2-dist": ((4, dict(tp=2, pp=2)), (2, DIST), BERT),
     "bert-pp2-dp2-dist-to-tp2-sp": ((4, dict(pp=2, **DIST)), (2, dict(tp=2, **SP)), BERT),
+    "t5-relative-pp4-to-tp2-dp2-dist": ((4, dict(pp=4)), (4, dict(tp=2, **DIST)), T5 | test_t5.RELATIVE),
+    "t5-pp2-dp2-dist-to-one": ((4, dict(pp=2, **DIST)), ONE, T5),
+    "t5-one-to-pp2-tp2-sp": (ONE, (4, dict(pp=2, tp=2, **SP)), T5 | UNTIED),
     "sgd-tp2-to-dp2": ((2, dict(tp=2)), (2, {}), dict(name="sgd", momentum=0.9, lr=0.5, eps=1e-8)),
 }
 
@@ -113,7 +120,7 @@ def test_a_checkpoint_goes_on_in_another_layout(name, pool, saved):
 # ------------------------------------------------------------------------------------------------ exact resume
 
 @pytest.mark.parametrize("n, layout", [
-    (1, {}), (1, BERT), (1, dict(dtype="bf16")), (2, dict(tp=2, **SP)), (2, DIST | dict(dtype="bf16")), (4, dict(pp=2, vpp=2, **DIST)), (4, dict(cp=2, tp=2))])
+    (1, {}), (1, BERT), (1, T5), (1, dict(dtype="bf16")), (2, dict(tp=2, **SP)), (2, DIST | dict(dtype="bf16")), (4, dict(pp=2, vpp=2, **DIST)), (4, dict(cp=2, tp=2))])
 def test_the_same_layout_goes_on_bit_for_bit_dropout_included(n, layout, pool, tmp_path):
     config = config_of(hidden_dropout=0.1, attention_dropout=0.1, **layout)
     whole = pool(n, run, config, tmp_path, SAVED)

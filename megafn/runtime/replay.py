@@ -33,7 +33,7 @@ def replay(config: TrainConfig, iteration: int, *, step: Step | None = None, mod
     if config.data is None and batches is None:
         raise ConfigError("data = None: name a text or an indexed dataset in config.data, or give replay the batches of the run.")
     step = step if step is not None else step_of(config)
-    with init_groups(build_groups(config.parallel, world_size()), timeout_seconds=config.timeout_seconds) as pg:
+    with init_groups(build_groups(config.parallel, world_size(), model=config.model), timeout_seconds=config.timeout_seconds) as pg:
         state, last_sample, directory = setup(config, pg, model=model), None, config.checkpoint.directory
         path = told(next((path for at, path in reversed(checkpoints(directory).items()) if at < iteration), None) if directory else None, pg)
         if path is not None:
