@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--split", default="949,50,1", help="weights of train, valid and test; every document is cut")
     command.add_argument("--split-sentences", action="store_true", help="each sentence a sequence of its document, for BERT and T5")
     command = commands.add_parser("demo", help="train a small model on English prose: torchrun --nproc-per-node 4 -m megafn demo")
-    command.add_argument("--family", default="gpt", help="gpt or bert")
+    command.add_argument("--family", default="gpt", help="gpt, bert or t5")
     command.add_argument("--folder", help="where the logs and the picture go; runs/demo-FAMILY unless given")
     command.add_argument("--iterations", type=int)
     arguments = parser.parse_args(argv)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Iterable
 
+import attrs
 import torch
 from attrs import field, frozen
 
@@ -47,9 +48,25 @@ def filled_in(state: mf.State, count: int = 4) -> str:
     return "\n".join(f"reads  {shown(read)}\nwrites {shown(guess)}\nof     {shown(true)}" for read, guess, true in rows)
 
 
+def put_back(state: mf.State, count: int = 4) -> str:
+    """Held-out rows as a T5 reads them (_ is a span left out); what it writes, each byte told what stood before it; what stood there."""
+    tokenizer, (batch, *_) = mf.load_tokenizer(state.config.data.tokenizer), next(mf.batches(state.config, state.pg, split="valid"))
+    asked = attrs.evolve(state, config=attrs.evolve(state.config, return_logits="every_stage"))
+    logits, = mf.evaluate(asked, [[batch]], mf.step_fn("t5")).logits
+
+    def shown(ids: torch.Tensor) -> str:
+        ids = ids.where(~torch.isin(ids, torch.tensor(tokenizer.additional_special_tokens_ids)), ord("_"))
+        return " ".join(tokenizer.decode(ids.numpy()).split())
+
+    rows = zip(batch["text_enc"][:count], logits.argmax(-1).cpu(), batch["labels"], batch["loss_mask"] == 1)
+    return "\n".join(f"reads  {shown(read)}\nwrites {shown(guess[real])}\nof     {shown(true[real])}" for read, guess, true, real in rows)
+
+
 DEMOS = {
     "gpt": Demo(iterations=240, sample=written, model=dict(seq_length=128)),
     "bert": Demo(iterations=250, sample=filled_in, model=dict(seq_length=64, init_method_std=0.05), data=dict(mask_prob=0.3)),
+    "t5": Demo(iterations=250, sample=put_back, data=dict(mask_prob=0.13),              # six spans at most: bytes have six sentinels
+               model=dict(num_layers=2, num_decoder_layers=2, seq_length=48, decoder_seq_length=16, init_method_std=0.05)),
 }
 
 
@@ -58,7 +75,7 @@ def demo_config(folder: str, iterations: int, world_size: int, family: str = "gp
     parallel = mf.ParallelConfig(tp=2, pp=2) if world_size % 4 == 0 else mf.ParallelConfig(tp=world_size)
     chosen = DEMOS[family]
     return mf.TrainConfig(
-        model=mf.ModelConfig(family=family, num_layers=4, hidden_size=160, num_attention_heads=4, position_embedding="rope", **chosen.model),
+        model=mf.ModelConfig(**dict(family=family, num_layers=4, hidden_size=160, num_attention_heads=4, position_embedding="rope") | chosen.model),
         parallel=parallel,
         schedule=mf.ScheduleConfig(lr=3e-3, min_lr=3e-4, decay="cosine", warmup_fraction=0.05, weight_decay=0.1),
         data=mf.DataConfig(train=mf.demo_text(), **chosen.data),
@@ -116,10 +133,10 @@ def demo(*, folder: str | None = None, iterations: int | None = None, family: st
     config, history, started = demo_config(folder, iterations, world, family), [], time.perf_counter()
     mf.check(config, world)
     step = mf.step_fn(family)
-    with mf.init_groups(mf.build_groups(config.parallel, world)) as pg:
+    with mf.init_groups(mf.build_groups(config.parallel, world, model=config.model)) as pg:
         state = mf.setup(config, pg)
         if pg.is_rank_zero:
-            print(f"A {family.upper()} of {config.model.num_layers} layers x {config.model.hidden_size} learns English over {layout_name(config, world)}: "
+            print(f"A {family.upper()} of {config.model.num_layers + (config.model.num_decoder_layers or 0)} layers x {config.model.hidden_size} learns English over {layout_name(config, world)}: "
                   f"{iterations} iterations, some minutes.\nLogs and the picture go to {folder}/.", flush=True)
         before = sample(state)
         first = mf.evaluate(state, mf.batches(config, pg, split="valid"), step)
