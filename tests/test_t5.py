@@ -388,3 +388,20 @@ def test_a_checkpoint_goes_on_in_another_layout(pool, single, tmp_path):
     pool(8, goes_on_elsewhere, tiny(**T5 | RELATIVE | dict(pp=4, **DIST)), str(tmp_path), False)
     curve, before, after = single(tiny(**T5 | RELATIVE), pairs)
     assert_equal((curve[3:], before, after), pool(4, goes_on_elsewhere, tiny(**T5 | RELATIVE | dict(tp=2, pp=2)), str(tmp_path), True))
+
+
+def counted(config):
+    """Operations of one forward pass over two pairs, as torch counts them."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg, megatron(pg, 1), torch.no_grad(), \
+            sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:       # the CPU's fused kernel is not counted
+        stage = mf.build_stage(config, pg, pre_process=True, post_process=True, vp_stage=None)
+        stage(torch.zeros(2, 24, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long))
+        return counter.get_total_flops()
+
+
+def test_the_operations_of_a_t5_are_those_that_torch_counts(pool):
+    config = tiny(**T5 | SHAPES["wide-heads"] | dict(num_decoder_layers=3, activation="swiglu"))
+    assert 3 * pool(1, counted, config)[0] == mf.training_flops(config.model, 2)
+    assert config.model.sample_tokens == 40
