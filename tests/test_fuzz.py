@@ -32,6 +32,7 @@ def references():
     return {}
 
 
+@pytest.mark.timeout(3600)                                    # many runs in one test: seconds each, more where other work shares the cores
 def test_random_products_obey_the_law(pool, references, pytestconfig):
     @settings(max_examples=pytestconfig.getoption("cases"), suppress_health_check=list(HealthCheck))
     @given(cases())
