@@ -9,7 +9,7 @@ settings.load_profile("ci")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--cases", type=int, default=25, help="random products of layout and features that test_fuzz.py tries")
+    parser.addoption("--cases", type=int, default=12, help="random products of layout and features that test_fuzz.py tries")
     parser.addoption("--case", help="one of them to repeat, as a failure prints it")
     parser.addoption("--planted", action="store_true", help="also search for each planted bug from the beginning")
 
