@@ -238,7 +238,7 @@ def _told(error: Exception, mapping: Any, root: type, at: str) -> Iterator[Probl
         for key in sorted(error.extra_fields, key=str):
             path = f"{at}.{key}" if at else str(key)
             moved = [known for known in everywhere if known.endswith(f".{key}")]
-            hint = f'; did you mean "{moved[0]}"?' if moved else nearest(str(key), own) or f"; there are {', '.join(own)}"
+            hint = f'; did you mean "{moved[0]}"?' if moved else nearest(str(key), own) or _choice(own)
             yield Problem(path, mapping[key], f"there is no such field{hint}")
     else:
         for inner in error.exceptions:
@@ -247,6 +247,11 @@ def _told(error: Exception, mapping: Any, root: type, at: str) -> Iterator[Probl
                 yield from _told(inner, mapping, root, at)
             else:
                 yield from _told(inner, mapping.get(name), root, f"{at}.{name}" if at else name)
+
+
+def _choice(names: list[str], most: int = 12) -> str:
+    """The end of a sentence that names a section's fields, where they are few enough to read."""
+    return f"; there are {', '.join(names)}" if len(names) <= most else f"; docs/configuration.md lists the {len(names)} there are"
 
 
 def _without_echoes(problems: list[Problem | str]) -> Iterator[Problem | str]:
