@@ -11,6 +11,7 @@ from megafn.pure.sampling import deal
 from megafn.runtime.weights import Part, parts
 
 LOSS = GRAD_NORM = 1e-4
+BF16 = dict(loss=2**-10, grad_norm=2**-8, parameter=1 / 16, grid=2**-7)      # reasons: test_equivalence.py
 PARAMETER = 1e-3                # of the parameter's own largest update; needs eps = 1e-3 (at 1e-8 rounding alone fails it)
 
 

@@ -5,7 +5,7 @@ import attrs
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence import assert_equal, run_layout, tiny, uneven
+from equivalence import BF16, assert_equal, run_layout, tiny, uneven
 
 import megafn as mf
 from megafn.runtime.groups import megatron
@@ -160,7 +160,7 @@ def test_bf16_obeys_the_law_as_far_as_bf16_allows(processes, layout, pool, singl
     value, coarser than the whole update of a norm's, and may fall on a neighbour; beyond that 1/16 of its update,
     for some dozen roundings between a gradient and the loss.
     """
-    obeys(pool, single, processes, dict(dtype="bf16"), layout, loss=2**-10, grad_norm=2**-8, parameter=1 / 16, grid=2**-7)
+    obeys(pool, single, processes, dict(dtype="bf16"), layout, **BF16)
 
 
 # ------------------------------------------------------------------------------ the single process itself is right
