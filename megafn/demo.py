@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Sequence
 
 import attrs
 import torch
@@ -34,18 +34,21 @@ def written(state: mf.State, count: int = 200) -> str:
     return tokenizer.decode(mf.generate(state, prompt, count=count, temperature=0.7, seed=state.config.seed)[0].numpy())
 
 
+def beside(tokenizer: mf.Tokenizer, holes: Sequence[int], rows: Iterable[tuple[torch.Tensor, ...]]) -> str:
+    """Rows of ids that a model reads, what it writes and what stood there, as texts; _ stands for the ids in `holes`."""
+    def shown(ids: torch.Tensor) -> str:
+        return " ".join(tokenizer.decode(ids.where(~torch.isin(ids, torch.tensor(holes)), ord("_")).numpy()).split())
+
+    return "\n".join(f"reads  {shown(read)}\nwrites {shown(guess)}\nof     {shown(true)}" for read, guess, true in rows)
+
+
 def filled_in(state: mf.State, count: int = 4) -> str:
     """Held-out rows as a BERT reads them (_ is a mask), what it fills in, and what stood there."""
     tokenizer, (batch, *_) = mf.load_tokenizer(state.config.data.tokenizer), next(mf.batches(state.config, state.pg, split="valid"))
     text, wanted = batch["text"], batch["loss_mask"] == 1
     guesses = mf.logits(state, text).argmax(-1).cpu()
 
-    def shown(ids: torch.Tensor) -> str:
-        ids = ids.where(ids != tokenizer.mask, ord("_"))
-        return " ".join(tokenizer.decode(ids.numpy()).split())
-
-    rows = zip(text[:count], guesses.where(wanted, text), batch["labels"].where(wanted, text))
-    return "\n".join(f"reads  {shown(read)}\nwrites {shown(guess)}\nof     {shown(true)}" for read, guess, true in rows)
+    return beside(tokenizer, (tokenizer.mask,), zip(text[:count], guesses.where(wanted, text), batch["labels"].where(wanted, text)))
 
 
 def put_back(state: mf.State, count: int = 4) -> str:
@@ -54,12 +57,8 @@ def put_back(state: mf.State, count: int = 4) -> str:
     asked = attrs.evolve(state, config=attrs.evolve(state.config, return_logits="every_stage"))
     logits, = mf.evaluate(asked, [[batch]], mf.step_fn("t5")).logits
 
-    def shown(ids: torch.Tensor) -> str:
-        ids = ids.where(~torch.isin(ids, torch.tensor(tokenizer.additional_special_tokens_ids)), ord("_"))
-        return " ".join(tokenizer.decode(ids.numpy()).split())
-
     rows = zip(batch["text_enc"][:count], logits.argmax(-1).cpu(), batch["labels"], batch["loss_mask"] == 1)
-    return "\n".join(f"reads  {shown(read)}\nwrites {shown(guess[real])}\nof     {shown(true[real])}" for read, guess, true, real in rows)
+    return beside(tokenizer, tokenizer.additional_special_tokens_ids, ((read, guess[real], true[real]) for read, guess, true, real in rows))
 
 
 DEMOS = {
@@ -147,7 +146,7 @@ def demo(*, folder: str | None = None, iterations: int | None = None, family: st
         baseline = entropy(predicted(config, pg))
     last, speed = history[-1], sorted(m.tokens_per_second for m in history)[len(history) // 2]
     draw(history, baseline, Path(folder, "curves.png"))
-    tokens = config.global_batch_size * config.model.seq_length * config.train_iters
+    tokens = config.global_batch_size * config.model.sample_tokens * config.train_iters
     rows = [("layout", layout_name(config, world)),
             ("tokens trained on", f"{tokens:,} ({speed:,.0f} a second, median)"),
             ("training loss", f"{history[0].loss:.3f} -> {last.loss:.3f} nats per predicted byte"),

@@ -6,9 +6,9 @@ from typing import Any
 from megafn.pure.config import Problem, TrainConfig
 from megafn.pure.dicts import leaves
 
-# What makes it another model, other samples or another meaning of how many were consumed. Layout, precision, learning rate,
+# Beside the model's fields, what makes it other samples or another meaning of how many were consumed. Layout, precision, learning rate,
 # length of the run, logs and where the data lies may change; that the data is the same is seen in the data.
-FIXED = ("model", "optimizer.name", "seed", "global_batch_size", "data.split", "data.sampler", "data.tokenizer",
+FIXED = ("optimizer.name", "seed", "global_batch_size", "data.split", "data.sampler", "data.tokenizer",
          "data.reset_position_ids", "data.reset_attention_mask", "data.eod_mask_loss")
 
 
@@ -33,7 +33,7 @@ def resume_problems(saved: TrainConfig, config: TrainConfig, iteration: int) -> 
 
 
 def _fixed(path: str) -> bool:
-    return path in FIXED and path != "model" or path.startswith("model.")
+    return path in FIXED or path.startswith("model.")
 
 
 def _length(config: TrainConfig, iteration: int) -> Problem:

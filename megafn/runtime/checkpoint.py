@@ -30,7 +30,7 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 import attrs
 import torch
@@ -43,8 +43,9 @@ from megafn.pure.dicts import from_dict, refusal, savable, to_dict
 from megafn.pure.resume import resume_problems
 from megafn.pure.writers import share_out
 from megafn.runtime.agreement import everyones, told
-from megafn.runtime.durable import SUMS, CheckpointError, damage, publish, read_sums, sync_folder, write, write_tensors
+from megafn.runtime.durable import CheckpointError, damage, publish, read_sums, sync_folder, write, write_tensors
 from megafn.runtime.groups import ProcessGroups
+from megafn.runtime.optimizer import chained
 from megafn.runtime.pieces import check_buffers, fill, optimizer_step, pieces
 from megafn.runtime.state import State
 
@@ -131,8 +132,11 @@ def _file(rank: int) -> str:
 
 
 def _written(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, str]] | str:
+    if not tensors:
+        return {}
     try:
-        return {file.name: (write_tensors(file, tensors), file.stat().st_size)[::-1]} if tensors else {}
+        digest = write_tensors(file, tensors)
+        return {file.name: (file.stat().st_size, digest)}
     except OSError as error:
         return f"{file.parent.name}/{file.name} could not be written: {error}"
 
@@ -153,6 +157,10 @@ def _key(tensor: str, offset: tuple[int, ...]) -> str:
     return f"{tensor}@{','.join(map(str, offset))}"
 
 
+def _grad_scalers(state: State) -> Iterator[Any]:
+    return filter(None, (getattr(part, "grad_scaler", None) for part in chained(state.optimizer)))
+
+
 def _plan(state: State) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What this rank writes, and the manifest."""
     pg, found = state.pg, {}
@@ -166,8 +174,7 @@ def _plan(state: State) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     shared = share_out(list(zip(stages, listings)))
     tensors = {name: {"shape": shape, "pieces": [[_file(writer), *box] for box, writer in written]} for name, (shape, written) in shared.items()}
     mine = {_key(name, box[0]): found[_key(name, box[0])].view for name, (_, written) in shared.items() for box, writer in written if writer == pg.rank}
-    scaler = next((part.grad_scaler for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer])
-                   if getattr(part, "grad_scaler", None)), None)
+    scaler = next(_grad_scalers(state), None)
     return mine, {
         "format": FORMAT, "versions": {"megafn": __version__, "megatron-core": importlib.metadata.version("megatron-core"), "torch": torch.__version__},
         "iteration": state.iteration, "consumed_samples": state.consumed_samples, "skipped_samples": state.skipped_samples,
@@ -204,11 +211,10 @@ def read(state: State, directory: str | Path) -> tuple[State, dict[str, Any]]:
         problem = f"{path} could not be read: {error}"
     if problem := next(filter(None, everyones(problem, pg)), None):
         raise CheckpointError(problem)
-    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
-        if manifest["grad_scaler"] and getattr(part, "grad_scaler", None):
-            scale = manifest["grad_scaler"]
-            part.grad_scaler.load_state_dict({"scale": torch.tensor([scale["scale"]], device=pg.device),
-                                              **{key: int(value) for key, value in scale.items() if key != "scale"}})
+    if scale := manifest["grad_scaler"]:
+        for scaler in _grad_scalers(state):
+            scaler.load_state_dict({"scale": torch.tensor([scale["scale"]], device=pg.device),
+                                    **{key: int(value) for key, value in scale.items() if key != "scale"}})
     return attrs.evolve(state, **{name: manifest[name] for name in ("iteration", "consumed_samples", "skipped_samples")}), manifest
 
 

@@ -13,6 +13,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from megafn.pure.config import TrainConfig
 from megafn.pure.flops import training_flops
 from megafn.runtime.groups import ProcessGroups
+from megafn.runtime.optimizer import chained
 
 # TFLOP/s of dense bf16 and fp16 products, by the names that CUDA gives its devices (the vendor's data sheets)
 _PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
@@ -45,7 +46,7 @@ def zeros_in_grad(optimizer: Any, pg: ProcessGroups) -> int:
     megatron-core's own count asks a global for the tensor-parallel group; this one counts the gradients of its norm.
     """
     total = 0
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in chained(optimizer):
         zeros = sum(gradient.numel() - gradient.count_nonzero() for gradient in part.get_main_grads_for_grad_norm())
         count = torch.as_tensor(zeros, dtype=torch.int64, device=pg.device)
         dist.all_reduce(count, group=part.get_grad_stats_parallel_group())

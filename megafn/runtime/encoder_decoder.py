@@ -92,10 +92,7 @@ class EncoderDecoderStage(Stage):
         """A half's layers here, on what they received or on the embedding of tokens; hidden: their mask."""
         embedded, length = None, tokens.size(1)
         if block.pre_process:
-            if self.position_rows is not None and length > self.position_rows:
-                raise ValueError(f"sequence length = {length}: the position table has {self.position_rows} rows; "
-                                 f"raise model.max_position_embeddings or shorten the sequence.")
-            embedded = self.embedding(tokens, torch.arange(length, device=tokens.device).expand_as(tokens))
+            embedded = self._embedded(tokens)
         else:
             block.set_input_tensor(received)
         if relative is not None:            # as a mask to add: megatron-core hands that through a recomputation with its gradient

@@ -109,16 +109,19 @@ class Stage(LanguageModule):
             return torch.cat((angles, angles), dim=-1)[:, :, None]
         return angles[cp_positions(angles.size(0), cp, self.place.cp, angles.device)] if cp > 1 else angles
 
-    def forward(self, tokens, position_ids=None, attention_mask=None, tokentype_ids=None):
+    def _embedded(self, tokens, position_ids=None, tokentype_ids=None):
+        """The embedding [sequence / cp (/ tp), batch, hidden] of tokens at the positions given, or at their places."""
         cp = self.cp_group.size()
         sequence = tokens.size(1) * cp
-        hidden, rotary = None, self._angles(tokens, position_ids)
-        if self.pre_process:
-            if self.position_rows is not None and sequence > self.position_rows:
-                raise ValueError(f"sequence length = {sequence}: the position table has {self.position_rows} rows; "
-                                 f"raise model.max_position_embeddings or shorten the sequence.")
-            if position_ids is None:
-                position_ids = cp_positions(sequence, cp, self.place.cp, tokens.device).expand_as(tokens)
-            hidden = self.embedding(tokens, position_ids, tokentype_ids)
+        if self.position_rows is not None and sequence > self.position_rows:
+            raise ValueError(f"sequence length = {sequence}: the position table has {self.position_rows} rows; "
+                             f"raise model.max_position_embeddings or shorten the sequence.")
+        if position_ids is None:
+            position_ids = cp_positions(sequence, cp, self.place.cp, tokens.device).expand_as(tokens)
+        return self.embedding(tokens, position_ids, tokentype_ids)
+
+    def forward(self, tokens, position_ids=None, attention_mask=None, tokentype_ids=None):
+        rotary = self._angles(tokens, position_ids)
+        hidden = self._embedded(tokens, position_ids, tokentype_ids) if self.pre_process else None
         hidden = getattr(self, self.block)(hidden, attention_mask, rotary_pos_emb=rotary)
         return self.head(hidden) if self.post_process else hidden

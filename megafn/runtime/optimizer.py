@@ -50,9 +50,14 @@ def build_optimizer(config: TrainConfig, chunks: list[torch.nn.Module], pg: Proc
     return built
 
 
+def chained(optimizer: Any) -> list[Any]:
+    """megatron-core's optimizers in one of its chains, or the one that is none."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def inner_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
     """The torch optimizers inside megatron-core's, which chains and wraps them."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in chained(optimizer):
         if part.optimizer is not None:
             yield part.optimizer
 

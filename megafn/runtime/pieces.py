@@ -13,7 +13,7 @@ from attrs import frozen
 
 from megafn.pure.boxes import Box, Index, boxes, flat, in_whole
 from megafn.pure.config import ConfigError
-from megafn.runtime.optimizer import inner_optimizers
+from megafn.runtime.optimizer import chained, inner_optimizers
 from megafn.runtime.state import State
 from megafn.runtime.weights import Part, parts
 
@@ -43,7 +43,7 @@ def _masters(optimizer: Any) -> Callable[[torch.nn.Parameter], _Master | None]:
     slots, sharded = {}, {}
     for inner in inner_optimizers(optimizer):
         slots.update({value: inner.state[value] for group in inner.param_groups for value in group["params"]})
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in chained(optimizer):
         for parameter, (group, place) in getattr(part, "model_param_group_index_map", {}).items():
             held = part._get_model_param_range_map(parameter)["param"]
             sharded[parameter] = part.optimizer.param_groups[group]["params"][place], held.start, held.end

@@ -3,19 +3,17 @@ from __future__ import annotations
 
 from typing import Any, Callable, Iterable
 
-from megafn.pure.config import ConfigError, TrainConfig, num_micro_batches
+from megafn.pure.config import ConfigError, TrainConfig
 from megafn.pure.layout import build_groups
 from megafn.pure.validate import check
 from megafn.runtime import cpu
-from megafn.runtime.agreement import agreed, told
+from megafn.runtime.agreement import told
 from megafn.runtime.checkpoint import checkpoints, read
-from megafn.runtime.data import batches as read_batches
-from megafn.runtime.data import group_batches
 from megafn.runtime.groups import init_groups, world_size
 from megafn.runtime.methods import step_of
 from megafn.runtime.saver import batches_from
 from megafn.runtime.steps import Step
-from megafn.runtime.train import Metrics, setup, train_step
+from megafn.runtime.train import Metrics, global_batches, setup, train_step
 
 
 def replay(config: TrainConfig, iteration: int, *, step: Step | None = None, model: Callable | None = None,
@@ -39,10 +37,8 @@ def replay(config: TrainConfig, iteration: int, *, step: Step | None = None, mod
         if path is not None:
             state, manifest = read(state, path)
             last_sample = manifest["last_sample"]
-        given, count = batches_from(batches, state, begun, last_sample), iteration - state.iteration
-        stream = read_batches(config, pg, consumed_samples=state.consumed_samples, count=count) if given is None else \
-            agreed(group_batches(given, num_micro_batches(config, pg.dp_size)), pg, count=count)
-        for batch in stream:
+        given = batches_from(batches, state, begun, last_sample)
+        for batch in global_batches(given, config, pg, consumed_samples=state.consumed_samples, count=iteration - state.iteration):
             state, metrics = train_step(state, batch, step)
         if state.iteration < iteration:
             raise ConfigError(f"batches ended at iteration {state.iteration}: give those of the run, up to iteration {iteration}")

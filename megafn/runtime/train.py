@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from functools import partial
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -177,6 +177,14 @@ def evaluate(state: State, batches: Iterable[Iterable[Any]], step: Step) -> Repo
     return _report(totals, kept, config, state.pg)
 
 
+def global_batches(given: Iterable[Any] | None, config: TrainConfig, pg: ProcessGroups, *, count: int, split: str = "train",
+                   consumed_samples: int | None = None) -> Iterator[tuple[Any, ...]]:
+    """At most `count` global batches, this rank's share of each: of micro-batches that are given, or else of the config's data."""
+    if given is None:
+        return read_batches(config, pg, split=split, consumed_samples=consumed_samples, count=count)
+    return agreed(group_batches(given, num_micro_batches(config, pg.dp_size)), pg, count=count)
+
+
 def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid_batches: Iterable[Any] | None = None,
         on_metrics: Sequence[Callable[[Metrics], Any]] = ()) -> State:
     """Train from where the state stands to the config's last iteration; the old state's buffers are donated.
@@ -187,20 +195,15 @@ def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid
     config, pg = state.config, state.pg
     without_logits = attrs.evolve(config, return_logits=None)        # those of all eval_iters at once would fill the memory
 
-    def stream(split, given, consumed_samples, count):
-        if given is None:
-            return read_batches(config, pg, split=split, consumed_samples=consumed_samples, count=count)
-        return agreed(group_batches(given, num_micro_batches(config, pg.dp_size)), pg, count=count)
-
     def due(iteration):
         to_validate = config.eval_iters > 0 and (valid_batches is not None or batches is None)
         return to_validate and (iteration == config.iterations or config.eval_interval and iteration % config.eval_interval == 0)
 
     with open_sinks(config, pg) as sinks, open_saver(state) as keep:
-        for batch in stream("train", batches, state.consumed_samples, config.iterations - state.iteration):
+        for batch in global_batches(batches, config, pg, consumed_samples=state.consumed_samples, count=config.iterations - state.iteration):
             state, metrics = train_step(state, batch, step)
             if due(state.iteration):
-                held_out = stream("valid", valid_batches, None, config.eval_iters)
+                held_out = global_batches(valid_batches, config, pg, split="valid", count=config.eval_iters)
                 metrics = attrs.evolve(metrics, valid=evaluate(attrs.evolve(state, config=without_logits), held_out, step))
             for sink in (*sinks, *on_metrics):
                 sink(metrics)
