@@ -3,21 +3,20 @@ import statistics
 import time
 from pathlib import Path
 
-import attrs
 import megafn as mf
 import pytest
 import torch
 from megafn.runtime.checkpoint import begin, finish
+from rivals import BATCH, SEQUENCE, VOCABULARY, train_config
 from turns import threads
 
-MODEL = mf.ModelConfig(num_layers=6, hidden_size=384, num_attention_heads=6, seq_length=256, vocab_size=8192)
-CONFIG = mf.TrainConfig(model=MODEL, micro_batch_size=8, global_batch_size=8, train_iters=1000, schedule=mf.ScheduleConfig(warmup_iters=1))
+CONFIG = train_config("fp32")
 ROUNDS = 5
 
 
 @pytest.mark.timeout(300)
 def test_checkpoints(table, tmp_path):
-    batch = ({"text": torch.randint(0, MODEL.vocab_size, (8, 257))},)
+    batch = ({"text": torch.randint(0, VOCABULARY, (BATCH, SEQUENCE + 1))},)
     with threads(1), mf.init_groups(mf.build_groups(mf.ParallelConfig(), world_size=1)) as pg:
         state, step = mf.setup(CONFIG, pg), mf.step_fn("gpt")
         seconds = {name: [] for name in ("step", "synchronous: the step waits", "asynchronous: the step waits", "the step beside the thread", "load")}
@@ -38,7 +37,7 @@ def test_checkpoints(table, tmp_path):
             path = finish(saving)
             timed("load", lambda: mf.load(state, path))
         size = sum(file.stat().st_size for file in Path(path).iterdir())
-        again = mf.load(mf.setup(attrs.evolve(CONFIG, parallel=mf.ParallelConfig()), pg), path)
+        again = mf.load(mf.setup(CONFIG, pg), path)
         assert again.iteration == state.iteration - 1
     median = {name: statistics.median(each) for name, each in seconds.items()}
     table(f"checkpoints: {size / 2**20:.0f} MiB, one process, one thread, {ROUNDS} rounds, median and worst seconds",

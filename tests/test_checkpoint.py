@@ -19,7 +19,7 @@ import test_bert
 import test_t5
 import torch
 from pool import PoolError, run_script
-from equivalence import assert_equal, local_parts, share, tiny, uneven
+from equivalence import assert_equal, local_parts, share, stack, tiny, uneven
 
 import megafn as mf
 from megafn.runtime import checkpoint, durable, pieces, saver
@@ -195,8 +195,7 @@ def loader(config, start=0, draw=0):
     """Micro-batches of one data-parallel rank, as a user's loader gives them: the same each time it is iterated."""
     for iteration in range(start, config.train_iters):
         rows = uneven(config, iteration + draw)
-        yield from ({key: torch.stack([row[key] for row in rows[i:i + config.micro_batch_size]]) for key in rows[0]}
-                    for i in range(0, len(rows), config.micro_batch_size))
+        yield from (stack(rows[i:i + config.micro_batch_size]) for i in range(0, len(rows), config.micro_batch_size))
 
 
 def from_there(config):

@@ -83,12 +83,12 @@ def test_lengths_may_change_from_micro_batch_to_micro_batch(processes, layout, p
     obeys(pool, processes, {}, layout, growing_rows)
 
 
-def alone_rows(config, iteration):
-    """A global batch in which one token counts: in the last row, at its last position."""
+def alone_rows(config, iteration, *, row=-1, position=-1):
+    """A global batch in which one token counts: at its last position of the last row, unless told."""
     rows = uneven(config, iteration)
-    for row in rows:
-        row["loss_mask"] = torch.zeros_like(row["loss_mask"])
-    rows[-1]["loss_mask"][-1] = 1
+    for one in rows:
+        one["loss_mask"] = torch.zeros_like(one["loss_mask"])
+    rows[row]["loss_mask"][position] = 1
     return rows
 
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import attrs
 import numpy as np
 import pytest
+import test_bad_input
 import tomli_w
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from pool import ROOT
 
 import megafn as mf
@@ -102,10 +102,7 @@ def test_a_file_of_other_bytes_is_refused_as_toml(tmp_path_factory, junk, at):
 def indexed(tmp_path_factory):
     """The bytes of a sound indexed dataset: .bin, .idx."""
     prefix = tmp_path_factory.mktemp("indexed") / "a"
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
-    for length in (3, 40, 1, 25, 60):
-        builder.add_document(np.arange(length) % 50, [length])
-    builder.finalize(f"{prefix}.idx")
+    test_bad_input.indexed(prefix, [np.arange(length) % 50 for length in (3, 40, 1, 25, 60)])
     return prefix.with_suffix(".bin").read_bytes(), prefix.with_suffix(".idx").read_bytes()
 
 

@@ -7,7 +7,7 @@ import attrs
 import pytest
 import torch
 from equivalence import assert_equal, local_parts, share, tiny, uneven
-from test_checkpoint import same, text_config
+from test_checkpoint import loader, same, text_config
 
 import megafn as mf
 from megafn.runtime.losses import token_loss
@@ -64,11 +64,9 @@ def test_an_update_that_is_not_finite_is_left_out_on_every_rank_alike(n, layout,
 
 
 def poisoned_loader(config, bad):
-    for iteration in range(config.train_iters):
-        rows = uneven(config, iteration)
-        for i in range(0, len(rows), config.micro_batch_size):
-            made = {key: torch.stack([row[key] for row in rows[i:i + config.micro_batch_size]]) for key in rows[0]}
-            yield made | {"factor": torch.full((config.micro_batch_size,), math.nan if iteration + 1 in bad and i == 0 else 1.0)}
+    for number, made in enumerate(loader(config)):
+        iteration, i = divmod(number, config.global_batch_size // config.micro_batch_size)
+        yield made | {"factor": torch.full((config.micro_batch_size,), math.nan if iteration + 1 in bad and i == 0 else 1.0)}
 
 
 def test_so_many_in_a_row_end_the_run_and_the_step_can_be_run_again(tmp_path):
