@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import attrs
 import torch
@@ -17,12 +17,28 @@ import megafn as mf
 PROMPT = "The statement "
 
 
+def of_text(config: mf.TrainConfig, pg: mf.ProcessGroups, split: str) -> Iterator[Any]:
+    """Micro-batches as the family's own data gives them."""
+    return (micro for batch in mf.batches(config, pg, split=split) for micro in batch)
+
+
+def halves(config: mf.TrainConfig, pg: mf.ProcessGroups, split: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro-batches for a T5: runs of the text as a GPT reads them, cut in two; the encoder reads the first half, the decoder writes on.
+
+    Not T5's span corruption: bytes have six sentinels, so that a sample would have six bytes to predict, too few to learn from in minutes.
+    """
+    read, model = config.model.seq_length, config.model
+    runs = attrs.evolve(config, model=attrs.evolve(model, family="gpt", seq_length=model.sample_tokens, decoder_seq_length=None, num_decoder_layers=None))
+    return ({"input_ids": micro["tokens"][:, :read], "labels": micro["tokens"][:, read:]} for micro in of_text(runs, pg, split))
+
+
 @frozen(kw_only=True)
 class Demo:
     """What the demo of one family differs in; `sample` shows what a state makes of text and runs on every rank."""
 
     iterations: int
     sample: Callable[[mf.State], str]
+    batches: Callable[[mf.TrainConfig, mf.ProcessGroups, str], Iterator[Any]] = of_text      # micro-batches of a split
     model: dict[str, Any] = field(factory=dict)
     data: dict[str, Any] = field(factory=dict)
 
@@ -51,21 +67,18 @@ def filled_in(state: mf.State, count: int = 4) -> str:
     return beside(tokenizer, (tokenizer.mask,), zip(text[:count], guesses.where(wanted, text), batch["labels"].where(wanted, text)))
 
 
-def put_back(state: mf.State, count: int = 4) -> str:
-    """Held-out rows as a T5 reads them (_ is a span left out); what it writes, each byte told what stood before it; what stood there."""
-    tokenizer, (batch, *_) = mf.load_tokenizer(state.config.data.tokenizer), next(mf.batches(state.config, state.pg, split="valid"))
+def written_on(state: mf.State, count: int = 4) -> str:
+    """Held-out text as a T5's encoder reads it; how it writes on, each byte told what stood before it; what stood there."""
+    tokenizer, batch = mf.load_tokenizer(state.config.data.tokenizer), next(halves(state.config, state.pg, "valid"))
     asked = attrs.evolve(state, config=attrs.evolve(state.config, return_logits="every_stage"))
     logits, = mf.evaluate(asked, [[batch]], mf.step_fn("t5")).logits
-
-    rows = zip(batch["text_enc"][:count], logits.argmax(-1).cpu(), batch["labels"], batch["loss_mask"] == 1)
-    return beside(tokenizer, tokenizer.additional_special_tokens_ids, ((read, guess[real], true[real]) for read, guess, true, real in rows))
+    return beside(tokenizer, (), zip(batch["input_ids"][:count], logits.argmax(-1).cpu(), batch["labels"]))
 
 
 DEMOS = {
     "gpt": Demo(iterations=240, sample=written, model=dict(seq_length=128)),
     "bert": Demo(iterations=250, sample=filled_in, model=dict(seq_length=64, init_method_std=0.05), data=dict(mask_prob=0.3)),
-    "t5": Demo(iterations=250, sample=put_back, data=dict(mask_prob=0.13),              # six spans at most: bytes have six sentinels
-               model=dict(num_layers=2, num_decoder_layers=2, seq_length=48, decoder_seq_length=16, init_method_std=0.05)),
+    "t5": Demo(iterations=250, sample=written_on, batches=halves, model=dict(num_layers=2, num_decoder_layers=2, seq_length=64, init_method_std=0.05)),
 }
 
 
@@ -97,9 +110,10 @@ def entropy(symbols: Iterable[int]) -> float:
     return -sum(n / counts.total() * math.log(n / counts.total()) for n in counts.values())
 
 
-def predicted(config: mf.TrainConfig, pg: mf.ProcessGroups) -> list[int]:
-    """What is to be predicted of the held-out text, as this data-parallel rank reads it."""
-    return [label for batch in mf.batches(config, pg, split="valid") for micro in batch for label in micro["labels"][micro["loss_mask"] == 1].tolist()]
+def predicted(micro_batches: Iterable[Any], config: mf.TrainConfig, pg: mf.ProcessGroups) -> list[int]:
+    """What is to be predicted of micro-batches."""
+    read = (mf.step_fn(config.model.family).batch(micro, config, pg) for micro in micro_batches)
+    return [label for batch in read for label in batch["labels"][batch["loss_mask"] == 1].tolist()]
 
 
 def draw(history: list[mf.Metrics], baseline: float, path: Path) -> None:
@@ -127,7 +141,8 @@ def demo(*, folder: str | None = None, iterations: int | None = None, family: st
     """Train, and print a table, two samples and where the picture and the logs are. Run it under torchrun."""
     if family not in DEMOS:
         raise mf.ConfigError(f"family = {family!r}: choose one of {', '.join(DEMOS)}")
-    folder, iterations, sample = folder or f"runs/demo-{family}", DEMOS[family].iterations if iterations is None else iterations, DEMOS[family].sample
+    folder, iterations = folder or f"runs/demo-{family}", DEMOS[family].iterations if iterations is None else iterations
+    sample, read = DEMOS[family].sample, DEMOS[family].batches
     world = mf.world_size()
     config, history, started = demo_config(folder, iterations, world, family), [], time.perf_counter()
     mf.check(config, world)
@@ -138,12 +153,13 @@ def demo(*, folder: str | None = None, iterations: int | None = None, family: st
             print(f"A {family.upper()} of {config.model.num_layers + (config.model.num_decoder_layers or 0)} layers x {config.model.hidden_size} learns English over {layout_name(config, world)}: "
                   f"{iterations} iterations, some minutes.\nLogs and the picture go to {folder}/.", flush=True)
         before = sample(state)
-        first = mf.evaluate(state, mf.batches(config, pg, split="valid"), step)
-        state = mf.fit(state, step, on_metrics=[history.append])
+        held_out = tuple(read(config, pg, "valid"))
+        first = mf.evaluate(state, [held_out], step)
+        state = mf.fit(state, step, batches=read(config, pg, "train"), valid_batches=held_out, on_metrics=[history.append])
         after = sample(state)
         if not pg.is_rank_zero:
             return
-        baseline = entropy(predicted(config, pg))
+        baseline = entropy(predicted(held_out, config, pg))
     last, speed = history[-1], sorted(m.tokens_per_second for m in history)[len(history) // 2]
     draw(history, baseline, Path(folder, "curves.png"))
     tokens = config.global_batch_size * config.model.sample_tokens * config.train_iters
