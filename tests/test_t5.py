@@ -161,6 +161,40 @@ def test_recomputation_with_dropout_changes_no_bit(processes, layout, pool):
             assert curve == other and all(torch.equal(a, b) for (_, a, *_), (_, b, *_) in zip(end, others, strict=True))
 
 
+def own_batch(raw, config, pg):
+    """Texts of one's own under names of one's own; `decoder_tokens` is what stages must know of, see `Step`."""
+    return {"tokens": raw["input_ids"], "decoder_tokens": raw["written"], "wanted": raw["labels"], "counted": (raw["labels"] >= 0).float()}
+
+
+def own_forward(model, batch):
+    return model(batch["tokens"], batch["decoder_tokens"])
+
+
+def own_loss(logits, batch, pg, *, weight):
+    losses = mf.cross_entropy(logits, batch["wanted"].clamp(min=0), pg) + weight * mf.logsumexp(logits, pg) ** 2
+    right = mf.argmax(logits, pg) == batch["wanted"]
+    return mf.Loss(sum=(losses * batch["counted"]).sum(), count=batch["counted"].sum(), report={"accuracy": (right * batch["counted"]).sum()})
+
+
+OWN = mf.Step(batch=own_batch, forward=own_forward, loss=partial(own_loss, weight=1e-2))
+
+
+def own_pairs(config, iteration):
+    """Rows of `pairs` without masks, with the decoder's inputs drawn freely."""
+    draw = torch.Generator().manual_seed(iteration)
+    return [{"input_ids": row["input_ids"], "labels": row["labels"], "written": torch.randint(0, 97, row["labels"].shape, generator=draw)}
+            for row in pairs(config, iteration)]
+
+
+@pytest.mark.parametrize("processes, layout", [(2, dict(pp=2)), (4, dict(tp=2, pp=2, **SP)), (4, split(1)), (4, dict(tp=2, **DIST))],
+                         ids=["pp2", "tp2-pp2-sp", "pp4-split1", "tp2-dp2-dist"])
+def test_a_step_of_ones_own_obeys_the_law(processes, layout, pool):
+    base = dict(T5, num_decoder_layers=3)
+    alone, = pool(1, run_layout, tiny(**base), own_pairs, OWN)
+    assert_equal(alone, pool(processes, run_layout, tiny(**base | layout), own_pairs, OWN))
+    assert abs(alone[0][0][0] - pool(1, run_layout, tiny(**base), own_pairs)[0][0][0][0]) > 1e-2, "the weight of its own counts"
+
+
 # ------------------------------------------------------------------------------ the single process itself is right
 
 def one_step(config, batch):

@@ -20,6 +20,7 @@ class Step:
 
     batch(raw, config, pg) -> dict of tensors: one micro-batch as the user's data gives it, made into
         tensors [batch, sequence] of the whole sequence (context parallelism cuts them afterwards).
+        An encoder-decoder's second sequence is called "decoder_tokens": pipeline stages send each other both.
     forward(model, batch) -> logits [sequence / cp, batch, vocabulary / tp] on the last pipeline stage, or whatever the loss
         reads, a tuple too; what a stage before it returns is handed on by the schedule.
     loss(logits, batch, pg) -> Loss(sum, count, report): sums over this process's share of the micro-batch.
