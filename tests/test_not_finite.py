@@ -1,15 +1,18 @@
 """Numbers that go wrong: no rank updates, all of them count it, the run stops in time, and the step can be run again."""
-import os
 import math
-from functools import partial
+import os
+from functools import partial, reduce
 
 import attrs
 import pytest
 import torch
 from equivalence import assert_equal, local_parts, share, tiny, uneven
+from hypothesis import given
+from hypothesis import strategies as st
 from test_checkpoint import loader, same, text_config
 
 import megafn as mf
+from megafn.pure.spikes import LEAST, WINDOW, remembered, spike_limit
 from megafn.runtime.losses import token_loss
 from megafn.runtime.steps import gpt_batch
 
@@ -30,11 +33,11 @@ def loss(logits, batch, pg):
 POISONED = mf.Step(batch=batch, forward=mf.step_fn("gpt").forward, loss=loss)
 
 
-def rows_of(config, iteration):
+def rows_of(config, iteration, bad=BAD):
     """One of the global batch's micro-batches (the last of the last data-parallel rank) is poisoned, counted from 1."""
     rows = uneven(attrs.evolve(config, micro_batch_size=2), iteration)
     for i, row in enumerate(rows):
-        row["factor"] = torch.tensor(BAD.get(iteration + 1, 1.0) if i >= len(rows) - config.micro_batch_size else 1.0)
+        row["factor"] = torch.tensor(bad.get(iteration + 1, 1.0) if i >= len(rows) - config.micro_batch_size else 1.0)
     return rows
 
 
@@ -61,6 +64,60 @@ def test_an_update_that_is_not_finite_is_left_out_on_every_rank_alike(n, layout,
     assert all(result[3] == single[0][3] for result in results)
     if "dtype" not in layout:
         assert_equal(single[0][:3], [result[:3] for result in results])
+
+
+def run_with_spikes(config, folder=None):
+    """As `run`; where a folder is given, in two halves with a checkpoint of the first between, in front of the spike."""
+    def go(state, iterations):
+        seen = []
+        for iteration in iterations:
+            before = local_parts(state)
+            state, metrics = mf.train_step(state, share(rows_of(config, iteration, {11: 1e4}), config, pg), POISONED)
+            assert same(before, local_parts(state)) == (metrics.skipped or metrics.lr == 0)
+            seen.append((metrics.skipped, metrics.lr, metrics.grad_norm, metrics.loss, state.skipped_in_a_row))
+        return state, seen
+
+    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=60) as pg:
+        state, seen = go(mf.setup(config, pg), range(10 if folder else config.train_iters))
+        if folder is None:
+            return seen, local_parts(state)
+        mf.save(state, folder)
+        state, more = go(mf.load(mf.setup(config, pg), folder), range(10, config.train_iters))
+        return seen + more, local_parts(state)
+
+
+def test_a_spike_of_the_gradient_norm_updates_nothing_in_every_layout_and_behind_a_checkpoint(pool, tmp_path):
+    base = dict(steps=13, warmup_iters=1, spike_factor=20.0)
+    single, = pool(1, run_with_spikes, tiny(**base))
+    assert [one[0] for one in single[0]] == [i == 11 for i in range(1, 14)] and single[0][10][2] > 100 * single[0][9][2]
+    assert [one[4] for one in single[0]] == [i == 11 for i in range(1, 14)], "one left out, and not in a row with another"
+    assert single[0][11][1] == pool(1, run_with_spikes, tiny(**base | dict(spike_factor=None)))[0][0][10][1], "the schedule did not move"
+    for n, layout in ((2, dict(tp=2, **SP)), (4, dict(pp=2, **DIST))):
+        for seen, _ in pool(n, run_with_spikes, tiny(**base, **layout)):
+            for here, there in zip(seen, single[0], strict=True):
+                assert here == pytest.approx(there, rel=1e-4)
+    whole, halves = (pool(2, run_with_spikes, tiny(**base, **DIST), folder)[0] for folder in (None, str(tmp_path)))
+    assert whole[0] == halves[0] and same(whole[1], halves[1])
+
+
+norms = st.floats(1e-3, 1e3)
+
+
+@given(st.lists(norms, max_size=60), norms, st.floats(1.01, 100))
+def test_norms_that_rise_for_good_are_spikes_for_half_a_window_at_most(before, level, factor):
+    seen, held = reduce(remembered, before, ()), []
+    for _ in range(WINDOW):
+        held.append(level > spike_limit(seen, factor))
+        seen = remembered(seen, level)
+    assert not any(held[WINDOW // 2 + 1:])
+    assert seen == (level,) * WINDOW and spike_limit(seen, factor) == factor * level
+
+
+@given(st.lists(norms, min_size=LEAST, max_size=WINDOW), st.floats(1.01, 100))
+def test_a_spike_is_above_so_many_times_the_usual_norm(before, factor):
+    assert factor * min(before) <= spike_limit(before, factor) <= factor * max(before)
+    assert spike_limit(before, None) == spike_limit(before[:LEAST - 1], factor) == math.inf
+    assert remembered(before, math.nan) == remembered(before, None) == remembered(before, math.inf) == tuple(before)
 
 
 def poisoned_loader(config, bad):

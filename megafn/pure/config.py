@@ -143,6 +143,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     momentum: float = 0.9                      # of sgd
     clip_grad: float = 1.0                     # global L2 norm; 0 is off
+    spike_factor: float | None = None          # an update whose norm is so many times the median of the last 32 is left out; None: none is
     use_distributed_optimizer: bool = False    # optimizer state cut over data parallel ranks (ZeRO 1, arXiv 1910.02054)
     # (name in the whole model, parameter: this process's part of it) -> bool; the name is the same in every layout
     no_weight_decay_cond: Callable | None = None   # which parameters are not decayed; None: biases and other vectors
@@ -246,7 +247,7 @@ class TrainConfig:
     model_function: Callable | None = None     # builds one model chunk: takes and returns what `build_stage` does
     prepare_model: Callable | None = None      # (a function without arguments that builds the chunk) -> the chunk, made ready
     seed: int = 1234
-    stop_after_skipped: int = 10               # updates left out in a row, for NaN or infinity, that end the run; 0: none do
+    stop_after_skipped: int = 10               # updates left out in a row, for NaN, infinity or a spike, that end the run; 0: none do
     timeout_seconds: float = 600.0             # a collective that takes longer ends the run
 
     @property

@@ -57,6 +57,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      "schedule.start_weight_decay schedule.end_weight_decay", lambda value: 0 <= value < inf, "give a finite number, 0 or more"),
     ("model.hidden_dropout model.attention_dropout optimizer.beta1 optimizer.beta2 optimizer.momentum schedule.warmup_fraction",
      lambda value: 0 <= value < 1, "give 0 or more, and less than 1"),
+    ("optimizer.spike_factor", lambda value: 1 < value < inf, "give a finite number above 1, or leave it out"),
     ("data.mask_prob", lambda value: 0 < value < 1, "give more than 0 and less than 1"),
     ("data.short_seq_prob", lambda value: 0 <= value <= 1, "give 0 to 1"),
     ("model.relative_attention_num_buckets", lambda value: value >= 4, "give 4 or more: two for each direction"),

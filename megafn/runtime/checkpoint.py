@@ -178,7 +178,7 @@ def _plan(state: State) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return mine, {
         "format": FORMAT, "versions": {"megafn": __version__, "megatron-core": importlib.metadata.version("megatron-core"), "torch": torch.__version__},
         "iteration": state.iteration, "consumed_samples": state.consumed_samples, "skipped_samples": state.skipped_samples,
-        "optimizer_step": next((step for step in steps if step is not None), None),
+        "grad_norms": state.grad_norms, "optimizer_step": next((step for step in steps if step is not None), None),
         "grad_scaler": {key: float(value) for key, value in scaler.state_dict().items()} if scaler else None,
         "world_size": pg.world_size, "config": to_dict(savable(state.config)), "tensors": tensors}
 
@@ -215,7 +215,8 @@ def read(state: State, directory: str | Path) -> tuple[State, dict[str, Any]]:
         for scaler in _grad_scalers(state):
             scaler.load_state_dict({"scale": torch.tensor([scale["scale"]], device=pg.device),
                                     **{key: int(value) for key, value in scale.items() if key != "scale"}})
-    return attrs.evolve(state, **{name: manifest[name] for name in ("iteration", "consumed_samples", "skipped_samples")}), manifest
+    position = {name: manifest[name] for name in ("iteration", "consumed_samples", "skipped_samples")}
+    return attrs.evolve(state, **position, grad_norms=tuple(manifest["grad_norms"])), manifest
 
 
 def _checkpoint_at(directory: Path) -> Path | None:

@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterator
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
 from megafn.pure.config import TrainConfig
@@ -62,13 +62,21 @@ def inner_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
             yield part.optimizer
 
 
-@torch.no_grad()
-def gradients_are_finite(chunks: Iterable[torch.nn.Module], pg: ProcessGroups) -> bool:
-    """Whether no gradient anywhere in the whole model is NaN or infinite: one answer on every rank, which all call it."""
-    sums = [buffer.grad_data.sum() for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    finite = torch.stack([total.isfinite() for total in sums]).all().to(torch.int32) if sums else torch.ones((), dtype=torch.int32, device=pg.device)
-    dist.all_reduce(finite, dist.ReduceOp.MIN, group=pg.world)
-    return bool(finite)
+def update(optimizer: Any, *, limit: float = math.inf) -> tuple[bool, float | None]:
+    """megatron-core's own `ChainedOptimizer.step`, but for this: where the gradients' norm is NaN, infinite or above `limit`, nothing is updated.
+
+    (whether there was an update, the norm before clipping; None where fp16's loss scale saw an overflow). The norm is that of the
+    whole model, so the answer is the same on every rank.
+    """
+    if optimizer.prepare_grads():
+        return False, None
+    norm = float(optimizer.get_grad_norm())
+    if not (math.isfinite(norm) and norm <= limit):
+        return False, norm
+    for part in chained(optimizer):
+        if parameters := part.get_parameters():
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+    return optimizer.step_with_ready_grads(), norm
 
 
 def set_lr(optimizer: Any, lr: float, weight_decay: float) -> None:

@@ -22,4 +22,5 @@ class State:
     iteration: int = 0
     consumed_samples: int = 0
     skipped_samples: int = 0              # consumed without an update: the schedule did not move
-    skipped_in_a_row: int = 0             # updates left out up to now, for a loss or gradient that was not finite
+    skipped_in_a_row: int = 0             # updates left out up to now, for a loss or gradient that was not finite or a spike
+    grad_norms: tuple[float, ...] = ()    # the last ones, see `pure.spikes`

@@ -16,6 +16,7 @@ from megatron.core.utils import get_model_config
 from megafn.pure.config import ConfigError, TrainConfig, num_micro_batches
 from megafn.pure.layout import build_groups
 from megafn.pure.schedule import make_schedule
+from megafn.pure.spikes import remembered, spike_limit
 from megafn.pure.validate import check
 from megafn.runtime import cpu
 from megafn.runtime.agreement import agreed
@@ -28,7 +29,7 @@ from megafn.runtime.gathering import whole_logits
 from megafn.runtime.groups import ProcessGroups, init_groups, megatron, world_size
 from megafn.runtime.layers import check_parallel_layers
 from megafn.runtime.methods import step_of
-from megafn.runtime.optimizer import build_optimizer, gradients_are_finite, set_lr
+from megafn.runtime.optimizer import build_optimizer, set_lr, update
 from megafn.runtime.passes import run_step
 from megafn.runtime.saver import check_directory, open_saver, resume
 from megafn.runtime.shared_tables import finalize_grads
@@ -59,9 +60,9 @@ class Metrics:
     loss: float
     lr: float
     weight_decay: float
-    grad_norm: float | None               # None where the update was skipped
+    grad_norm: float | None               # None where it was not finite
     count: int
-    skipped: bool                         # loss or gradient was NaN or infinite, so nothing was updated, on any rank
+    skipped: bool                         # loss or gradient was NaN, infinite or a spike, so nothing was updated, on any rank
     loss_scale: float
     seconds: float
     tokens_per_second: float
@@ -121,7 +122,7 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
 
     batch: this rank's share of one global batch, raw micro-batches, as many on every rank. The gradient is that of
     (sum of losses) / (sum of counts), both over the whole global batch, however it was cut. Where it or the loss is NaN or
-    infinite on one rank, no rank updates anything, and the schedule does not move.
+    infinite on one rank, or its norm a spike (optimizer.spike_factor), no rank updates anything, and the schedule does not move.
     Raises ValueError, before the update, where no token of the global batch counts.
     """
     started = time.perf_counter()
@@ -138,8 +139,8 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
                          kept, config, pg)
         stepping = time.perf_counter()
         fp16 = config.precision.dtype == "fp16"              # its loss scale looks for overflows itself
-        finite = math.isfinite(report.loss) and (fp16 or gradients_are_finite(state.chunks, pg))
-        updated, grad_norm, _ = optimizer.step() if fp16 or finite else (False, None, None)
+        limit = spike_limit(state.grad_norms, config.optimizer.spike_factor)
+        updated, norm = update(optimizer, limit=limit) if fp16 or math.isfinite(report.loss) else (False, math.nan)
         zeros = zeros_in_grad(optimizer, pg) if config.log.everything and updated else None
     now, samples = time.perf_counter(), config.global_batch_size
     seconds, more = now - started, {}
@@ -148,10 +149,11 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
                        iteration=state.iteration + 1)
     state = attrs.evolve(state, iteration=state.iteration + 1, consumed_samples=state.consumed_samples + samples,
                          skipped_samples=state.skipped_samples + (0 if updated else samples),
-                         skipped_in_a_row=0 if updated else state.skipped_in_a_row + (not finite))
+                         skipped_in_a_row=0 if updated else state.skipped_in_a_row + (norm is not None),
+                         grad_norms=remembered(state.grad_norms, norm))
     return state, Metrics(
         iteration=state.iteration, consumed_samples=state.consumed_samples, loss=report.loss, lr=at.lr, weight_decay=at.weight_decay,
-        grad_norm=float(grad_norm) if updated and grad_norm is not None else None, count=report.count, skipped=not updated,
+        grad_norm=norm if norm is not None and math.isfinite(norm) else None, count=report.count, skipped=not updated,
         loss_scale=float(optimizer.get_loss_scale()), seconds=seconds,
         tokens_per_second=samples * config.model.sample_tokens / seconds, report=report.report, details=more, logits=report.logits)
 
@@ -218,7 +220,7 @@ def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid
 
 def _not_finite(state: State) -> str:
     batch, count, end = state.config.global_batch_size, state.skipped_in_a_row, state.consumed_samples
-    return (f"iterations {state.iteration - count + 1} to {state.iteration}: loss or gradient was NaN or infinite {count} times in a row, so nothing was updated "
+    return (f"iterations {state.iteration - count + 1} to {state.iteration}: loss or gradient was NaN, infinite or a spike {count} times in a row, so nothing was updated "
             f"(stop_after_skipped). They read the run's samples {end - count * batch} to {end - 1}, of which {end - batch} to {end - 1} last; "
             f"replay(config, {state.iteration}) runs that step again.")
 
