@@ -58,6 +58,47 @@ def test_any_batch_is_read_or_refused(raw):
         assert 0 <= tokens.min() and tokens.max() < 50 and set(made["loss_mask"].unique().tolist()) <= {0, 1}
 
 
+def of_family(family, **changes):
+    return attrs.evolve(CONFIG, model=attrs.evolve(MODEL, family=family, **changes))
+
+
+BERT_KEYS = ("text", "input_ids", "types", "token_type_ids", "labels", "loss_mask", "padding_mask", "attention_mask", "position_ids",
+             "is_random", "next_sentence_label", "x")
+BERTS = [of_family("bert"), of_family("bert", bert_binary_head=True, num_tokentypes=2),
+         *(of_family("bert", num_labels=3, problem_type=kind) for kind in ("single_label_classification", "multi_label_classification", "regression"))]
+
+
+@FUZZ
+@given(st.sampled_from(BERTS), st.one_of(values, *(st.dictionaries(st.sampled_from(BERT_KEYS), values).map(lambda raw, like=like: like | raw)
+                                                   for like in ({}, {"text": whole, "labels": whole, "loss_mask": whole}, {"input_ids": whole, "labels": whole}))))
+def test_any_batch_of_a_bert_is_read_or_refused(config, raw):
+    made = answer(mf.step_fn("bert").batch, raw, config, PG)
+    if not isinstance(made, str):
+        tokens, rows = made["tokens"], made["tokens"].size(0)
+        assert tokens.dim() == 2 and tokens.dtype == torch.long and 0 <= tokens.min() and tokens.max() < 50
+        if config.model.num_labels is None:
+            assert made["labels"].shape == made["loss_mask"].shape == tokens.shape
+        else:                                                   # without labels only logits are asked for
+            assert "labels" not in made or made["labels"].size(0) == rows
+        assert "tokentype_ids" not in made or made["tokentype_ids"].max() < config.model.num_tokentypes
+
+
+T5_KEYS = ("text_enc", "text_dec", "enc_mask", "dec_mask", "input_ids", "decoder_input_ids", "attention_mask", "decoder_attention_mask",
+           "labels", "loss_mask", "x")
+PAIR = {"text_enc": whole, "text_dec": whole[:, :8], "labels": whole[:, :8]}
+
+
+@FUZZ
+@given(st.one_of(values, *(st.dictionaries(st.sampled_from(T5_KEYS), values).map(lambda raw, like=like: like | raw)
+                           for like in ({}, PAIR, {"input_ids": whole, "labels": whole[:, :8]}))))
+def test_any_batch_of_a_t5_is_read_or_refused(raw):
+    made = answer(mf.step_fn("t5").batch, raw, of_family("t5", decoder_seq_length=8), PG)
+    if not isinstance(made, str):
+        read, written, labels = made["tokens"], made["decoder_tokens"], made["labels"]
+        assert written.shape == labels.shape == made["loss_mask"].shape and read.size(0) == written.size(0)
+        assert all(0 <= ids.min() and ids.max() < 50 for ids in (read, written, labels.clamp(min=0)))
+
+
 # ------------------------------------------------------------------------------------------------------------ TOML
 
 def renamed(tree, name, other):
