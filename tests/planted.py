@@ -11,7 +11,7 @@ import torch
 NAMES = ("tied table not summed over stages", "norms not summed over tp", "gradients times dp", "loss over the local vocabulary",
          "padded vocabulary takes part", "bias of each tp rank counts", "norm of the local gradients", "mean of means",
          "mask cut elsewhere than queries", "keys in the order of ranks", "angles of local positions", "gradients not summed over dp",
-         "updated shards not gathered", "recomputation draws other dropout", "smoothing over the local vocabulary")
+         "updated shards not gathered", "recomputation draws other dropout", "smoothing over the local vocabulary", "copies over tp count in the norm")
 
 
 def nothing(*_, **__):
@@ -30,6 +30,7 @@ def planted(name):
 def patches(name):
     """(owner, attribute, what stands there instead) of a bug."""
     import combinations
+    from megatron.core import tensor_parallel
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import optimizer
     from megatron.core.tensor_parallel import random
@@ -44,6 +45,7 @@ def patches(name):
         "gradients not summed over dp": lambda: [(DistributedDataParallel, "finish_grad_sync", nothing)],
         "updated shards not gathered": lambda: [(DistributedDataParallel, "start_param_sync", nothing)],
         "norm of the local gradients": lambda: [(optimizer, "get_grad_norm_fp32", local_norm)],
+        "copies over tp count in the norm": lambda: [(tensor_parallel, "param_is_not_tensor_parallel_duplicate", lambda *_, **__: True)],
         "loss over the local vocabulary": lambda: [(losses, "_reduce", of_one(losses._reduce))],
         "smoothing over the local vocabulary": lambda: [(combinations, "whole_sum", lambda here, pg: here)],
         "mean of means": lambda: [(combinations, "step_of", with_means(combinations.step_of))],

@@ -14,6 +14,7 @@ KNOWN = {                                                    # for each planted 
     "gradients not summed over dp": dict(processes=2, data="lopsided"),
     "updated shards not gathered": dict(processes=2, use_distributed_optimizer=True, data="uneven"),
     "norm of the local gradients": dict(processes=2, pp=2, clip_grad=0.1, data="uneven"),
+    "copies over tp count in the norm": dict(processes=2, tp=2, data="uneven"),
     "loss over the local vocabulary": dict(processes=2, tp=2, data="uneven"),
     "smoothing over the local vocabulary": dict(processes=2, tp=2, smoothing=True, data="uneven"),
     "mean of means": dict(processes=2, data="uneven"),
