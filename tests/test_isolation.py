@@ -1,13 +1,15 @@
 """No global state: layouts are values, several live in one process, and leaving one leaves nothing behind."""
 import ast
+import gc
 import subprocess
 import sys
 from pathlib import Path
 
 import megafn as mf
 import pytest
+import test_t5
 import torch
-from equivalence import local_parts, share, tiny, uneven
+from equivalence import local_parts, run_layout, share, tiny, uneven
 
 PACKAGE = Path(mf.__file__).parent
 
@@ -50,6 +52,27 @@ def train_and_leave(config):
 @pytest.mark.parametrize("n, layout", [(1, {}), (2, dict(tp=2, sequence_parallel=True)), (2, dict(pp=2)), (4, dict(tp=2, use_distributed_optimizer=True))])
 def test_leaving_a_layout_leaves_nothing_behind(pool, n, layout):
     assert all(pool(n, train_and_leave, tiny(hidden_dropout=0.1, **layout)))
+
+
+def models_alive(config, rows):
+    """How many wrapped models this process holds, behind each of three runs of a layout."""
+    from megatron.core.distributed import DistributedDataParallel
+    found = []
+    for _ in range(3):
+        run_layout(config, rows)
+        gc.collect()
+        found.append(sum(type(one) is DistributedDataParallel for one in gc.get_objects()))
+    return found
+
+
+@pytest.mark.parametrize("n, layout, rows", [
+    (1, {}, uneven), (2, dict(tp=2, sequence_parallel=True), uneven), (2, dict(pp=2, vpp=2), uneven), (2, dict(use_distributed_optimizer=True), uneven),
+    (2, dict(use_distributed_optimizer=True, dtype="bf16"), uneven), (4, test_t5.T5 | dict(pp=2, use_distributed_optimizer=True), test_t5.pairs)],
+    ids=["single", "tp2-sp", "pp2-vpp2", "dp2-dist", "dp2-dist-bf16", "t5-pp2-dp2-dist"])
+def test_a_model_is_freed_when_nobody_holds_it(n, layout, rows, pool):
+    """A cycle through autograd's nodes would be out of the garbage collector's sight: model, buffers and the threads of its groups would stay."""
+    for first, *others in pool(n, models_alive, tiny(**layout | dict(steps=3 if "family" in layout else 4)), rows):
+        assert others == [first] * 2
 
 
 def alone(config):

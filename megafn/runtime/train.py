@@ -101,7 +101,9 @@ def setup(config: TrainConfig, pg: ProcessGroups, *, model: Callable | None = No
         optimizer = build_optimizer(config, chunks, pg)
         for chunk in chunks:
             mcore = get_model_config(chunk)
-            mcore.finalize_model_grads_func, mcore.grad_scale_func = finalize_grads, optimizer.scale_loss
+            mcore.finalize_model_grads_func = finalize_grads
+            if config.precision.dtype == "fp16":      # elsewhere the scale is 1, and a model that knows its optimizer is never freed
+                mcore.grad_scale_func = optimizer.scale_loss
     consumed = config.consumed_samples[0]
     return State(config=config, pg=pg, chunks=tuple(chunks), optimizer=optimizer, schedule=make_schedule(config),
                  iteration=consumed // config.global_batch_size, consumed_samples=consumed)
