@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import warnings
+from collections import Counter
 from functools import cache, partial
 from pathlib import Path
 
@@ -619,13 +620,15 @@ mf.train(text_config({str(tmp_path / "there")!r}), on_metrics=[watch])
 
 # ----------------------------------------------------------------------------------------------------------- kills
 
-def deadly(config, rank, at):
-    """`train` whose rank `rank` is killed at the `at`-th of what it does to the disk, or after `at` seconds where that is a fraction."""
+def deadly(config, rank, at, victims):
+    """`train` in which rank `rank` kills the processes `victims`, itself among them: at the `at`-th of what it does to the disk, or
+    after `at` seconds where that is a fraction."""
     if int(os.environ["RANK"]) == rank:
         count = 0
 
         def die():
-            os.kill(os.getpid(), signal.SIGKILL)
+            for victim in sorted(victims, key=os.getpid().__eq__):          # itself last
+                os.kill(victim, signal.SIGKILL)
 
         def wrap(owner, name):
             real = getattr(owner, name)
@@ -649,19 +652,23 @@ KILLS = int(os.environ.get("MEGAFN_KILLS", "20"))
 
 @pytest.mark.timeout(60 + KILLS * 30)
 def test_killed_runs_end_on_the_uninterrupted_curve(pool, tmp_path):
-    """SIGKILL of a random rank, 20 times (MEGAFN_KILLS=100 for more): in the midst of what a save does to the disk, or at any time."""
+    """SIGKILL, 20 times (MEGAFN_KILLS=100 for more), of a random rank or of all at once: in the midst of what a save does to the disk, or at any time."""
     config = text_config(tmp_path, steps=3 * KILLS)
     config = attrs.evolve(config, checkpoint=attrs.evolve(config.checkpoint, interval=1, keep_last=2))
     whole = pool(2, train, attrs.evolve(config, checkpoint=mf.CheckpointConfig()))
-    draw, stood = random.Random(1), 0
+    draw, stood, drawn = random.Random(1), 0, Counter()
     for kill in range(KILLS):
-        rank = draw.randrange(2)
+        rank, number, at_any_time = draw.randrange(2), draw.choice((1, 2)), kill % 3 == 0
         made = attrs.evolve(config, checkpoint=attrs.evolve(config.checkpoint, asynchronous=draw.random() < 0.5))
-        with pytest.raises(PoolError, match="exit code -9"):
-            pool(2, deadly, made, rank, draw.uniform(0.1, 0.7) if kill % 3 == 0 else draw.randrange(1, 24 if rank == 0 else 6))
+        pids = pool(2, os.getpid)
+        with pytest.raises(PoolError) as killed:
+            pool(2, deadly, made, rank, draw.uniform(0.1, 0.7) if at_any_time else draw.randrange(1, 24 if rank == 0 else 6),
+                 pids if number == 2 else [pids[rank]])
+        assert str(killed.value).count("exit code -9") == number, killed.value
+        drawn[number, at_any_time] += 1
         stood, before = max(checkpoint.checkpoints(tmp_path), default=0), stood
         assert stood >= before
-    assert 5 < stood < config.train_iters - 2
+    assert len(drawn) == 4 and 5 < stood < config.train_iters - 2, (drawn, stood)
     for (seen, end, *_), (rest, other, *_) in zip(whole, pool(2, train, config)):
         assert rest == seen[stood:] and same(end, other)
     assert list(checkpoint.checkpoints(tmp_path)) == [config.train_iters - 1, config.train_iters] and not list(tmp_path.glob(".*"))
