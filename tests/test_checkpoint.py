@@ -1,18 +1,22 @@
 """Checkpoints: written in one layout, they go on in any other as if nothing had happened; whole or absent; damage is named."""
 import ast
+import contextlib
 import errno
 import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import threading
+import time
 import warnings
 from collections import Counter
 from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import attrs
 import pytest
@@ -620,31 +624,30 @@ mf.train(text_config({str(tmp_path / "there")!r}), on_metrics=[watch])
 
 # ----------------------------------------------------------------------------------------------------------- kills
 
-def deadly(config, rank, at, victims):
-    """`train` in which rank `rank` kills the processes `victims`, itself among them: at the `at`-th of what it does to the disk, or
-    after `at` seconds where that is a fraction."""
-    if int(os.environ["RANK"]) == rank:
-        count = 0
+def struck(config, rank, at, strike):
+    """`train` in which rank `rank` calls `strike` at the `at`-th of what it does to the disk, or after `at` seconds where that is a fraction."""
+    count = 0
 
-        def die():
-            for victim in sorted(victims, key=os.getpid().__eq__):          # itself last
-                os.kill(victim, signal.SIGKILL)
+    def wrapped(real):
+        def effect(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == at:
+                strike()
+            return real(*args, **kwargs)
+        return effect
+    with contextlib.ExitStack() as stack:
+        if int(os.environ["RANK"]) == rank:
+            for owner, name in ((os, "fsync"), (os, "rename"), (durable, "write_tensors"), (checkpoint, "write_tensors"), (checkpoint, "write")):
+                stack.enter_context(mock.patch.object(owner, name, wrapped(getattr(owner, name))))
+            if isinstance(at, float):
+                threading.Timer(at, strike).start()
+        return train(config)
 
-        def wrap(owner, name):
-            real = getattr(owner, name)
 
-            def effect(*args, **kwargs):
-                nonlocal count
-                count += 1
-                if count == at:
-                    die()
-                return real(*args, **kwargs)
-            setattr(owner, name, effect)
-        for owner, name in ((os, "fsync"), (os, "rename"), (durable, "write_tensors"), (checkpoint, "write_tensors"), (checkpoint, "write")):
-            wrap(owner, name)
-        if isinstance(at, float):
-            threading.Timer(at, die).start()
-    return train(config)
+def kill(victims):
+    for victim in sorted(victims, key=os.getpid().__eq__):          # itself last
+        os.kill(victim, signal.SIGKILL)
 
 
 KILLS = int(os.environ.get("MEGAFN_KILLS", "20"))
@@ -657,13 +660,13 @@ def test_killed_runs_end_on_the_uninterrupted_curve(pool, tmp_path):
     config = attrs.evolve(config, checkpoint=attrs.evolve(config.checkpoint, interval=1, keep_last=2))
     whole = pool(2, train, attrs.evolve(config, checkpoint=mf.CheckpointConfig()))
     draw, stood, drawn = random.Random(1), 0, Counter()
-    for kill in range(KILLS):
-        rank, number, at_any_time = draw.randrange(2), draw.choice((1, 2)), kill % 3 == 0
+    for turn in range(KILLS):
+        rank, number, at_any_time = draw.randrange(2), draw.choice((1, 2)), turn % 3 == 0
         made = attrs.evolve(config, checkpoint=attrs.evolve(config.checkpoint, asynchronous=draw.random() < 0.5))
         pids = pool(2, os.getpid)
         with pytest.raises(PoolError) as killed:
-            pool(2, deadly, made, rank, draw.uniform(0.1, 0.7) if at_any_time else draw.randrange(1, 24 if rank == 0 else 6),
-                 pids if number == 2 else [pids[rank]])
+            pool(2, struck, made, rank, draw.uniform(0.1, 0.7) if at_any_time else draw.randrange(1, 24 if rank == 0 else 6),
+                 partial(kill, pids if number == 2 else [pids[rank]]))
         assert str(killed.value).count("exit code -9") == number, killed.value
         drawn[number, at_any_time] += 1
         stood, before = max(checkpoint.checkpoints(tmp_path), default=0), stood
@@ -672,3 +675,34 @@ def test_killed_runs_end_on_the_uninterrupted_curve(pool, tmp_path):
     for (seen, end, *_), (rest, other, *_) in zip(whole, pool(2, train, config)):
         assert rest == seen[stood:] and same(end, other)
     assert list(checkpoint.checkpoints(tmp_path)) == [config.train_iters - 1, config.train_iters] and not list(tmp_path.glob(".*"))
+
+
+# ----------------------------------------------------------------------------------------------------------- hangs
+
+SECONDS = 6                     # timeout_seconds, from the first step on
+
+
+@pytest.mark.parametrize("rank, at, strike, asynchronous, standing", [
+    (1, 3, partial(send, signal.SIGSTOP), False, 1),            # before it writes its file for the second checkpoint
+    (0, 10, partial(time.sleep, 60), False, 1),                 # rank zero, before its folder is flushed
+    (0, 17, partial(send, signal.SIGSTOP), False, 1),           # before it gets its name
+    (0, 18, partial(time.sleep, 60), False, 2),                 # behind that
+    (1, 3, partial(time.sleep, 60), True, 1),                   # in the thread that writes: the rank itself goes on until the next save
+])
+def test_a_rank_that_hangs_in_a_save_is_named_and_the_run_goes_on_from_the_last_whole_one(rank, at, strike, asynchronous, standing, pool, tmp_path, monkeypatch):
+    monkeypatch.setattr("pool.GRACE", 5.0 if asynchronous else 1.0)         # as torchrun, the pool ends the rank that hangs once another one has failed
+    config = text_config(tmp_path)
+    whole = pool(2, train, attrs.evolve(config, checkpoint=mf.CheckpointConfig()))
+    config = attrs.evolve(config, checkpoint=attrs.evolve(config.checkpoint, interval=1, asynchronous=asynchronous))
+    started = time.monotonic()
+    with pytest.raises(PoolError) as hung:
+        pool(2, struck, attrs.evolve(config, timeout_seconds=SECONDS), rank, at, strike)
+    assert time.monotonic() - started < SECONDS + 30, "it is bounded by the 60 s that the rank sleeps"
+    said = str(hung.value)
+    named = rf"(rank {rank} hangs: |a rank hangs (.|\n)*(Ranks {rank} failed to pass|from rank {rank}\b))"
+    assert re.search(rf"RuntimeError: saving {tmp_path}/iteration-00000002: {named}", said), said
+    assert ("no answer" in said) == (not asynchronous), said    # a rank whose thread hangs comes to an end by itself
+    assert list(checkpoint.checkpoints(tmp_path)) == list(range(1, standing + 1))
+    for (seen, end, *_), (rest, other, *_) in zip(whole, pool(2, train, config)):
+        assert rest == seen[standing:] and same(end, other)
+    assert not list(tmp_path.glob(".*"))

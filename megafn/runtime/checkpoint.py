@@ -27,7 +27,8 @@ import importlib.metadata
 import json
 import re
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 from math import prod
 from pathlib import Path
 from typing import Any, Iterator, Mapping
@@ -89,26 +90,30 @@ def begin(state: State, directory: str | Path, *, asynchronous: bool = False, la
     """The first half of `save`; every rank calls it. Asynchronous: the tensors are copied now and written by a thread."""
     pg, directory = state.pg, Path(directory)
     check_buffers(state)
-    mine, manifest = _plan(state)
-    manifest["last_sample"] = last_sample
     folder = directory / f"iteration-{state.iteration:08d}"
+    mine, manifest = _plan(state, f"saving {folder}")
+    manifest["last_sample"] = last_sample
     aside = folder.with_name(f".saving-{folder.name}")
-    if problem := told(_make_room(folder, aside) if pg.is_rank_zero else None, pg):
+    if problem := told(_make_room(folder, aside) if pg.is_rank_zero else None, pg, during=f"saving {folder}"):
         raise CheckpointError(problem)
     file = aside / _file(pg.rank)
+    written: Future = Future()
     if not asynchronous:
-        written = Future()
-        written.set_result(_written(file, mine))
-    else:
-        thread = ThreadPoolExecutor(1, "megafn-checkpoint")
-        written = thread.submit(_written, file, {key: view.to("cpu", copy=True) for key, view in mine.items()})
-        thread.shutdown(wait=False)
+        _write_into(written, file, mine)
+    else:           # a daemon, not an executor's: the interpreter would wait for that one at its end, for ever where the disk hangs
+        copies = {key: view.to("cpu", copy=True) for key, view in mine.items()}
+        threading.Thread(target=_write_into, args=(written, file, copies), name="megafn-checkpoint", daemon=True).start()
     return Saving(pg=pg, folder=folder, aside=aside, manifest=manifest, written=written)
 
 
 def finish(saving: Saving) -> Path:
     """The second half of `save`: waits until every rank has written, then gives the checkpoint its name. Every rank calls it."""
-    pg, results = saving.pg, everyones(saving.written.result(), saving.pg)
+    pg, during = saving.pg, f"saving {saving.folder}"
+    try:
+        mine = saving.written.result(pg.timeout_seconds)
+    except TimeoutError:
+        raise RuntimeError(f"{during}: rank {pg.rank} hangs: it has not written its file in timeout_seconds = {pg.timeout_seconds:g}") from None
+    results = everyones(mine, pg, during=during)
     problem = next((result for result in results if isinstance(result, str)), None)
     if pg.is_rank_zero and problem is None:
         files = {name: told_of for result in results for name, told_of in result.items()}
@@ -119,7 +124,7 @@ def finish(saving: Saving) -> Path:
             publish(saving.aside, saving.folder, sums)
         except OSError as error:
             problem = f"{saving.folder} could not be written: {error}"
-    problem = told(problem, pg)
+    problem = told(problem, pg, during=during)
     if problem is not None:
         if pg.is_rank_zero:
             shutil.rmtree(saving.aside, ignore_errors=True)
@@ -139,6 +144,13 @@ def _written(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple
         return {file.name: (file.stat().st_size, digest)}
     except OSError as error:
         return f"{file.parent.name}/{file.name} could not be written: {error}"
+
+
+def _write_into(written: Future, file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    try:
+        written.set_result(_written(file, tensors))
+    except BaseException as error:
+        written.set_exception(error)
 
 
 def _make_room(folder: Path, aside: Path) -> str | None:
@@ -161,13 +173,13 @@ def _grad_scalers(state: State) -> Iterator[Any]:
     return filter(None, (getattr(part, "grad_scaler", None) for part in chained(state.optimizer)))
 
 
-def _plan(state: State) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _plan(state: State, during: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What this rank writes, and the manifest."""
     pg, found = state.pg, {}
     for piece in pieces(state):
         found.setdefault(_key(piece.tensor, piece.box[0]), piece)
     listing = [(piece.tensor, piece.shape, piece.box, piece.view.numel() * piece.view.element_size()) for piece in found.values()]
-    stages, steps, listings = zip(*everyones((pg.place.pp, optimizer_step(state), listing), pg))
+    stages, steps, listings = zip(*everyones((pg.place.pp, optimizer_step(state), listing), pg, during=during))
     if len(set(steps) - {None}) > 1:
         raise RuntimeError(f"optimizer steps by rank = {steps}: one number was expected")
 

@@ -33,6 +33,7 @@ class ProcessGroups:
     rank: int
     place: Coordinates
     device: torch.device
+    timeout_seconds: float                   # that every one of them carries
     tp: Any
     pp: Any
     cp: Any
@@ -149,7 +150,7 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
             for name in (*_AXES, *same):
                 setattr(collection, name, pg[same.get(name, name)])
             collection.hcp, collection.inter_dist_opt = [], None
-            yield ProcessGroups(groups=groups, rank=rank, place=coordinates(groups, rank), device=cpu.device(),
+            yield ProcessGroups(groups=groups, rank=rank, place=coordinates(groups, rank), device=cpu.device(), timeout_seconds=timeout_seconds,
                                 collection=collection, memory_buffer=GlobalMemoryBuffer(), half=half, **pg)
         finally:
             for ranks, group in made.items():
