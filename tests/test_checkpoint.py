@@ -47,8 +47,11 @@ def as_of_two(config, iteration):
 
 
 def probe(state):
-    if state.config.model.family == "t5":
-        return torch.zeros(())                                  # its decoder wants an input of its own
+    if state.config.model.family == "t5":                       # its decoder wants an input of its own
+        asked = attrs.evolve(state, config=attrs.evolve(state.config, return_logits="every_stage"))
+        rows = [{key: row[key] for key in ("input_ids", "labels")} for row in test_t5.pairs(state.config, 0)[:state.config.micro_batch_size]]
+        (found,) = mf.evaluate(asked, [[stack(rows)]], mf.step_fn("t5")).logits
+        return found[0]
     found = mf.logits(state, torch.arange(40).reshape(2, 20) % state.config.model.vocab_size)
     return found[0] if isinstance(found, tuple) else found      # BERT's second are those of the order of sentences
 
@@ -201,6 +204,24 @@ def loader(config, start=0, draw=0):
     for iteration in range(start, config.train_iters):
         rows = uneven(config, iteration + draw)
         yield from (stack(rows[i:i + config.micro_batch_size]) for i in range(0, len(rows), config.micro_batch_size))
+
+
+def family_loader(config):
+    """`loader` for BERT and T5."""
+    for iteration in range(config.train_iters):
+        rows = as_of_two(config, iteration)
+        yield from (stack(rows[i:i + config.micro_batch_size]) for i in range(0, len(rows), config.micro_batch_size))
+
+
+@pytest.mark.parametrize("data", [None, family_loader], ids=["text", "batches"])
+@pytest.mark.parametrize("family", [dict(family="bert", bert_binary_head=True, num_tokentypes=2), dict(family="t5", decoder_seq_length=16)], ids=["bert", "t5"])
+def test_every_family_goes_on_bit_for_bit_from_both_kinds_of_data(family, data, tmp_path):
+    config = text_config(tmp_path, steps=5, **family)
+    config = config if data is None else attrs.evolve(config, data=None)
+    whole, end, *_ = train(attrs.evolve(config, checkpoint=mf.CheckpointConfig()), data=data)
+    assert train(config, stop=3, data=data)[0] == whole[:3]
+    rest, other, _, heard = train(config, data=data)
+    assert rest == whole[2:] and same(end, other) and heard == []
 
 
 def from_there(config):
