@@ -142,7 +142,8 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
         stepping = time.perf_counter()
         fp16 = config.precision.dtype == "fp16"              # its loss scale looks for overflows itself
         limit = spike_limit(state.grad_norms, config.optimizer.spike_factor)
-        updated, norm = update(optimizer, limit=limit) if fp16 or math.isfinite(report.loss) else (False, math.nan)
+        finite = math.isfinite(report.loss)
+        updated, norm = update(optimizer, limit=limit) if fp16 or finite else (False, math.nan)
         zeros = zeros_in_grad(optimizer, pg) if config.log.everything and updated else None
     now, samples = time.perf_counter(), config.global_batch_size
     seconds, more = now - started, {}
@@ -151,7 +152,7 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
                        iteration=state.iteration + 1)
     state = attrs.evolve(state, iteration=state.iteration + 1, consumed_samples=state.consumed_samples + samples,
                          skipped_samples=state.skipped_samples + (0 if updated else samples),
-                         skipped_in_a_row=0 if updated else state.skipped_in_a_row + (norm is not None),
+                         skipped_in_a_row=0 if updated else state.skipped_in_a_row + (norm is not None or not finite),
                          grad_norms=remembered(state.grad_norms, norm))
     return state, Metrics(
         iteration=state.iteration, consumed_samples=state.consumed_samples, loss=report.loss, lr=at.lr, weight_decay=at.weight_decay,
