@@ -22,6 +22,6 @@ def test_the_demo_ends_with_a_table_two_samples_and_a_picture(family, pool, tmp_
     assert others == [""] * 3 and "tensor parallel 2 x pipeline parallel 2, 4 processes" in printed
     first, last = map(float, re.search(r"held-out loss +([\d.]+) -> ([\d.]+) nats", printed).groups())
     baseline = float(re.search(r"byte frequencies alone +([\d.]+) nats", printed)[1])
-    assert last < first and 3 < baseline < 4 and printed.count("--- ") == 2
+    assert last < first and 3 < baseline < 4 and printed.count("\n--- ") == 2
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
     assert list((tmp_path / "tensorboard").iterdir())

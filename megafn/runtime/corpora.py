@@ -166,6 +166,8 @@ def build_dataset(config: TrainConfig, split: str = "train") -> torch.utils.data
     """
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data is not None else None
     found = corpora(config, split, tokenizer=tokenizer)
+    if config.model.family not in _FAMILIES:
+        raise ConfigError(f"model.family = {config.model.family!r}: there is data for {', '.join(_FAMILIES)}; choose one of them, or give batches of your own")
     kind, mcore = _FAMILIES[config.model.family](config, tokenizer)
 
     def read(corpus: Corpus, samples: int | None) -> Any:
