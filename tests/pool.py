@@ -4,6 +4,7 @@ megafn keeps no global state, so one worker can run hundreds of layouts one afte
 every call that nothing was left behind.
 """
 import contextlib
+import gc
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
@@ -86,9 +87,11 @@ def work(connection, trace_path):
     warnings.filterwarnings("error", module=r"megafn\b")           # ours are errors here too
     with open(trace_path, "w") as trace:
         faulthandler.register(signal.SIGUSR1, file=trace)          # says where a hung worker stands
+        gc.freeze()                                                # what was imported is not looked at again
         with contextlib.suppress(EOFError):
             while True:
                 connection.send(run_call(connection.recv_bytes()))
+                gc.collect()                                       # models in cycles hold their groups, whose threads wake 100 times a second
 
 
 # ------------------------------------------------------------------------------------------- in the test process
