@@ -27,8 +27,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, pg: Any) -> Tensor:
     token runs over the group (none for tp = 1), and no communication in the backward pass. After the
     vocabulary-parallel loss of Megatron-LM (arXiv 1909.08053, section 3), with the partial sums of arXiv 1805.02867.
 
-    Raises ValueError for shapes that don't fit and, on CPU, for a label outside the vocabulary; on a GPU, where asking
-    would stall the queue, such a label makes its loss (not its gradient) NaN.
+    Raises ValueError for shapes that don't fit and, on CPU, for a label outside the vocabulary and for logits that are
+    the same on every rank, gathered already; on a GPU, where asking would stall the queue, such a label makes its loss
+    (not its gradient) NaN, such logits every loss and gradient.
 
     >>> import torch, megafn as mf
     >>> logits = torch.tensor([[[0.0, 0.0]], [[1.0, 3.0]]])         # 2 positions, 1 sequence, 2 token ids
@@ -43,7 +44,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, pg: Any) -> Tensor:
 def logsumexp(logits: Tensor, pg: Any) -> Tensor:
     """log(sum over the whole vocabulary of exp(logits)), [batch, sequence], of logits [sequence, batch, vocab / tp].
 
-    Differentiable; precision, memory and communication are those of `cross_entropy`.
+    Differentiable; precision, memory, communication and the logits it refuses are those of `cross_entropy`.
     """
     return _LogSumExp.apply(logits, pg.tp)
 
@@ -186,7 +187,13 @@ def _reduce(logits: Tensor, group: Any, target: Tensor) -> tuple[Tensor, Tensor,
     if group.size() == 1:
         return top, total, target.to(dtype)
     tops, totals, targets = _gather_rows(torch.stack([top, total, target.to(dtype)]), group).unbind(1)
-    top = tops.amax(0)
+    # The same largest and sum of every token on every rank: whole vocabularies, whose loss would be log(tp) too much. A row of
+    # equal logits, whose sum is its length, says nothing.
+    gathered = ((tops == tops[0]) & (totals == totals[0])).all() & (totals != logits.shape[-1]).any()
+    if logits.device.type == "cpu" and gathered:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} are the same on all {group.size()} ranks of tp: each rank gives "
+                         "its slice of the vocabulary, [sequence, batch, vocab / tp]; don't gather them.")
+    top = torch.where(gathered, torch.nan, tops.amax(0))
     return top, (totals * (tops - top).exp()).sum(0), targets.sum(0)
 
 
