@@ -4,8 +4,8 @@ megafn keeps no global state, so one worker can run hundreds of layouts one afte
 every call that nothing was left behind.
 """
 import contextlib
-import gc
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
