@@ -60,7 +60,7 @@ def beside(tokenizer: mf.Tokenizer, holes: Sequence[int], rows: Iterable[tuple[t
 
 def filled_in(state: mf.State, count: int = 4) -> str:
     """Held-out rows as a BERT reads them (_ is a mask), what it fills in, and what stood there."""
-    tokenizer, (batch, *_) = mf.load_tokenizer(state.config.data.tokenizer), next(mf.batches(state.config, state.pg, split="valid"))
+    tokenizer, batch = mf.load_tokenizer(state.config.data.tokenizer), next(of_text(state.config, state.pg, "valid"))
     text, wanted = batch["text"], batch["loss_mask"] == 1
     guesses = mf.logits(state, text).argmax(-1).cpu()
 
@@ -141,8 +141,8 @@ def demo(*, folder: str | None = None, iterations: int | None = None, family: st
     """Train, and print a table, two samples and where the picture and the logs are. Run it under torchrun."""
     if family not in DEMOS:
         raise mf.ConfigError(f"family = {family!r}: choose one of {', '.join(DEMOS)}")
-    folder, iterations = folder or f"runs/demo-{family}", DEMOS[family].iterations if iterations is None else iterations
-    sample, read = DEMOS[family].sample, DEMOS[family].batches
+    chosen = DEMOS[family]
+    folder, iterations, sample, read = folder or f"runs/demo-{family}", chosen.iterations if iterations is None else iterations, chosen.sample, chosen.batches
     world = mf.world_size()
     config, history, started = demo_config(folder, iterations, world, family), [], time.perf_counter()
     mf.check(config, world)

@@ -23,7 +23,8 @@ def progress(total: int) -> Iterator[Sink]:
 
     with tqdm(total=total, unit="it", dynamic_ncols=True, bar_format=BAR) as bar:
         def sink(metrics):
-            norm = " ".join((["skipped"] if metrics.skipped else []) + ([f"{metrics.grad_norm:.3f}"] if metrics.grad_norm is not None else []))
+            norm = "" if metrics.grad_norm is None else f"{metrics.grad_norm:.3f}"
+            norm = f"skipped {norm}".strip() if metrics.skipped else norm
             line = f"loss {metrics.loss:.4f}, lr {metrics.lr:.2e}, grad norm {norm}, {metrics.tokens_per_second:,.0f} tokens/s"
             if more := metrics.details:
                 tflops, mfu = more["tflops_per_device"], more["mfu"]
