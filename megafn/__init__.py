@@ -25,7 +25,7 @@ _HOME = {
     "load_config": "pure.dicts",
     "dump_config": "pure.dicts",
     "from_plugin": "pure.plugin",
-    "from_env": "pure.plugin",
+    "from_env": "pure.plugin_fields",
     "validate": "pure.validate",
     "check": "pure.validate",
     "Groups": "pure.layout",

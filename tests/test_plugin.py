@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from megafn.pure.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from megafn.pure.dicts import to_dict
 from megafn.pure.foreign import model_fields
-from megafn.pure.plugin import PluginFields, from_env, from_plugin
+from megafn.pure.plugin import from_plugin
+from megafn.pure.plugin_fields import PluginFields, from_env
 from megafn.pure.schedule import make_schedule
 from megafn.runtime.families import step_fn
 
