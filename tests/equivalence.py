@@ -11,7 +11,6 @@ from megafn.pure.sampling import deal
 from megafn.runtime.weights import Part, parts
 
 LOSS = GRAD_NORM = 1e-4
-BF16 = dict(loss=2**-10, grad_norm=2**-8, parameter=1 / 16, grid=2**-7)      # reasons: test_equivalence.py
 PARAMETER = 1e-3                # of the parameter's own largest update; needs eps = 1e-3 (at 1e-8 rounding alone fails it)
 
 
@@ -66,31 +65,84 @@ def run_layout(config, data=uneven, step=None):
         return curve, before, local_parts(state)
 
 
-def differences(reference, result, *, grid=0.0):
-    """Largest difference of loss, of grad norm, and of parameters relative to their largest update, over one rank's result.
+def here(whole, part):
+    """What of a whole parameter lies where a rank's part (name, values, ...) does."""
+    name, values, shape, dim, stride, tp, tp_rank = part
+    whole = whole[:shape[0]] if dim == 0 else whole
+    return Part(name=name, parameter=values, shape=shape, dim=dim, stride=stride, tp=tp, tp_rank=tp_rank).cut(whole)
 
-    grid: a difference up to this part of the parameter's largest value is none (numbers stored in bf16 lie on a grid).
-    """
-    (curve, before, after), (other, start, end) = reference, result
-    whole = {name: (old, new) for (name, old, *_), (_, new, *_) in zip(before, after)}
+
+def named(parts):
+    return {name: values for name, values, *_ in parts}
+
+
+def differences(reference, result):
+    """Largest difference of loss, of grad norm, and of parameters relative to their largest update, over one rank's result."""
+    (curve, before, after), (other, _, end) = reference, result
+    old, new = named(before), named(after)
     worst = {"loss": max(abs(a - b) for (a, _), (b, _) in zip(curve, other, strict=True)),
-             "grad_norm": max(abs(a - b) for (_, a), (_, b) in zip(curve, other, strict=True)), "start": 0.0, "parameter": 0.0}
-    for (name, first, shape, dim, stride, tp, tp_rank), (_, last, *_) in zip(start, end, strict=True):
-        part = Part(name=name, parameter=first, shape=shape, dim=dim, stride=stride, tp=tp, tp_rank=tp_rank)
-        old, new = (value[:shape[0]] if dim == 0 else value for value in whole[name])
-        update = (new - old).abs().max().item()
+             "grad_norm": max(abs(a - b) for (_, a), (_, b) in zip(curve, other, strict=True)), "parameter": 0.0}
+    for part in end:
+        name, last, *_ = part
+        update = (new[name] - old[name]).abs().max().item()
         assert update > 0, f"{name} never moved: the comparison would say nothing"
-        worst["start"] = max(worst["start"], (part.cut(old) - first).abs().max().item())
-        apart = (part.cut(new) - last).abs().max() - grid * new.abs().max()
-        worst["parameter"] = max(worst["parameter"], apart.item() / update)
+        worst["parameter"] = max(worst["parameter"], (here(new[name], part) - last).abs().max().item() / update)
     return worst
 
 
-def assert_equal(reference, results, *, loss=LOSS, grad_norm=GRAD_NORM, parameter=PARAMETER, grid=0.0):
+def assert_starts_alike(reference, results):
+    """Every rank starts from the reference's weights, and together they hold all of them."""
+    before = named(reference[1])
+    assert {name for _, start, _ in results for name, *_ in start} == before.keys(), "a parameter is missing, or one too many is there"
+    for rank, (_, start, _) in enumerate(results):
+        for part in start:
+            assert torch.equal(here(before[part[0]], part), part[1]), f"rank {rank} starts from another {part[0]}"
+
+
+def assert_equal(reference, results):
     """Every rank's result obeys the law."""
-    names = {name for name, *_ in reference[1]}
-    assert {name for _, start, _ in results for name, *_ in start} == names, "a parameter is missing, or one too many is there"
+    assert_starts_alike(reference, results)
     for rank, result in enumerate(results):
-        worst = differences(reference, result, grid=grid)
-        assert worst["start"] == 0, f"rank {rank} starts from other weights: {worst}"
-        assert worst["loss"] < loss and worst["grad_norm"] < grad_norm and worst["parameter"] < parameter, f"rank {rank}: {worst}"
+        worst = differences(reference, result)
+        assert worst["loss"] < LOSS and worst["grad_norm"] < GRAD_NORM and worst["parameter"] < PARAMETER, f"rank {rank}: {worst}"
+
+
+CURVE_BF16, PARAMETER_BF16, GRID = 8, 3, 2**-8
+
+
+def times_the_error(exact, one, result):
+    """A rank's errors in bf16 as multiples of those of the single process in bf16: of loss, of grad norm, the worst parameter's.
+
+    exact: the single process in fp32. Errors are root mean squares over the steps, and distances of whole tensors, which
+    are stored on bf16's grid: half of its step is no error of anybody's.
+    """
+    curves = [torch.tensor(curve, dtype=torch.float64) for curve, *_ in (exact, one, result)]
+    own, error = ((curve - curves[0]).square().mean(0).sqrt() for curve in curves[1:])
+    right, rounded, worst = named(exact[2]), named(one[2]), 0.0
+    for part in result[2]:
+        name, last, *_ = part
+        goal = here(right[name], part)
+        worst = max(worst, ((last - goal).norm() / ((here(rounded[name], part) - goal).norm() + GRID * goal.norm())).item())
+    return *(error / own).tolist(), worst
+
+
+def assert_errs_alike(exact, one, results):
+    """In bf16 no rank errs by much more than the single process in bf16 does; both from the single process in fp32.
+
+    Fixed limits would be those of one machine: kernels of another round in another order. Where the single process is lucky, two
+    sums that are off by little, a layout's loss or norm was off by up to 4.2 times as much, a parameter, with many numbers, by 1.9.
+    Of twelve planted bugs eleven put a parameter off by 6 to 150 times; one (rotary angles of local positions) is seen in fp32 alone.
+    """
+    assert_starts_alike(one, results)
+    for rank, result in enumerate(results):
+        loss, grad_norm, parameter = worst = times_the_error(exact, one, result)
+        assert loss < CURVE_BF16 and grad_norm < CURVE_BF16 and parameter < PARAMETER_BF16, f"rank {rank}: {worst}"
+
+
+def assert_obeys(single, config, results):
+    """The law of a config's dtype. single(config): the single process's run."""
+    if config.precision.dtype == "fp32":
+        assert_equal(single(config), results)
+    else:
+        exact = attrs.evolve(config, precision=attrs.evolve(config.precision, dtype="fp32"))
+        assert_errs_alike(single(exact), single(config), results)

@@ -37,13 +37,13 @@ wait $second
 """
 
 TRAIN = f"""
-import os, socket, sys
+import os, pathlib, socket, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_hosts import config_of
 import megafn as mf
 seen = []
 mf.train(config_of(sys.argv[1]), on_metrics=[lambda metrics: seen.append((metrics.iteration, metrics.loss, metrics.grad_norm))])
-print("rank", os.environ["RANK"], "on", socket.gethostname(), "|", repr(seen), flush=True)
+pathlib.Path(sys.argv[2] + os.environ["RANK"]).write_text(socket.gethostname() + " saw " + repr(seen))
 """
 
 
@@ -75,12 +75,10 @@ def test_two_hosts_give_one_machines_curve(namespaces, pool, tmp_path):
     directory, script = tmp_path / "there", tmp_path / "script.py"
     script.write_text(TRAIN)
     done = two_hosts(tmp_path, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-                     "--rdzv-endpoint", "host0:29500", "--rdzv-id", "run1", script, directory, timeout=400)
+                     "--rdzv-endpoint", "host0:29500", "--rdzv-id", "run1", script, directory, tmp_path / "rank", timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    said = dict(line.split(" | ") for line in sorted(done.stdout.splitlines()))
-    assert sorted(name.split()[1] for name in said) == list("0123")
-    hosts = {name.split()[1]: name.split()[3] for name in said}
-    assert hosts["0"] == hosts["1"] != hosts["2"] == hosts["3"], hosts
+    hosts, curves = zip(*((tmp_path / f"rank{rank}").read_text().split(" saw ") for rank in range(4)))
+    assert hosts[0] == hosts[1] != hosts[2] == hosts[3], hosts
     (curve, *_), *_ = pool(4, train, config_of())
-    assert set(said.values()) == {repr(curve)}
+    assert set(curves) == {repr(curve)}
     assert list(checkpoint.checkpoints(directory)) == [2, 4, 6, 7]
