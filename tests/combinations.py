@@ -6,7 +6,7 @@ import test_bert
 import test_t5
 import torch
 import torch.distributed as dist
-from equivalence import assert_equal, assert_errs_alike, run_layout, tiny, uneven
+from equivalence import assert_equal, assert_errs_alike, run_layout, short, uneven
 from hypothesis import assume
 from hypothesis import strategies as st
 from planted import planted
@@ -61,7 +61,7 @@ def config_of(case):
     """The config of a case; its processes, data and loss are no part of that."""
     case = MODELS.get(case["data"], {}) | {key: value for key, value in case.items() if key not in ("processes", "data", "smoothing")}
     recompute = mf.RecomputeConfig(**{key: case.pop(key) for key in ("granularity", "method") if key in case})
-    return tiny(**dict(steps=4, warmup_iters=1, recompute=recompute) | case)
+    return short(**dict(recompute=recompute) | case)
 
 
 def reference_of(case):

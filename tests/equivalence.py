@@ -27,6 +27,11 @@ def tiny(*, steps=10, **changes):
     return attrs.evolve(config, **changes)
 
 
+def short(**changes):
+    """`tiny` over four steps."""
+    return tiny(**dict(steps=4, warmup_iters=1) | changes)
+
+
 def uneven(config, iteration):
     """One global batch as raw rows: tokens, labels, loss_mask [s] each; the masks are very uneven."""
     draw = torch.Generator().manual_seed(100 + iteration)
@@ -99,12 +104,12 @@ def assert_starts_alike(reference, results):
             assert torch.equal(here(before[part[0]], part), part[1]), f"rank {rank} starts from another {part[0]}"
 
 
-def assert_equal(reference, results):
+def assert_equal(reference, results, *, parameter=PARAMETER):
     """Every rank's result obeys the law."""
     assert_starts_alike(reference, results)
     for rank, result in enumerate(results):
         worst = differences(reference, result)
-        assert worst["loss"] < LOSS and worst["grad_norm"] < GRAD_NORM and worst["parameter"] < PARAMETER, f"rank {rank}: {worst}"
+        assert worst["loss"] < LOSS and worst["grad_norm"] < GRAD_NORM and worst["parameter"] < parameter, f"rank {rank}: {worst}"
 
 
 CURVE_BF16, PARAMETER_BF16, GRID = 8, 3, 2**-8
@@ -139,10 +144,10 @@ def assert_errs_alike(exact, one, results):
         assert loss < CURVE_BF16 and grad_norm < CURVE_BF16 and parameter < PARAMETER_BF16, f"rank {rank}: {worst}"
 
 
-def assert_obeys(single, config, results):
+def assert_obeys(single, config, results, **tolerances):
     """The law of a config's dtype. single(config): the single process's run."""
     if config.precision.dtype == "fp32":
-        assert_equal(single(config), results)
+        assert_equal(single(config), results, **tolerances)
     else:
         exact = attrs.evolve(config, precision=attrs.evolve(config.precision, dtype="fp32"))
         assert_errs_alike(single(exact), single(config), results)

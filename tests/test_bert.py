@@ -5,7 +5,7 @@ from functools import cache, partial
 import attrs
 import pytest
 import torch
-from equivalence import assert_equal, assert_obeys, local_parts, run_layout, share, stack, tiny
+from equivalence import assert_equal, assert_obeys, local_parts, run_layout, share, short, stack, tiny
 from test_equivalence import assert_close, halves, noisy
 
 import megafn as mf
@@ -60,9 +60,9 @@ def as_of_two(config, iteration, data=uneven):
     return data(attrs.evolve(config, micro_batch_size=2), iteration)
 
 
-def obeys(pool, alone, processes, base, layout, data=uneven):
-    results = pool(processes, run_layout, tiny(**base, **layout), partial(as_of_two, data=data))
-    assert_obeys(partial(alone, data=data), tiny(**base), results)
+def obeys(pool, alone, processes, base, layout, data=uneven, *, make=tiny):
+    results = pool(processes, run_layout, make(**base, **layout), partial(as_of_two, data=data))
+    assert_obeys(partial(alone, data=data), make(**base), results)
 
 
 # -------------------------------------------------------------------------------------------------------------- the law
@@ -111,7 +111,7 @@ SHAPES = {
 @pytest.mark.parametrize("layout", [dict(tp=2, pp=2, **SP), dict(cp=2, **DIST)], ids=["tp2-pp2-sp", "cp2-dp2-dist"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_model_shape_obeys_the_law(shape, layout, pool, alone):
-    obeys(pool, alone, 4, SHAPES[shape], layout)
+    obeys(pool, alone, 4, SHAPES[shape], layout, make=short)
 
 
 @pytest.mark.parametrize("processes, layout", [(4, dict(tp=2, pp=2, **SP)), (4, dict(tp=2, **DIST)), (2, dict(pp=2, vpp=2)), (4, dict(cp=2))],

@@ -7,7 +7,7 @@ import attrs
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence import assert_equal, local_parts, run_layout, share, tiny, uneven
+from equivalence import assert_equal, local_parts, run_layout, share, short, uneven
 
 import megafn as mf
 from megafn.runtime.groups import megatron
@@ -15,10 +15,6 @@ from megafn.runtime.layers import Attention
 
 SP, DIST = dict(sequence_parallel=True), dict(use_distributed_optimizer=True)
 ROPE = dict(position_embedding="rope")
-
-
-def short(**changes):
-    return tiny(**dict(steps=4, warmup_iters=1) | changes)
 
 
 def obeys(pool, processes, base, layout, data):

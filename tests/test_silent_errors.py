@@ -38,8 +38,8 @@ import attrs
 import pytest
 import test_checkpoint
 from combinations import hold
-from equivalence import assert_equal, run_layout, uneven
-from test_features import metrics_of, refused, short
+from equivalence import assert_equal, run_layout, short, uneven
+from test_features import metrics_of, refused
 
 import megafn as mf
 
