@@ -1,6 +1,7 @@
 """No global state: layouts are values, several live in one process, and leaving one leaves nothing behind."""
 import ast
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,22 @@ def test_a_model_is_freed_when_nobody_holds_it(n, layout, rows, pool):
     """A cycle through autograd's nodes would be out of the garbage collector's sight: model, buffers and the threads of its groups would stay."""
     for first, *others in pool(n, models_alive, tiny(**layout | dict(steps=3 if "family" in layout else 4)), rows):
         assert others == [first] * 2
+
+
+def niceness():
+    """Of every thread of this process while groups are open: name and niceness; and of the main one behind it."""
+    with mf.init_groups(mf.build_groups(mf.ParallelConfig(), mf.world_size())):
+        threads = [(name.read_text().strip(), os.getpriority(os.PRIO_PROCESS, int(name.parent.name))) for name in Path("/proc/self/task").glob("*/comm")]
+    return threads, os.getpriority(os.PRIO_PROCESS, 0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux's /proc")
+def test_only_gloo_s_watching_threads_are_held_back(pool):
+    for threads, own in pool(2, niceness):
+        if not any(name == "gloo_tcp_loop" for name, _ in threads):
+            pytest.skip("this torch gives gloo's threads no names")
+        assert {nice for name, nice in threads if name == "gloo_tcp_loop"} == {19}
+        assert {nice for name, nice in threads if name != "gloo_tcp_loop"} == {own} and own < 19
 
 
 def alone(config):

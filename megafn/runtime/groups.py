@@ -144,6 +144,7 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
             pg = {axis: mine(getattr(groups, axis)) for axis in _AXES}
             half = mine(groups.half)                      # none of megatron-core's
             pg["world"] = mine((tuple(range(groups.world_size)),))
+            cpu.hold_gloo_back()
             collection = ProcessGroupCollection()
             same = dict(expt_tp="tp", tp_ep="tp", tp_ep_pp="mp", expt_dp="dp_cp", intra_dp_cp="dp_cp",
                         intra_expt_dp="dp_cp", intra_dist_opt="world")       # ep = 1: experts lie as the rest does
