@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,11 +26,19 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--folder", help="where the logs and the picture go; runs/demo-FAMILY unless given")
     command.add_argument("--iterations", type=int)
     arguments = parser.parse_args(argv)
+    warnings.showwarning = _show
     try:
         return {"train": _train, "check": _check, "data": _data, "demo": _demo}[arguments.command](arguments)
     except (ValueError, OSError) as error:
         print(f"megafn: {error}", file=sys.stderr)      # of every process: torchrun ends the others when one has failed
         return 2
+
+
+def _show(message, category, *_, **__) -> None:
+    """A warning as one line, behind which the bar is drawn anew."""
+    from tqdm import tqdm
+
+    tqdm.write(f"{category.__name__}: {message}", file=sys.stderr)
 
 
 def _train(arguments) -> int:
@@ -49,7 +58,7 @@ def _check(arguments) -> int:
         return 1
     parallel, dp = config.parallel, mf.build_groups(config.parallel, arguments.world_size).dp_size
     count = mf.num_micro_batches(config, dp)
-    print(f"{arguments.config} can run on {arguments.world_size} processes: tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {dp}, "
+    print(f"{arguments.config} can run on {arguments.world_size} process{'es' * (arguments.world_size > 1)}: tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {dp}, "
           f"{config.iterations} iterations of {count} micro-batches of {config.micro_batch_size} on each data-parallel rank")
     if parallel.pp > 1:
         print(mf.draw_pipeline(parallel.pp, parallel.vpp, count))

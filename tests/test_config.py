@@ -98,6 +98,8 @@ def test_every_form_of_a_source_is_read(train):
     ({**RUN, "tp": 2}, TrainConfig, "tp", '= 2: there is no such field; did you mean "parallel.tp"?'),
     ({**RUN, "log": {"zzz": 1}}, TrainConfig, "log.zzz",
      "= 1: there is no such field; there are progress, tensorboard_dir, jsonl, interval"),
+    ({**RUN, "parallel": {"dp": 2}}, TrainConfig, "parallel.dp",
+     "= 2: there is no such field; data parallelism is what the number of processes leaves over: world_size / (tp * pp * cp)"),
     ({**RUN, 3: 4}, TrainConfig, "3", "= 4: there is no such field; docs/configuration.md lists the 23 there are"),
     ({name: value for name, value in RUN.items() if name != "micro_batch_size"}, TrainConfig, "micro_batch_size",
      "is missing: give an integer"),

@@ -239,6 +239,8 @@ def _told(error: Exception, mapping: Any, root: type, at: str) -> Iterator[Probl
             path = f"{at}.{key}" if at else str(key)
             moved = [known for known in everywhere if known.endswith(f".{key}")]
             hint = f'; did you mean "{moved[0]}"?' if moved else nearest(str(key), own) or _choice(own)
+            if path == "parallel.dp":
+                hint = "; data parallelism is what the number of processes leaves over: world_size / (tp * pp * cp)"
             yield Problem(path, mapping[key], f"there is no such field{hint}")
     else:
         for inner in error.exceptions:

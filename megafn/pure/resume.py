@@ -32,6 +32,20 @@ def resume_problems(saved: TrainConfig, config: TrainConfig, iteration: int) -> 
     return tuple(problems)
 
 
+def other_course(saved: TrainConfig, config: TrainConfig) -> tuple[Problem, ...]:
+    """What may change when a run goes on and makes its steps others: schedule, optimizer, precision, length.
+
+    >>> from megafn.pure.config import ModelConfig
+    >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> runs = [TrainConfig(model=model, micro_batch_size=2, global_batch_size=16, train_iters=n) for n in (9, 12)]
+    >>> print(*other_course(*runs))
+    train_iters = 12: the checkpoint was written with 9
+    """
+    before, now = ({path: value for path, value, _ in leaves(one)} for one in (saved, config))
+    return tuple(Problem(path, now[path], f"the checkpoint was written with {before[path]!r}") for path in now
+                 if path.startswith(("schedule.", "optimizer.", "precision.", "train_iters", "train_samples")) and path in before and now[path] != before[path])
+
+
 def _fixed(path: str) -> bool:
     return path in FIXED or path.startswith("model.")
 

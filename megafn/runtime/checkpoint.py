@@ -26,6 +26,7 @@ import contextlib
 import importlib.metadata
 import json
 import re
+import secrets
 import shutil
 import threading
 from concurrent.futures import Future
@@ -93,9 +94,10 @@ def begin(state: State, directory: str | Path, *, asynchronous: bool = False, la
     folder = directory / f"iteration-{state.iteration:08d}"
     mine, manifest = _plan(state, f"saving {folder}")
     manifest["last_sample"] = last_sample
-    aside = folder.with_name(f".saving-{folder.name}")
-    if problem := told(_make_room(folder, aside) if pg.is_rank_zero else None, pg, during=f"saving {folder}"):
-        raise CheckpointError(problem)
+    made = told(_make_room(folder) if pg.is_rank_zero else None, pg, during=f"saving {folder}")
+    if isinstance(made, str):
+        raise CheckpointError(made)
+    aside = made
     file = aside / _file(pg.rank)
     written: Future = Future()
     if not asynchronous:
@@ -153,14 +155,18 @@ def _write_into(written: Future, file: Path, tensors: Mapping[str, torch.Tensor]
         written.set_exception(error)
 
 
-def _make_room(folder: Path, aside: Path) -> str | None:
+def _make_room(folder: Path) -> Path | str:
+    """A new hidden folder beside; its name is like no other's, so that two runs in one directory never write into one. Or what is wrong."""
     try:
         if folder.exists():
-            return f"{folder} is there already; remove it, or save to another directory"
+            return f"{folder} is there already; save to another directory (one for each run), or remove it"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)             # of a run that ended while it saved
+        for left in folder.parent.glob(f".saving-{folder.name}-*"):          # of a run that ended while it saved
+            shutil.rmtree(left, ignore_errors=True)
+        aside = folder.with_name(f".saving-{folder.name}-{secrets.token_hex(4)}")
         aside.mkdir()
         sync_folder(folder.parent)
+        return aside
     except OSError as error:
         return f"{folder} could not be written: {error}"
 

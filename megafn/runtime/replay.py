@@ -1,10 +1,13 @@
 """`replay`: one step of a run again."""
 from __future__ import annotations
 
+import warnings
 from typing import Any, Callable, Iterable
 
 from megafn.pure.config import ConfigError, TrainConfig
+from megafn.pure.dicts import from_dict
 from megafn.pure.layout import build_groups
+from megafn.pure.resume import other_course
 from megafn.pure.validate import check
 from megafn.runtime import cpu
 from megafn.runtime.agreement import told
@@ -12,6 +15,7 @@ from megafn.runtime.checkpoint import checkpoints, read
 from megafn.runtime.groups import init_groups, world_size
 from megafn.runtime.methods import step_of
 from megafn.runtime.saver import batches_from
+from megafn.runtime.sinks import say
 from megafn.runtime.steps import Step
 from megafn.runtime.train import Metrics, global_batches, setup, train_step
 
@@ -21,7 +25,8 @@ def replay(config: TrainConfig, iteration: int, *, step: Step | None = None, mod
     """Run an iteration of a run again, and return its `Metrics`; nothing is written. The arguments are those of `train`.
 
     Goes on from the newest checkpoint before it, or from the start: samples, dropout and weights are those of the run, so in
-    the same layout the numbers are too, bit for bit. Give a `step` that looks closer at what happens in it.
+    the same layout the numbers are too, bit for bit. Give a `step` that looks closer at what happens in it. Rank zero warns where
+    the checkpoint's config had another schedule, optimizer, precision or length: the step was another if it ran under that one.
     Raises ConfigError for an iteration that the run does not have.
     """
     check(config, world_size(), cuda=cpu.device().type == "cuda")
@@ -37,6 +42,9 @@ def replay(config: TrainConfig, iteration: int, *, step: Step | None = None, mod
         if path is not None:
             state, manifest = read(state, path)
             last_sample = manifest["last_sample"]
+            if pg.is_rank_zero and (others := other_course(from_dict(manifest["config"]), config)):
+                warnings.warn(f"replay: {'; '.join(map(str, others))}. If iteration {iteration} ran with that, this is another step", stacklevel=2)
+        say(f"replaying iterations {state.iteration + 1} to {iteration} from {path or 'the start'}", config, pg)
         given = batches_from(batches, state, begun, last_sample)
         for batch in global_batches(given, config, pg, consumed_samples=state.consumed_samples, count=iteration - state.iteration):
             state, metrics = train_step(state, batch, step)

@@ -22,6 +22,7 @@ from megafn.runtime.checkpoint import Saving, begin, checkpoints, finish, read
 from megafn.runtime.data import batches as read_batches
 from megafn.runtime.durable import CheckpointError
 from megafn.runtime.pieces import check_buffers
+from megafn.runtime.sinks import say
 from megafn.runtime.state import State
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)          # Slurm's, and torchrun's
@@ -73,13 +74,16 @@ def _newest(state: State) -> tuple[State, int | None]:
     for path in reversed(found):
         try:
             state, manifest = read(state, path)
+            left = config.iterations - state.iteration
+            say(f"going on from {path}: {left} of {config.iterations} iterations are left" if left else
+                f"{path} is the end of this run of {config.iterations} iterations: nothing is left to do", config, pg)
             return state, manifest["last_sample"]
         except CheckpointError as error:
             if config.checkpoint.on_damage == "raise":
                 raise CheckpointError(f'{error}; set checkpoint.on_damage to "previous" to go on from the checkpoint before') from None
             if pg.is_rank_zero:
-                _set_aside(path)
-                warnings.warn(f"{error}; going on from the checkpoint before", stacklevel=4)
+                before = next((one.name for one in reversed(found) if one < path), "none")
+                warnings.warn(f"{error}; it is now {_set_aside(path).name}, the checkpoint before: {before}", stacklevel=4)
     if found:
         raise CheckpointError(f"{config.checkpoint.directory}: no checkpoint in it is whole; name another checkpoint.directory to start anew")
     return state, None
@@ -144,21 +148,22 @@ def open_saver(state: State) -> Iterator[Callable[..., None]]:
         nonlocal newest, sample
         if batch is not None and pg.is_rank_zero:
             sample = batch
-        flags = torch.tensor([bool(asked), bool(saving) and not saving[0].written.done()], dtype=torch.int32, device=pg.device)
+        flags = torch.tensor([max(asked, default=0), bool(saving) and not saving[0].written.done()], dtype=torch.int32, device=pg.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=pg.world)
-        leave, busy = map(bool, flags)
+        leave, busy = map(int, flags)                                   # the signal's number, or 0
         if not busy:
             complete()
         if (leave or ended or settings.interval and state.iteration % settings.interval == 0) and state.iteration != newest:
             complete()                                                  # waits for the one before
             begun = attempt(lambda: begin(state, settings.directory, asynchronous=settings.asynchronous and not (leave or ended),
-                                          last_sample=first_sample(sample) if sample is not None else None), leave)
+                                          last_sample=first_sample(sample) if sample is not None else None), bool(leave))
             if begun:
                 saving.append(begun)
                 newest = state.iteration
         if leave or ended or not settings.asynchronous:
-            complete(leave)
+            complete(bool(leave))
         if leave:
+            say(f"{signal.Signals(leave).name}: iteration {newest} is saved in {settings.directory}; the same command goes on from there", state.config, pg)
             dist.barrier(group=pg.world)                                # nobody leaves while another still listens to it
             raise SystemExit(0)
 
@@ -188,9 +193,9 @@ def _tidy(directory: Path) -> list[Path]:
     return list(checkpoints(directory).values())
 
 
-def _set_aside(path: Path) -> None:
+def _set_aside(path: Path) -> Path:
     number = next(i for i in range(1, 1000) if not path.with_name(f"damaged-{i}-{path.name}").exists())
-    path.rename(path.with_name(f"damaged-{number}-{path.name}"))
+    return path.rename(path.with_name(f"damaged-{number}-{path.name}"))
 
 
 def _forget(directory: Path, keep_last: int, keep_every: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -17,11 +18,11 @@ BAR = "{n_fmt}/{total_fmt}|{bar:12}|{elapsed}<{remaining}{postfix}"        # fit
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Sink]:
-    """A bar with loss, learning rate, gradient norm and tokens per second; an evaluation gets a line of its own."""
+def progress(total: int, start: int = 0) -> Iterator[Sink]:
+    """A bar with loss, learning rate, gradient norm and tokens per second, `start` of `total` iterations done; an evaluation gets a line of its own."""
     from tqdm import tqdm
 
-    with tqdm(total=total, unit="it", dynamic_ncols=True, bar_format=BAR) as bar:
+    with tqdm(total=total, initial=start, unit="it", dynamic_ncols=True, bar_format=BAR) as bar:
         def sink(metrics):
             norm = "" if metrics.grad_norm is None else f"{metrics.grad_norm:.3f}"
             norm = f"skipped {norm}".strip() if metrics.skipped else norm
@@ -36,6 +37,14 @@ def progress(total: int) -> Iterator[Sink]:
             bar.set_postfix_str(line, refresh=False)
             bar.update(metrics.iteration - bar.n)
         yield sink
+
+
+def say(text: str, config: TrainConfig, pg: ProcessGroups) -> None:
+    """A line on standard error for who watches the bar: on rank zero, under `log.progress`."""
+    from tqdm import tqdm
+
+    if pg.is_rank_zero and config.log.progress:
+        tqdm.write(text, file=sys.stderr)
 
 
 def scalars(metrics: Any) -> dict[str, float]:
@@ -80,14 +89,14 @@ def jsonl(path: str) -> Iterator[Sink]:
 
 
 @contextlib.contextmanager
-def open_sinks(config: TrainConfig, pg: ProcessGroups) -> Iterator[tuple[Sink, ...]]:
-    """The sinks of a config for the length of a run: called every `log.interval` iterations, after the last, and with each evaluation."""
+def open_sinks(config: TrainConfig, pg: ProcessGroups, start: int = 0) -> Iterator[tuple[Sink, ...]]:
+    """The sinks of a config for the length of a run from iteration `start` on: called every `log.interval` iterations, after the last, and with each evaluation."""
     log = config.log
     with contextlib.ExitStack() as stack:
         made = []
         if pg.is_rank_zero:
             if log.progress:
-                made.append(stack.enter_context(progress(config.iterations)))
+                made.append(stack.enter_context(progress(config.iterations, start)))
             if log.tensorboard_dir is not None:
                 made.append(stack.enter_context(tensorboard(log.tensorboard_dir)))
             if log.jsonl is not None:

@@ -204,7 +204,7 @@ def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid
         to_validate = config.eval_iters > 0 and (valid_batches is not None or batches is None)
         return to_validate and (iteration == config.iterations or config.eval_interval and iteration % config.eval_interval == 0)
 
-    with open_sinks(config, pg) as sinks, open_saver(state) as keep:
+    with open_sinks(config, pg, state.iteration) as sinks, open_saver(state) as keep:
         for batch in global_batches(batches, config, pg, consumed_samples=state.consumed_samples, count=config.iterations - state.iteration):
             state, metrics = train_step(state, batch, step)
             if due(state.iteration):
