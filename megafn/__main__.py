@@ -26,9 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--folder", help="where the logs and the picture go; runs/demo-FAMILY unless given")
     command.add_argument("--iterations", type=int)
     arguments = parser.parse_args(argv)
-    warnings.showwarning = _show
     try:
-        return {"train": _train, "check": _check, "data": _data, "demo": _demo}[arguments.command](arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show
+            return {"train": _train, "check": _check, "data": _data, "demo": _demo}[arguments.command](arguments)
     except (ValueError, OSError) as error:
         print(f"megafn: {error}", file=sys.stderr)      # of every process: torchrun ends the others when one has failed
         return 2
