@@ -1,6 +1,7 @@
 """May a run go on from a checkpoint of another config?"""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from megafn.pure.config import Problem, TrainConfig
@@ -24,9 +25,8 @@ def resume_problems(saved: TrainConfig, config: TrainConfig, iteration: int) -> 
     >>> print(*resume_problems(config, attrs.evolve(config, seed=7), 4))
     seed = 7: the checkpoint was written with 1234; set that, or start anew in another checkpoint.directory
     """
-    before, now = ({path: value for path, value, _ in leaves(one)} for one in (saved, config))
-    problems = [Problem(path, now[path], f"the checkpoint was written with {before[path]!r}; set that, or start anew in another checkpoint.directory")
-                for path in now if path in before and _fixed(path) and now[path] != before[path]]
+    problems = [Problem(path, now, f"the checkpoint was written with {before!r}; set that, or start anew in another checkpoint.directory")
+                for path, before, now in _changes(saved, config) if _fixed(path)]
     if iteration > config.iterations:
         problems.append(_length(config, iteration))
     return tuple(problems)
@@ -41,9 +41,16 @@ def other_course(saved: TrainConfig, config: TrainConfig) -> tuple[Problem, ...]
     >>> print(*other_course(*runs))
     train_iters = 12: the checkpoint was written with 9
     """
-    before, now = ({path: value for path, value, _ in leaves(one)} for one in (saved, config))
-    return tuple(Problem(path, now[path], f"the checkpoint was written with {before[path]!r}") for path in now
-                 if path.startswith(("schedule.", "optimizer.", "precision.", "train_iters", "train_samples")) and path in before and now[path] != before[path])
+    return tuple(Problem(path, now, f"the checkpoint was written with {before!r}") for path, before, now in _changes(saved, config)
+                 if path.startswith(("schedule.", "optimizer.", "precision.", "train_iters", "train_samples")))
+
+
+def _changes(saved: TrainConfig, config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted path, value then, value now) of each field that both have and that differs, in the order of `config`."""
+    before = {path: value for path, value, _ in leaves(saved)}
+    for path, now, _ in leaves(config):
+        if path in before and now != before[path]:
+            yield path, before[path], now
 
 
 def _fixed(path: str) -> bool:

@@ -94,10 +94,9 @@ def begin(state: State, directory: str | Path, *, asynchronous: bool = False, la
     folder = directory / f"iteration-{state.iteration:08d}"
     mine, manifest = _plan(state, f"saving {folder}")
     manifest["last_sample"] = last_sample
-    made = told(_make_room(folder) if pg.is_rank_zero else None, pg, during=f"saving {folder}")
-    if isinstance(made, str):
-        raise CheckpointError(made)
-    aside = made
+    aside = told(_make_room(folder) if pg.is_rank_zero else None, pg, during=f"saving {folder}")
+    if isinstance(aside, str):
+        raise CheckpointError(aside)
     file = aside / _file(pg.rank)
     written: Future = Future()
     if not asynchronous:

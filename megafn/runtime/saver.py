@@ -150,20 +150,21 @@ def open_saver(state: State) -> Iterator[Callable[..., None]]:
             sample = batch
         flags = torch.tensor([max(asked, default=0), bool(saving) and not saving[0].written.done()], dtype=torch.int32, device=pg.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=pg.world)
-        leave, busy = map(int, flags)                                   # the signal's number, or 0
+        number, busy = flags.tolist()
+        leave = number > 0
         if not busy:
             complete()
         if (leave or ended or settings.interval and state.iteration % settings.interval == 0) and state.iteration != newest:
             complete()                                                  # waits for the one before
             begun = attempt(lambda: begin(state, settings.directory, asynchronous=settings.asynchronous and not (leave or ended),
-                                          last_sample=first_sample(sample) if sample is not None else None), bool(leave))
+                                          last_sample=first_sample(sample) if sample is not None else None), leave)
             if begun:
                 saving.append(begun)
                 newest = state.iteration
         if leave or ended or not settings.asynchronous:
-            complete(bool(leave))
+            complete(leave)
         if leave:
-            say(f"{signal.Signals(leave).name}: iteration {newest} is saved in {settings.directory}; the same command goes on from there", state.config, pg)
+            say(f"{signal.Signals(number).name}: iteration {newest} is saved in {settings.directory}; the same command goes on from there", state.config, pg)
             dist.barrier(group=pg.world)                                # nobody leaves while another still listens to it
             raise SystemExit(0)
 
