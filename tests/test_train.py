@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import sys
 import warnings
 
 import attrs
@@ -37,7 +38,8 @@ def told(config, **arguments):
     with contextlib.redirect_stderr(stderr), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         state = mf.train(config, on_metrics=[seen.append], **arguments)
-    ours = [str(warning.message) for warning in caught if "megafn" in warning.filename or "batches" in str(warning.message)]
+    files = {module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "megafn"}
+    ours = [str(warning.message) for warning in caught if warning.filename in files or "batches" in str(warning.message)]
     return seen, (state.iteration, state.consumed_samples), stderr.getvalue(), ours
 
 
