@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import contextlib
 
-import megafn as mf
 import torch
-from megafn.runtime.families import build_stage
-from megafn.runtime.groups import megatron
-from megafn.runtime.layers import transformer_config
-from megafn.runtime.losses import token_loss
-from megafn.runtime.optimizer import build_optimizer
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from plain_gpt import PlainGPT
+
+import megafn as mf
+from megafn.runtime.families.build import build_stage
+from megafn.runtime.model.layers import transformer_config
+from megafn.runtime.model.losses import token_loss
+from megafn.runtime.model.optimizer import build_optimizer
+from megafn.runtime.parallel.megatron_context import megatron
 
 LAYERS, HIDDEN, HEADS, SEQUENCE, BATCH, VOCABULARY = 6, 384, 6, 256, 8, 8192
 

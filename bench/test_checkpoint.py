@@ -3,12 +3,13 @@ import statistics
 import time
 from pathlib import Path
 
-import megafn as mf
 import pytest
 import torch
-from megafn.runtime.checkpoint import begin, finish
 from rivals import BATCH, SEQUENCE, VOCABULARY, train_config
 from turns import threads
+
+import megafn as mf
+from megafn.runtime.checkpoint.checkpoint import begin, finish
 
 CONFIG = train_config("fp32")
 ROUNDS = 5

@@ -5,12 +5,13 @@ import statistics
 import time
 from unittest import mock
 
-import megafn as mf
 import pytest
 import torch
-from megafn.runtime import cpu
 from pool import worker_pool
 from turns import take_turns, times_as_fast
+
+import megafn as mf
+from megafn.runtime.parallel import cpu
 
 TP, COUNT = 4, 200
 

@@ -1,13 +1,14 @@
 """Cross-entropy, forward and backward, beside torch's. Prints; never asserts speed."""
 import statistics
 
-import megafn as mf
 import pytest
 import torch
 import torch.nn.functional as F
-from megafn.runtime.layers import DTYPES
-from megafn.runtime.losses import cross_entropy
 from turns import take_turns, threads, times_as_fast
+
+import megafn as mf
+from megafn.runtime.model.layers import DTYPES
+from megafn.runtime.model.losses import cross_entropy
 
 SEQUENCE, BATCH, VOCABULARY = 256, 8, 8192
 

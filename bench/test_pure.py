@@ -1,5 +1,6 @@
 """The pure functions, at the size of a cluster: what a launcher or a planner pays for asking."""
 import attrs
+
 import megafn as mf
 
 PARALLEL = mf.ParallelConfig(tp=8, pp=8, vpp=2)

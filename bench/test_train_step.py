@@ -4,13 +4,14 @@ import shutil
 import statistics
 import time
 
-import megafn as mf
 import pytest
 import rivals
 import torch
-from megafn.runtime.layers import DTYPES
 from rivals import BATCH, HIDDEN, LAYERS, SEQUENCE, VOCABULARY
 from turns import take_turns, threads, times_as_fast
+
+import megafn as mf
+from megafn.runtime.model.layers import DTYPES
 
 ROUNDS = {"fp32": 9, "bf16": 11}
 PEERS = (("megafn train_step", rivals.megafn_step, None),

@@ -13,7 +13,7 @@ from planted import planted
 from test_features import alone_rows, document_rows, growing_rows, padded_rows
 
 import megafn as mf
-from megafn.runtime.losses import cross_entropy
+from megafn.runtime.model.losses import cross_entropy
 
 # What makes a case differ from its single process; everything else both have.
 CUT = ("pipeline_model_parallel_split_rank", "tp", "pp", "vpp", "cp", "order", "sequence_parallel", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")

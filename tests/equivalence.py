@@ -8,7 +8,7 @@ import torch
 
 import megafn as mf
 from megafn.pure.sampling import deal
-from megafn.runtime.weights import Part, parts
+from megafn.runtime.model.weights import Part, parts
 
 LOSS = GRAD_NORM = 1e-4
 PARAMETER = 1e-3                # of the parameter's own largest update; needs eps = 1e-3 (at 1e-8 rounding alone fails it)

@@ -35,13 +35,16 @@ def patches(name):
     from megatron.core.optimizer import optimizer
     from megatron.core.tensor_parallel import random
 
-    from megafn.runtime import layers, losses, models, passes, train
+    from megafn.runtime.model import chunk as models
+    from megafn.runtime.model import layers, losses
+    from megafn.runtime.training import forward_backward as passes
+    from megafn.runtime.training import setup
 
     finalize = import_module("megatron.core.distributed.finalize_model_grads")         # the package has a function of that name
     return {
         "tied table not summed over stages": lambda: [(finalize, "_allreduce_word_embedding_grads", nothing)],
         "norms not summed over tp": lambda: [(finalize, "_allreduce_non_tensor_model_parallel_grads", nothing)],
-        "gradients times dp": lambda: [(train, "finalize_grads", times_dp(train.finalize_grads))],
+        "gradients times dp": lambda: [(setup, "finalize_grads", times_dp(setup.finalize_grads))],
         "gradients not summed over dp": lambda: [(DistributedDataParallel, "finish_grad_sync", nothing)],
         "updated shards not gathered": lambda: [(DistributedDataParallel, "start_param_sync", nothing)],
         "norm of the local gradients": lambda: [(optimizer, "get_grad_norm_fp32", local_norm)],

@@ -21,7 +21,7 @@ def megafn_modules():
         package = importlib.import_module("megafn.runtime")
     except ImportError:
         return []
-    return [f"megafn.runtime.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+    return [module.name for module in pkgutil.walk_packages(package.__path__, "megafn.runtime.")]
 
 
 with warnings.catch_warnings():

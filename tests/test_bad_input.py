@@ -131,7 +131,7 @@ def test_data_that_cannot_be_read_is_told_before_a_process_group_or_a_log_exists
         raise AssertionError("a process group is made before the data is known to be there")
 
     changes, parts = bad_data(tmp_path)[kind]
-    monkeypatch.setattr("megafn.runtime.train.init_groups", never)
+    monkeypatch.setattr("megafn.runtime.training.train.init_groups", never)
     made = config(data=mf.DataConfig(cache=str(tmp_path / "cache"), **changes))
     with pytest.raises((mf.ConfigError, ValueError)) as caught:
         mf.train(logged(made, tmp_path))

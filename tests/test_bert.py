@@ -9,8 +9,8 @@ from equivalence import assert_equal, assert_obeys, local_parts, run_layout, sha
 from test_equivalence import assert_close, halves, noisy
 
 import megafn as mf
-from megafn.runtime.groups import megatron
-from megafn.runtime.weights import parts
+from megafn.runtime.model.weights import parts
+from megafn.runtime.parallel.megatron_context import megatron
 
 MASKED = dict(family="bert")
 PAIRS = MASKED | dict(num_tokentypes=2, bert_binary_head=True)

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megafn.pure.boxes import boxes, flat, in_whole, overlap
-from megafn.pure.retention import kept
-from megafn.pure.writers import share_out
-from megafn.runtime.weights import Part
+from megafn.pure.checkpoint.boxes import boxes, flat, in_whole, overlap
+from megafn.pure.checkpoint.retention import kept
+from megafn.pure.checkpoint.write_plan import share_out
+from megafn.runtime.model.weights import Part
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 

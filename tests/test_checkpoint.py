@@ -23,12 +23,15 @@ import pytest
 import test_bert
 import test_t5
 import torch
-from pool import PoolError, run_script
 from equivalence import assert_equal, local_parts, share, stack, tiny, uneven
+from pool import PoolError, run_script
 
 import megafn as mf
-from megafn.runtime import checkpoint, durable, pieces, saver
-from megafn.runtime.weights import parts
+from megafn.runtime.checkpoint import atomic_files as durable
+from megafn.runtime.checkpoint import autosave as saver
+from megafn.runtime.checkpoint import checkpoint, resume
+from megafn.runtime.checkpoint import state_boxes as pieces
+from megafn.runtime.model.weights import parts
 
 SP, DIST, UNTIED = dict(sequence_parallel=True), dict(use_distributed_optimizer=True), dict(tie_word_embeddings=False)
 T5 = test_t5.T5 | dict(num_query_groups=None)
@@ -366,7 +369,7 @@ def test_a_crash_between_any_two_effects_leaves_the_old_or_the_new(tmp_path, mon
             found = mf.load(mf.setup(config, pg), tmp_path)
             assert same(local_parts(found), values[found.iteration]) and newest.name == f"iteration-{found.iteration:08d}"
             assert found.iteration == (2 if "rename" in done else 1)
-            assert saver._tidy(tmp_path)[-1] == newest and [path.name for path in tmp_path.glob(".*")] == []
+            assert resume._tidy(tmp_path)[-1] == newest and [path.name for path in tmp_path.glob(".*")] == []
             survived.append(found.iteration)
             if found.iteration == 2:
                 shutil.rmtree(newest)
@@ -532,7 +535,7 @@ def test_nothing_in_a_checkpoint_is_executed(name, two, tmp_path):
 
 
 def test_the_code_that_reads_checkpoints_knows_no_pickle():
-    for module in (checkpoint, durable, pieces, saver):
+    for module in (checkpoint, durable, pieces, resume, saver):
         tree = ast.walk(ast.parse(Path(module.__file__).read_text()))
         names = {node.id if isinstance(node, ast.Name) else ast.unparse(node) for node in tree if isinstance(node, (ast.Name, ast.Attribute))}
         assert not names & {"pickle", "eval", "exec", "torch.load"}

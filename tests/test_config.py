@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megafn.pure import dicts
-from megafn.pure.config import (ConfigError, DataConfig, LogConfig, ModelConfig, ParallelConfig, Problem, ScheduleConfig,
-                                TrainConfig)
-from megafn.pure.dicts import dump_config, fits, from_dict, leaves, load_config, nearest, to_dict
+from megafn.pure.config import serialization as dicts
+from megafn.pure.config.field_types import fits, leaves
+from megafn.pure.config.problems import ConfigError, Problem, nearest
+from megafn.pure.config.records import DataConfig, LogConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megafn.pure.config.serialization import dump_config, from_dict, load_config, to_dict
 
 MODEL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32}
 RUN = {"model": MODEL, "micro_batch_size": 1, "global_batch_size": 8, "train_iters": 10}

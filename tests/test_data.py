@@ -11,17 +11,19 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megafn.pure.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from megafn.pure.config.problems import ConfigError
+from megafn.pure.config.records import DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megafn.pure.layout import build_groups
-from megafn.runtime.corpora import build_dataset, corpora, gpt_data
-from megafn.runtime.data import batches, group_batches, prefetched
-from megafn.runtime.groups import init_groups
-from megafn.runtime.text import indexed_text
-from megafn.runtime.tokenizer import byte_tokenizer
+from megafn.runtime.data.batches import batches, group_batches, prefetched
+from megafn.runtime.data.corpora import build_dataset, corpora, gpt_data
+from megafn.runtime.parallel.groups import init_groups
+from megafn.runtime.text.indexing import indexed_text
+from megafn.runtime.text.tokenizer import byte_tokenizer
 
 
 def pg(dp_rank=0, dp_size=1):

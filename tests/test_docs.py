@@ -11,7 +11,7 @@ import pytest
 from pool import ROOT
 
 import megafn as mf
-from megafn.pure.rules import CHOICES
+from megafn.pure.validation.rules import CHOICES
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))

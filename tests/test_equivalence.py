@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from equivalence import assert_equal, assert_obeys, run_layout, short, tiny, uneven
 
 import megafn as mf
-from megafn.runtime.groups import megatron
-from megafn.runtime.weights import parts
+from megafn.runtime.model.weights import parts
+from megafn.runtime.parallel.megatron_context import megatron
 
 
 @pytest.fixture(scope="session")
@@ -332,7 +332,7 @@ def test_loss_and_gradients_are_those_of_transformers(family, padded, pool):
 
 def beside_megatron(config, tokens):
     """Logits of the built-in stage and of megatron-core's own GPTModel with the same weights, [s, b, vocabulary / tp] each."""
-    from megatron.core.models.gpt import GPTModel                      # warns that Apex is not there
+    from megatron.core.models.gpt import GPTModel  # warns that Apex is not there
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     model = config.model
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg, megatron(pg, 1), torch.no_grad():

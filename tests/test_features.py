@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from equivalence import assert_equal, local_parts, run_layout, share, short, uneven
 
 import megafn as mf
-from megafn.runtime.groups import megatron
-from megafn.runtime.layers import Attention
+from megafn.runtime.model.layers import Attention
+from megafn.runtime.parallel.megatron_context import megatron
 
 SP, DIST = dict(sequence_parallel=True), dict(use_distributed_optimizer=True)
 ROPE = dict(position_embedding="rope")
@@ -446,7 +446,7 @@ def test_logits_and_samples_are_the_single_processs_on_every_rank(processes, lay
 
 def agreeing(config, kind):
     """What `train` makes of batches that differ over ranks: the iterations it made, and what it raised."""
-    from megafn.runtime.agreement import agreed
+    from megafn.runtime.data.same_batches import agreed
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=20) as pg:
         of_rank = {"dp": pg.dp_rank, "tp": pg.place.tp, "pp": pg.place.pp, "last": pg.rank == 3, "late": 0}[kind]
         batches = [[{"input_ids": torch.full((2, 8), i + (kind != "last" and 10 * of_rank))}] for i in range(3 if kind == "last" and of_rank else 5)]

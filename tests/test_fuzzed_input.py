@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pool import ROOT
 
 import megafn as mf
-from megafn.runtime.data import batches
+from megafn.runtime.data.batches import batches
 
 MODEL = mf.ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16, vocab_size=50)
 CONFIG = mf.TrainConfig(model=MODEL, micro_batch_size=2, global_batch_size=4, train_iters=2, eval_iters=1)

@@ -7,7 +7,7 @@ import pytest
 from pool import run_script
 from test_checkpoint import text_config, train
 
-from megafn.runtime import checkpoint
+from megafn.runtime.checkpoint import checkpoint
 
 UNSHARE = ["unshare", "--user", "--map-root-user", "--net", "--uts", "--mount"]     # needs no root, and all of it goes with the processes
 

@@ -3,9 +3,10 @@ from itertools import combinations
 
 import attrs
 import pytest
-from hypothesis import assume, given, strategies as st
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from megafn.pure.config import ModelConfig, ParallelConfig
+from megafn.pure.config.records import ModelConfig, ParallelConfig
 from megafn.pure.layout import AXES, Coordinates, Groups, build_groups, coordinates, group_of, rank_of
 
 TOKENS = {"mp": "tp-pp", "dp_cp": "dp-cp", "tp_cp": "tp-cp", "tp_dp_cp": "tp-dp-cp"}   # field: megatron-core's token

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megafn as mf
-from megafn.runtime import losses
+from megafn.runtime.model import losses
 
 ALONE = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))        # what a group of one process answers
 

@@ -13,9 +13,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pool import ROOT
 
 import megafn as mf
-from megafn.runtime.corpora import build_dataset, corpora
-from megafn.runtime.masked import bert_data, t5_data
-from megafn.runtime.text import cut_sentences
+from megafn.runtime.data.corpora import build_dataset, corpora
+from megafn.runtime.families.masked_data import bert_data, t5_data
+from megafn.runtime.text.indexing import cut_sentences
 
 DOCUMENTS = [" ".join(f"Sentence {i} of {name} has {'word ' * (i % 5 + 1)}in it." for i in range(12)) + "\n" for name in ("one", "two", "three", "four")]
 

@@ -13,8 +13,8 @@ from test_checkpoint import loader, same, text_config
 
 import megafn as mf
 from megafn.pure.spikes import LEAST, WINDOW, remembered, spike_limit
-from megafn.runtime.losses import token_loss
-from megafn.runtime.steps import gpt_batch
+from megafn.runtime.families.gpt import gpt_batch
+from megafn.runtime.model.losses import token_loss
 
 SP, DIST = dict(sequence_parallel=True), dict(use_distributed_optimizer=True)
 GRADIENT = 7.0                                                # the loss stays, its gradient is too large for a norm

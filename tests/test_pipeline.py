@@ -5,7 +5,8 @@ from threading import Condition
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megafn.pure.pipeline import Op, bubble, check_order, draw_pipeline, peak_activations, pipeline_order, timeline
 

@@ -11,13 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megafn.pure.config import ConfigError, DataConfig, ModelConfig, TrainConfig
-from megafn.pure.dicts import to_dict
-from megafn.pure.foreign import model_fields
-from megafn.pure.plugin import from_plugin
-from megafn.pure.plugin_fields import PluginFields, from_env
+from megafn.pure.accelerate.from_objects import model_fields
+from megafn.pure.accelerate.plugin import from_plugin
+from megafn.pure.accelerate.plugin_fields import PluginFields, from_env
+from megafn.pure.config.problems import ConfigError
+from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig
+from megafn.pure.config.serialization import to_dict
 from megafn.pure.schedule import make_schedule
-from megafn.runtime.families import step_fn
+from megafn.runtime.families.built_in import step_fn
 
 # The seed page's signature of accelerate.utils.MegatronLMPlugin, in its order.
 NAMES = """tp_degree pp_degree num_micro_batches gradient_clipping sequence_parallelism recompute_activations use_distributed_optimizer

@@ -12,8 +12,8 @@ from equivalence import assert_equal, run_layout, share, tiny, uneven
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import megafn as mf
-from megafn.runtime.families import build_stage
-from megafn.runtime.weights import whole_parameters
+from megafn.runtime.families.build import build_stage
+from megafn.runtime.model.weights import whole_parameters
 
 PAGE = Path(__file__).parent.parent / "docs" / "accelerate.md"
 MODEL = mf.ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=16, vocab_size=64)

@@ -3,7 +3,8 @@ from collections import Counter
 from itertools import islice, permutations
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megafn.pure.sampling import batch_indices, deal, sample_indices
 

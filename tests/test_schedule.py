@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import attrs
 import pytest
-from hypothesis import assume, given, strategies as st
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megafn.pure.config import ConfigError, ModelConfig, ScheduleConfig, TrainConfig
+from megafn.pure.config.problems import ConfigError
+from megafn.pure.config.records import ModelConfig, ScheduleConfig, TrainConfig
 from megafn.pure.schedule import DECAYS, WSD_DECAY_STYLES, LrWd, make_schedule, schedule_problems
 
 MODEL = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)

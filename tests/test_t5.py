@@ -9,8 +9,8 @@ from equivalence import assert_equal, assert_obeys, local_parts, run_layout, sha
 from test_equivalence import assert_close, halves, noisy, recomputation
 
 import megafn as mf
-from megafn.runtime.groups import megatron
-from megafn.runtime.weights import parts
+from megafn.runtime.model.weights import parts
+from megafn.runtime.parallel.megatron_context import megatron
 
 SP, DIST = dict(sequence_parallel=True), dict(use_distributed_optimizer=True)
 T5 = dict(family="t5", num_layers=4, seq_length=24, decoder_seq_length=16, steps=6)
@@ -276,11 +276,11 @@ def test_loss_and_gradients_are_those_of_transformers(tied, activation, theirs, 
 def beside_megatron(config):
     """Logits and gradients of the built-in stage and of megatron-core's own T5Model with the same weights, on sequences padded with 0."""
     from megatron.core.datasets.t5_dataset import T5MaskedWordPieceDataset
-    from megatron.core.models.T5 import T5Model                       # warns that Apex is not there
+    from megatron.core.models.T5 import T5Model  # warns that Apex is not there
     from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec, encoder_model_with_local_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megafn.runtime.layers import Attention
+    from megafn.runtime.model.layers import Attention
 
     class Biased(Attention):
         """megatron-core's own refuses a bias."""

@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megafn.pure.config import ConfigError
-from megafn.runtime import text as text_module
-from megafn.runtime.text import PARTS, demo_text, index_text, indexed_text, read_documents, split_documents
-from megafn.runtime.tokenizer import byte_tokenizer, load_tokenizer
+from megafn.pure.config.problems import ConfigError
+from megafn.runtime.text import indexing as text_module
+from megafn.runtime.text.indexing import PARTS, demo_text, index_text, indexed_text, read_documents, split_documents
+from megafn.runtime.text.tokenizer import byte_tokenizer, load_tokenizer
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 weights = st.lists(st.sampled_from([0, 1, 2, 50, 949, 0.5]), min_size=3, max_size=3).filter(any)

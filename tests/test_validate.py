@@ -8,12 +8,21 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from test_config import CONFIGS
 
-from megafn.pure.config import (ConfigError, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig,
-                                RecomputeConfig, ScheduleConfig, TrainConfig)
-from megafn.pure.dicts import leaves
+from megafn.pure.config.field_types import leaves
+from megafn.pure.config.problems import ConfigError
+from megafn.pure.config.records import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RecomputeConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from megafn.pure.layout import AXES, build_groups
 from megafn.pure.schedule import make_schedule
-from megafn.pure.validate import check, validate
+from megafn.pure.validation.validate import check, validate
 
 MODEL = ModelConfig(num_layers=8, hidden_size=64, num_attention_heads=8, seq_length=32)
 CONFIG = TrainConfig(model=MODEL, parallel=ParallelConfig(tp=2, pp=2), data=DataConfig(train="a"), micro_batch_size=2,
@@ -368,7 +377,7 @@ def chunks_of(mcore, pp, vpp):
 def test_what_fits_by_construction_is_accepted_and_everyone_takes_it(run):
     from torch import device
 
-    from megafn.runtime.layers import transformer_config
+    from megafn.runtime.model.layers import transformer_config
     config, world_size = run
     assert validate(config, world_size) == ()
     assert build_groups(config.parallel, world_size).world_size == world_size
@@ -449,7 +458,7 @@ def test_megatron_core_still_shards_adam_alone():
     from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    from megafn.runtime.cpu import megatron_on_cpu
+    from megafn.runtime.parallel.cpu import megatron_on_cpu
     with megatron_on_cpu(), pytest.raises(AssertionError, match="Only Adam"):
         DistributedOptimizer(torch.optim.SGD([torch.zeros(1)]), McoreOptimizerConfig(optimizer="sgd"), None, None,
                              [SimpleNamespace(ddp_config=None)], {}, None, None, 0, 0)

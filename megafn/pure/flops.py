@@ -1,7 +1,7 @@
 """Floating point operations of a model: what a device's TFLOP/s are counted in."""
 from __future__ import annotations
 
-from megafn.pure.config import ModelConfig
+from megafn.pure.config.records import ModelConfig
 
 
 def training_flops(model: ModelConfig, sequences: int) -> float | None:

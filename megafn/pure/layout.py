@@ -5,7 +5,7 @@ from math import prod
 
 from attrs import field, frozen
 
-from megafn.pure.config import ModelConfig, ParallelConfig, split_rank
+from megafn.pure.config.records import ModelConfig, ParallelConfig, split_rank
 
 AXES = ("tp", "cp", "ep", "dp", "pp")
 RankGroups = tuple[tuple[int, ...], ...]

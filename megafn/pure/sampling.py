@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import count as count_from, takewhile
+from itertools import count as count_from
+from itertools import takewhile
 from typing import TypeVar
 
 import numpy as np

@@ -11,7 +11,8 @@ from typing import Any
 
 from attrs import frozen
 
-from megafn.pure.config import ConfigError, TrainConfig
+from megafn.pure.config.problems import ConfigError
+from megafn.pure.config.records import TrainConfig
 
 
 @frozen
@@ -127,7 +128,7 @@ def make_schedule(config: TrainConfig) -> Callable[[int], LrWd]:
 
     Raises ConfigError with all of `schedule_problems`; the schedule raises ValueError for a negative n.
 
-    >>> from megafn.pure.config import ModelConfig, ScheduleConfig
+    >>> from megafn.pure.config.records import ModelConfig, ScheduleConfig
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
     >>> schedule = make_schedule(TrainConfig(
     ...     model=model, micro_batch_size=2, global_batch_size=16, train_iters=100,

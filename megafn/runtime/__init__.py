@@ -5,4 +5,4 @@ with warnings.catch_warnings():            # megatron-core tells of optional pac
     warnings.simplefilter("ignore")
     import megatron.core.datasets.gpt_dataset
     import megatron.core.models.gpt
-    import megatron.core.optimizer         # noqa: F401
+    import megatron.core.optimizer  # noqa: F401
