@@ -16,11 +16,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from plain_gpt import PlainGPT
 
 import megafn as mf
-from megafn.runtime.families.build import build_stage
+from megafn.runtime.families.build import build_chunk
 from megafn.runtime.model.layers import transformer_config
 from megafn.runtime.model.losses import token_loss
 from megafn.runtime.model.optimizer import build_optimizer
-from megafn.runtime.parallel.megatron_context import megatron
+from megafn.runtime.parallel.megatron_context import megatron_context
 
 LAYERS, HIDDEN, HEADS, SEQUENCE, BATCH, VOCABULARY = 6, 384, 6, 256, 8, 8192
 
@@ -47,7 +47,7 @@ def megafn_step(pg, dtype):
 def megatron_step(pg, dtype, build, forward_step):
     """megatron-core's DDP, optimizer and schedule, with nothing of megafn's between them."""
     config = train_config(dtype)
-    with megatron(pg, 0):
+    with megatron_context(pg, 0):
         model = build(config)
         mcore = model.config
         model = DistributedDataParallel(mcore, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model, pg_collection=pg.collection)
@@ -56,7 +56,7 @@ def megatron_step(pg, dtype, build, forward_step):
     forward_backward = get_forward_backward_func(pp_size=1)
 
     def run(text):
-        with megatron(pg, 0):
+        with megatron_context(pg, 0):
             model.zero_grad_buffer()
             optimizer.zero_grad()
             losses = forward_backward(
@@ -80,7 +80,7 @@ def bare_step(pg, dtype):
 
         return model(text[:, :-1].contiguous()), loss_func
 
-    return megatron_step(pg, dtype, lambda config: build_stage(config, pg, pre_process=True, post_process=True, vp_stage=None), forward_step)
+    return megatron_step(pg, dtype, lambda config: build_chunk(config, pg, pre_process=True, post_process=True, vp_stage=None), forward_step)
 
 
 def local_spec_step(pg, dtype):

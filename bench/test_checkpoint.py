@@ -9,7 +9,7 @@ from rivals import BATCH, SEQUENCE, VOCABULARY, train_config
 from turns import threads
 
 import megafn as mf
-from megafn.runtime.checkpoint.checkpoint import begin, finish
+from megafn.runtime.checkpoint.checkpoint import begin_save, finish_save
 
 CONFIG = train_config("fp32")
 ROUNDS = 5
@@ -33,9 +33,9 @@ def test_checkpoints(table, tmp_path):
         for number in range(ROUNDS):
             state, _ = timed("step", lambda: mf.train_step(state, batch, step))
             timed("synchronous: the step waits", lambda: mf.save(state, tmp_path / f"s{number}"))
-            saving = timed("asynchronous: the step waits", lambda: begin(state, tmp_path / f"a{number}", asynchronous=True))
+            saving = timed("asynchronous: the step waits", lambda: begin_save(state, tmp_path / f"a{number}", asynchronous=True))
             state, _ = timed("the step beside the thread", lambda: mf.train_step(state, batch, step))
-            path = finish(saving)
+            path = finish_save(saving)
             timed("load", lambda: mf.load(state, path))
         size = sum(file.stat().st_size for file in Path(path).iterdir())
         again = mf.load(mf.setup(CONFIG, pg), path)

@@ -7,8 +7,8 @@ import attrs
 import torch
 
 import megafn as mf
-from megafn.pure.sampling import deal
-from megafn.runtime.model.weights import Part, parts
+from megafn.pure.sampling import split_among_ranks
+from megafn.runtime.model.weights import LocalParameter, local_parameters
 
 LOSS = GRAD_NORM = 1e-4
 PARAMETER = 1e-3                # of the parameter's own largest update; needs eps = 1e-3 (at 1e-8 rounding alone fails it)
@@ -50,13 +50,13 @@ def stack(rows):
 
 def share(rows, config, pg):
     """This rank's micro-batches of a global batch."""
-    return [stack(micro) for micro in deal(rows, micro_batch_size=config.micro_batch_size, dp_rank=pg.dp_rank, dp=pg.dp_size)]
+    return [stack(micro) for micro in split_among_ranks(rows, micro_batch_size=config.micro_batch_size, dp_rank=pg.dp_rank, dp=pg.dp_size)]
 
 
 def local_parts(state):
     """[(name, values here, whole shape, dim, stride, tp, tp_rank)] of every parameter that this process holds."""
     return [(part.name, part.parameter.detach().float().clone(), part.shape, part.dim, part.stride, part.tp, part.tp_rank)
-            for chunk in state.chunks for part in parts(chunk, state.config.model, state.pg)]
+            for chunk in state.chunks for part in local_parameters(chunk, state.config.model, state.pg)]
 
 
 def run_layout(config, data=uneven, step=None):
@@ -74,11 +74,11 @@ def here(whole, part):
     """What of a whole parameter lies where a rank's part (name, values, ...) does."""
     name, values, shape, dim, stride, tp, tp_rank = part
     whole = whole[:shape[0]] if dim == 0 else whole
-    return Part(name=name, parameter=values, shape=shape, dim=dim, stride=stride, tp=tp, tp_rank=tp_rank).cut(whole)
+    return LocalParameter(name=name, parameter=values, shape=shape, dim=dim, stride=stride, tp=tp, tp_rank=tp_rank).cut(whole)
 
 
-def named(parts):
-    return {name: values for name, values, *_ in parts}
+def named(local_parameters):
+    return {name: values for name, values, *_ in local_parameters}
 
 
 def differences(reference, result):

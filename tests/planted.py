@@ -56,7 +56,7 @@ def patches(name):
         "bias of each tp rank counts": lambda: [(layers.RowLinear, "forward", times_tp(layers.RowLinear.forward))],
         "mask cut elsewhere than queries": lambda: [(passes, "cut_sequence", mask_in_one_piece(passes.cut_sequence))],
         "keys in the order of ranks": lambda: [(layers.Attention, "_attend_cp", with_positions(layers, layers.Attention._attend_cp))],
-        "angles of local positions": lambda: [(models.Stage, "_angles", local_angles(models.Stage._angles))],
+        "angles of local positions": lambda: [(models.Chunk, "_angles", local_angles(models.Chunk._angles))],
         "recomputation draws other dropout": lambda: [(random, "_set_all_rng_states", nothing)],
     }[name]()
 

@@ -9,8 +9,8 @@ from equivalence import assert_equal, assert_obeys, local_parts, run_layout, sha
 from test_equivalence import assert_close, halves, noisy
 
 import megafn as mf
-from megafn.runtime.model.weights import parts
-from megafn.runtime.parallel.megatron_context import megatron
+from megafn.runtime.model.weights import local_parameters
+from megafn.runtime.parallel.megatron_context import megatron_context
 
 MASKED = dict(family="bert")
 PAIRS = MASKED | dict(num_tokentypes=2, bert_binary_head=True)
@@ -158,7 +158,7 @@ def one_step(config, batch, backwards=False):
         state = mf.setup(config, pg, model=noisy)
         weights = mf.whole_parameters(state.chunks, config.model, pg)
         _, metrics = mf.train_step(state, batch, mf.step_fn("bert"))
-        return metrics, weights, {part.name: part.parameter.main_grad.clone() for part in parts(state.chunks[0], config.model, pg)}
+        return metrics, weights, {part.name: part.parameter.main_grad.clone() for part in local_parameters(state.chunks[0], config.model, pg)}
 
 
 def hugging_face_batch(**labels):
@@ -234,13 +234,13 @@ def beside_megatron(config, batch):
         pg = leaving.enter_context(mf.init_groups(mf.build_groups(config.parallel, mf.world_size())))
         parallel_state.initialize_model_parallel()          # BertModel asks it
         leaving.callback(parallel_state.destroy_model_parallel)
-        leaving.enter_context(megatron(pg, 1))
+        leaving.enter_context(megatron_context(pg, 1))
         stage = noisy(config, pg, pre_process=True, post_process=True, vp_stage=None)
         theirs = BertModel(mf.transformer_config(config, pg), model.num_tokentypes, bert_layer_local_spec, model.vocab_size, model.seq_length,
                            share_embeddings_and_output_weights=model.tie_word_embeddings, position_embedding_type=model.position_embedding,
                            add_binary_head=model.bert_binary_head)
         theirs.load_state_dict(stage.state_dict())
-        (made,) = step.whole([step.batch(batch, config, pg)], pg)
+        (made,) = step.prepare_global_batch([step.batch(batch, config, pg)], pg)
         found = step.loss(step.forward(stage, made), made, pg)
         losses, order = theirs(batch["text"], batch["padding_mask"], batch["types"] if model.num_tokentypes else None, lm_labels=batch["labels"])
         expected, count = (losses * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
@@ -303,7 +303,7 @@ def focal(output, batch, pg):
 
 @pytest.mark.parametrize("processes, layout", [(4, dict(tp=2, pp=2, **SP)), (4, dict(cp=2, **DIST))], ids=["tp2-pp2-sp", "cp2-dp2-dist"])
 def test_a_loss_of_ones_own_obeys_the_law(processes, layout, pool):
-    step = attrs.evolve(mf.step_fn("bert"), loss=focal, whole=None)
+    step = attrs.evolve(mf.step_fn("bert"), loss=focal, prepare_global_batch=None)
     alone = pool(1, run_layout, tiny(**PAIRS), as_of_two, step)[0]
     assert_equal(alone, pool(processes, run_layout, tiny(**PAIRS, **layout), as_of_two, step))
 
@@ -367,8 +367,8 @@ def means(config):
     """The mean losses of each data-parallel rank's own micro-batch, their `avg_losses`, and the report of one evaluation."""
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
         state, step, batch = mf.setup(config, pg), mf.step_fn("bert"), share(uneven(config, 1), config, pg)
-        with torch.no_grad(), megatron(pg, 1):
-            (made,) = step.whole([step.batch(batch[0], config, pg)], pg)
+        with torch.no_grad(), megatron_context(pg, 1):
+            (made,) = step.prepare_global_batch([step.batch(batch[0], config, pg)], pg)
             loss = step.loss(step.forward(state.chunks[0], made), made, pg)
         mine = [loss.report["lm_loss"] / loss.count, loss.report["sop_loss"] / loss.count]
         return mine, mf.avg_losses(mine, pg.dp), mf.evaluate(state, [batch], step)
@@ -403,7 +403,7 @@ def test_a_batch_that_cannot_be_is_refused_in_one_sentence(name):
     raw, shape, told = WRONG[name]
     config = tiny(**MASKED | shape)
     with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg, pytest.raises(ValueError) as caught:
-        mf.step_fn("bert").whole([mf.step_fn("bert").batch(raw, config, pg)], pg)
+        mf.step_fn("bert").prepare_global_batch([mf.step_fn("bert").batch(raw, config, pg)], pg)
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 

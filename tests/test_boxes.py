@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megafn.pure.checkpoint.boxes import boxes, flat, in_whole, overlap
-from megafn.pure.checkpoint.retention import kept
-from megafn.pure.checkpoint.write_plan import share_out
-from megafn.runtime.model.weights import Part
+from megafn.pure.checkpoint.retention import iterations_to_keep
+from megafn.pure.checkpoint.write_plan import plan_writes
+from megafn.runtime.model.weights import LocalParameter
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 
@@ -28,7 +28,7 @@ def cuts(draw):
     whole = torch.arange(1, prod(shape) + 1).reshape(shape)
     local = list(shape)
     local[dim] = -(-shape[dim] // tp)
-    made = [Part(name="", parameter=torch.empty(local), shape=tuple(shape), dim=dim, stride=stride, tp=tp, tp_rank=rank) for rank in range(tp)]
+    made = [LocalParameter(name="", parameter=torch.empty(local), shape=tuple(shape), dim=dim, stride=stride, tp=tp, tp_rank=rank) for rank in range(tp)]
     return whole, [(part, part.cut(whole)) for part in made], dim, stride, tp
 
 
@@ -71,18 +71,18 @@ def test_overlap_is_what_two_boxes_have_in_common(shape, data):
 
 @given(st.lists(st.integers(1, 200), unique=True, min_size=1), st.integers(0, 5), st.none() | st.integers(1, 30))
 def test_the_newest_is_always_kept(iterations, last, every):
-    left = kept(iterations, keep_last=last, keep_every=every)
+    left = iterations_to_keep(iterations, keep_last=last, keep_every=every)
     assert max(iterations) in left and left <= set(iterations)
     assert left == {i for i in iterations if last == 0 or i in sorted(iterations)[-last:] or every and i % every == 0}
 
 
 def test_replicas_share_the_work_and_what_does_not_cover_the_whole_is_refused():
     rows = [(f"t{i}", (4, 2), ((0, 0), (4, 2)), 32) for i in range(8)]
-    writers = [writer for _, written in share_out([(0, rows)] * 4).values() for _, writer in written]
+    writers = [writer for _, written in plan_writes([(0, rows)] * 4).values() for _, writer in written]
     assert sorted(writers) == [0, 0, 1, 1, 2, 2, 3, 3]
     for wrong in ([("t", (4, 2), ((0, 0), (3, 2)), 24)], [("t", (4, 2), ((0, 0), (4, 2)), 32), ("t", (4, 2), ((1, 0), (1, 2)), 8)]):
         try:
-            share_out([(0, wrong)])
+            plan_writes([(0, wrong)])
         except ValueError as error:
             assert "t: its boxes hold" in str(error)
         else:

@@ -31,7 +31,7 @@ from megafn.runtime.checkpoint import atomic_files as durable
 from megafn.runtime.checkpoint import autosave as saver
 from megafn.runtime.checkpoint import checkpoint, resume
 from megafn.runtime.checkpoint import state_boxes as pieces
-from megafn.runtime.model.weights import parts
+from megafn.runtime.model.weights import local_parameters
 
 SP, DIST, UNTIED = dict(sequence_parallel=True), dict(use_distributed_optimizer=True), dict(tie_word_embeddings=False)
 T5 = test_t5.T5 | dict(num_query_groups=None)
@@ -219,10 +219,10 @@ def test_two_runs_in_one_directory_write_into_folders_of_their_own(tmp_path):
     config = tiny()
     with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg:
         state = mf.setup(config, pg)
-        one, other = (checkpoint.begin(state, tmp_path) for _ in range(2))
+        one, other = (checkpoint.begin_save(state, tmp_path) for _ in range(2))
         with pytest.raises(mf.CheckpointError, match="could not be written"):
-            checkpoint.finish(one)
-        assert mf.load(state, checkpoint.finish(other)).iteration == 0
+            checkpoint.finish_save(one)
+        assert mf.load(state, checkpoint.finish_save(other)).iteration == 0
         assert os.listdir(tmp_path) == ["iteration-00000000"]
 
 
@@ -369,7 +369,7 @@ def test_a_crash_between_any_two_effects_leaves_the_old_or_the_new(tmp_path, mon
             found = mf.load(mf.setup(config, pg), tmp_path)
             assert same(local_parts(found), values[found.iteration]) and newest.name == f"iteration-{found.iteration:08d}"
             assert found.iteration == (2 if "rename" in done else 1)
-            assert resume._tidy(tmp_path)[-1] == newest and [path.name for path in tmp_path.glob(".*")] == []
+            assert resume._remove_leftovers(tmp_path)[-1] == newest and [path.name for path in tmp_path.glob(".*")] == []
             survived.append(found.iteration)
             if found.iteration == 2:
                 shutil.rmtree(newest)
@@ -573,7 +573,7 @@ def test_a_second_save_of_an_iteration_is_refused(tmp_path):
 
 
 def with_buffer(config, pg, **stage):
-    chunk = mf.build_stage(config, pg, **stage)
+    chunk = mf.build_chunk(config, pg, **stage)
     chunk.decoder.register_buffer("running_mean", torch.zeros(3))
     return chunk
 
@@ -585,8 +585,8 @@ def test_a_persistent_buffer_is_refused_before_the_first_step(tmp_path):
 
 
 def frozen_words(config, pg, **stage):
-    chunk = mf.build_stage(config, pg, **stage)
-    for part in parts(chunk, config.model, pg):
+    chunk = mf.build_chunk(config, pg, **stage)
+    for part in local_parameters(chunk, config.model, pg):
         part.parameter.requires_grad_("word_embeddings" not in part.name)
     return chunk
 

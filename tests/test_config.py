@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megafn.pure.config import serialization as dicts
-from megafn.pure.config.field_types import fits, leaves
-from megafn.pure.config.problems import ConfigError, Problem, nearest
+from megafn.pure.config.field_types import all_fields, has_type
+from megafn.pure.config.problems import ConfigError, Problem, did_you_mean
 from megafn.pure.config.records import DataConfig, LogConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from megafn.pure.config.serialization import dump_config, from_dict, load_config, to_dict
 
@@ -59,7 +59,7 @@ def test_a_config_is_its_toml_and_back(tmp_path_factory, config):
 
 @given(CONFIGS)
 def test_every_generated_value_fits_its_field(config):
-    assert [path for path, value, kind in leaves(config) if not fits(value, kind)] == []
+    assert [path for path, value, kind in all_fields(config) if not has_type(value, kind)] == []
 
 
 def test_a_dict_is_plain_and_without_none():
@@ -127,8 +127,8 @@ def test_a_number_without_fraction_will_do_for_a_float():
 
 
 def test_the_nearest_name_heeds_no_case_and_is_not_far_fetched():
-    assert nearest("Tp", ["tp", "pp"]) == '; did you mean "tp"?' and nearest("relu", ["RELU"]) == '; did you mean "RELU"?'
-    assert nearest("zebra", ["tp", "pp"]) == ""
+    assert did_you_mean("Tp", ["tp", "pp"]) == '; did you mean "tp"?' and did_you_mean("relu", ["RELU"]) == '; did you mean "RELU"?'
+    assert did_you_mean("zebra", ["tp", "pp"]) == ""
 
 
 @pytest.mark.parametrize("value, told", [(len, "a function"), (object(), "a value of type object"),

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from equivalence import assert_equal, assert_obeys, run_layout, short, tiny, uneven
 
 import megafn as mf
-from megafn.runtime.model.weights import parts
-from megafn.runtime.parallel.megatron_context import megatron
+from megafn.runtime.model.weights import local_parameters
+from megafn.runtime.parallel.megatron_context import megatron_context
 
 
 @pytest.fixture(scope="session")
@@ -163,7 +163,7 @@ TOLERANCE = 1e-5                                             # of the largest va
 
 def noisy(config, pg, **flags):
     """The built-in model with all weights moved: a bias that is zero, or a norm that is one, would hide an error."""
-    stage = mf.build_stage(config, pg, **flags)
+    stage = mf.build_chunk(config, pg, **flags)
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in stage.parameters():
@@ -177,7 +177,7 @@ def one_step(config, batch):
         state = mf.setup(config, pg, model=noisy)
         weights = mf.whole_parameters(state.chunks, config.model, pg)
         _, metrics = mf.train_step(state, batch, mf.step_fn("gpt"))
-        return metrics.loss, weights, {part.name: part.parameter.main_grad.clone() for part in parts(state.chunks[0], config.model, pg)}
+        return metrics.loss, weights, {part.name: part.parameter.main_grad.clone() for part in local_parameters(state.chunks[0], config.model, pg)}
 
 
 def hugging_face_batch(*, padded=0):
@@ -335,7 +335,7 @@ def beside_megatron(config, tokens):
     from megatron.core.models.gpt import GPTModel  # warns that Apex is not there
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     model = config.model
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg, megatron(pg, 1), torch.no_grad():
+    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg, megatron_context(pg, 1), torch.no_grad():
         stage = noisy(config, pg, pre_process=True, post_process=True, vp_stage=None)
         spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
         theirs = GPTModel(mf.transformer_config(config, pg), spec, mf.padded_vocab_size(model.vocab_size, config.parallel.tp), model.seq_length,

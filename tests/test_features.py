@@ -11,7 +11,7 @@ from equivalence import assert_equal, local_parts, run_layout, share, short, une
 
 import megafn as mf
 from megafn.runtime.model.layers import Attention
-from megafn.runtime.parallel.megatron_context import megatron
+from megafn.runtime.parallel.megatron_context import megatron_context
 
 SP, DIST = dict(sequence_parallel=True), dict(use_distributed_optimizer=True)
 ROPE = dict(position_embedding="rope")
@@ -235,7 +235,7 @@ def test_a_step_of_ones_own_obeys_the_law_and_every_rank_is_told_the_same(proces
 
 def louder(config, pg, **flags):
     """A model function of one's own around the built-in one: another initialisation of what writes to the residual stream."""
-    stage = mf.build_stage(config, pg, **flags)
+    stage = mf.build_chunk(config, pg, **flags)
     with torch.no_grad():
         for name, parameter in stage.named_parameters():
             if name.endswith("linear_fc2.weight"):
@@ -364,7 +364,7 @@ def test_what_is_replicated_stays_equal_to_the_bit_under_dropout(processes, layo
 
 def masks(config):
     """Whether attention drops the same in each head of the heads of all tp ranks, and what the default random state drops."""
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg, megatron(pg, config.seed, "test"):
+    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg, megatron_context(pg, config.seed, "test"):
         mcore = mf.transformer_config(config, pg)
         attention = Attention(mcore, 1, None, "self", pg_collection=pg.collection)
         query, key = torch.zeros(2, 32, 1, 2, 8)
@@ -446,12 +446,12 @@ def test_logits_and_samples_are_the_single_processs_on_every_rank(processes, lay
 
 def agreeing(config, kind):
     """What `train` makes of batches that differ over ranks: the iterations it made, and what it raised."""
-    from megafn.runtime.data.same_batches import agreed
+    from megafn.runtime.data.same_batches import check_same_batches
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=20) as pg:
         of_rank = {"dp": pg.dp_rank, "tp": pg.place.tp, "pp": pg.place.pp, "last": pg.rank == 3, "late": 0}[kind]
         batches = [[{"input_ids": torch.full((2, 8), i + (kind != "last" and 10 * of_rank))}] for i in range(3 if kind == "last" and of_rank else 5)]
         try:
-            return len(list(agreed(iter(batches), pg, count=4))), None
+            return len(list(check_same_batches(iter(batches), pg, count=4))), None
         except ValueError as error:
             return 0, str(error)
 

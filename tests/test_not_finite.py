@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_checkpoint import loader, same, text_config
 
 import megafn as mf
-from megafn.pure.spikes import LEAST, WINDOW, remembered, spike_limit
+from megafn.pure.spikes import LEAST, WINDOW, append_norm, spike_limit
 from megafn.runtime.families.gpt import gpt_batch
 from megafn.runtime.model.losses import token_loss
 
@@ -109,10 +109,10 @@ norms = st.floats(1e-3, 1e3)
 
 @given(st.lists(norms, max_size=60), norms, st.floats(1.01, 100))
 def test_norms_that_rise_for_good_are_spikes_for_half_a_window_at_most(before, level, factor):
-    seen, held = reduce(remembered, before, ()), []
+    seen, held = reduce(append_norm, before, ()), []
     for _ in range(WINDOW):
         held.append(level > spike_limit(seen, factor))
-        seen = remembered(seen, level)
+        seen = append_norm(seen, level)
     assert not any(held[WINDOW // 2 + 1:])
     assert seen == (level,) * WINDOW and spike_limit(seen, factor) == factor * level
 
@@ -121,7 +121,7 @@ def test_norms_that_rise_for_good_are_spikes_for_half_a_window_at_most(before, l
 def test_a_spike_is_above_so_many_times_the_usual_norm(before, factor):
     assert factor * min(before) <= spike_limit(before, factor) <= factor * max(before)
     assert spike_limit(before, None) == spike_limit(before[:LEAST - 1], factor) == math.inf
-    assert remembered(before, math.nan) == remembered(before, None) == remembered(before, math.inf) == tuple(before)
+    assert append_norm(before, math.nan) == append_norm(before, None) == append_norm(before, math.inf) == tuple(before)
 
 
 def poisoned_loader(config, bad):

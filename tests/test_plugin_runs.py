@@ -12,7 +12,7 @@ from equivalence import assert_equal, run_layout, share, tiny, uneven
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import megafn as mf
-from megafn.runtime.families.build import build_stage
+from megafn.runtime.families.build import build_chunk
 from megafn.runtime.model.weights import whole_parameters
 
 PAGE = Path(__file__).parent.parent / "docs" / "accelerate.md"
@@ -232,7 +232,7 @@ def test_a_step_record_with_bound_parameters_is_used(pool):
 
 def zeroed(config, pg, **cut):
     """The built-in stage with every weight of the last layer's MLP zero."""
-    stage = build_stage(config, pg, **cut)
+    stage = build_chunk(config, pg, **cut)
     for name, parameter in stage.named_parameters():
         if "linear_fc2" in name:
             torch.nn.init.zeros_(parameter)

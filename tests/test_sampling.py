@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megafn.pure.sampling import batch_indices, deal, sample_indices
+from megafn.pure.sampling import batch_indices, sample_indices, split_among_ranks
 
 styles = st.sampled_from(("single", "cyclic"))
 sizes = st.integers(1, 6)
@@ -61,7 +61,7 @@ def test_deal_is_megatrons_sampler_a_run_of_samples_for_each_rank_in_turn(micro_
             if len(collected) == step:
                 expected.append(tuple(collected[rank * micro_batch_size:(rank + 1) * micro_batch_size]))
                 collected = []
-        assert deal(range(step * num_micro_batches), micro_batch_size=micro_batch_size, dp_rank=rank,
+        assert split_among_ranks(range(step * num_micro_batches), micro_batch_size=micro_batch_size, dp_rank=rank,
                     dp=dp) == tuple(expected)
 
 

@@ -9,8 +9,8 @@ from equivalence import assert_equal, assert_obeys, local_parts, run_layout, sha
 from test_equivalence import assert_close, halves, noisy, recomputation
 
 import megafn as mf
-from megafn.runtime.model.weights import parts
-from megafn.runtime.parallel.megatron_context import megatron
+from megafn.runtime.model.weights import local_parameters
+from megafn.runtime.parallel.megatron_context import megatron_context
 
 SP, DIST = dict(sequence_parallel=True), dict(use_distributed_optimizer=True)
 T5 = dict(family="t5", num_layers=4, seq_length=24, decoder_seq_length=16, steps=6)
@@ -193,7 +193,7 @@ def one_step(config, batch):
         state = mf.setup(config, pg, model=without_bias)
         weights = mf.whole_parameters(state.chunks, config.model, pg)
         _, metrics = mf.train_step(state, batch, mf.step_fn("t5"))
-        return metrics.loss, weights, {part.name: part.parameter.main_grad.clone() for part in parts(state.chunks[0], config.model, pg)}
+        return metrics.loss, weights, {part.name: part.parameter.main_grad.clone() for part in local_parameters(state.chunks[0], config.model, pg)}
 
 
 def step_config(**shape):
@@ -294,7 +294,7 @@ def beside_megatron(config):
     tokens, decoder_tokens = torch.randint(1, 96, (2, 24), generator=draw), torch.randint(1, 96, (2, 16), generator=draw)
     tokens[0, 9:], decoder_tokens[1, 4:] = 0, 0
     masks = T5MaskedWordPieceDataset.config_attention_mask(tokens, decoder_tokens, tokens > 0, decoder_tokens > 0, use_local=True)
-    with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg, megatron(pg, 1), \
+    with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg, megatron_context(pg, 1), \
             mock.patch.object(ProcessGroupCollection, "use_mpu_process_groups", lambda *_, **__: pg.collection):
         stage = noisy(config, pg, pre_process=True, post_process=True, vp_stage=None)
         encoder, decoder = encoder_model_with_local_spec(), decoder_model_with_local_spec()
@@ -431,9 +431,9 @@ def counted(config):
     """Operations of one forward pass over two pairs, as torch counts them."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg, megatron(pg, 1), torch.no_grad(), \
+    with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg, megatron_context(pg, 1), torch.no_grad(), \
             sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:       # the CPU's fused kernel is not counted
-        stage = mf.build_stage(config, pg, pre_process=True, post_process=True, vp_stage=None)
+        stage = mf.build_chunk(config, pg, pre_process=True, post_process=True, vp_stage=None)
         stage(torch.zeros(2, 24, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long))
         return counter.get_total_flops()
 

@@ -153,7 +153,7 @@ def built_chunks(made):
 
     def model(config, pg, **flags):
         asked.append(flags)
-        return mf.build_stage(config, pg, **flags)
+        return mf.build_chunk(config, pg, **flags)
 
     seen, *_ = told(made, model=model)
     return asked, [(m.loss, m.grad_norm) for m in seen]

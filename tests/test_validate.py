@@ -8,7 +8,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from test_config import CONFIGS
 
-from megafn.pure.config.field_types import leaves
+from megafn.pure.config.field_types import all_fields
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import (
     DataConfig,
@@ -27,7 +27,7 @@ from megafn.pure.validation.validate import check, validate
 MODEL = ModelConfig(num_layers=8, hidden_size=64, num_attention_heads=8, seq_length=32)
 CONFIG = TrainConfig(model=MODEL, parallel=ParallelConfig(tp=2, pp=2), data=DataConfig(train="a"), micro_batch_size=2,
                      global_batch_size=16, train_iters=100)                # on 8 processes: dp = 2, 4 micro-batches
-PATHS = [path for path, *_ in leaves(CONFIG)]
+PATHS = [path for path, *_ in all_fields(CONFIG)]
 
 
 def changed(config, changes):

@@ -18,13 +18,13 @@ T = TypeVar("T")
 STYLES = ("single", "cyclic")
 
 
-def deal(global_batch: Sequence[T], *, micro_batch_size: int, dp_rank: int, dp: int) -> tuple[tuple[T, ...], ...]:
+def split_among_ranks(global_batch: Sequence[T], *, micro_batch_size: int, dp_rank: int, dp: int) -> tuple[tuple[T, ...], ...]:
     """The micro-batches of one rank: each run of micro_batch_size * dp samples is dealt out, rank after rank.
 
     As `MegatronPretrainingSampler` of Megatron-LM does it. Returns [num_micro_batches][micro_batch_size] samples.
     Raises ValueError where the global batch is not a multiple of micro_batch_size * dp.
 
-    >>> deal("abcdefgh", micro_batch_size=2, dp_rank=1, dp=2)
+    >>> split_among_ranks("abcdefgh", micro_batch_size=2, dp_rank=1, dp=2)
     (('c', 'd'), ('g', 'h'))
     """
     _positive(micro_batch_size=micro_batch_size, dp=dp)
@@ -45,7 +45,7 @@ def sample_indices(consumed_samples: int, *, style: str, seed: int, num_samples:
     "single": sample 0 to num_samples - 1 in order, once. "cyclic": endless; each epoch is another permutation of all
     samples, drawn from (seed, epoch), and a global batch may run across the border of two, so that none is left out.
 
-    Returns [num_micro_batches][micro_batch_size] indices from 0 to num_samples - 1, cut as `deal` cuts them; empty
+    Returns [num_micro_batches][micro_batch_size] indices from 0 to num_samples - 1, cut as `split_among_ranks` cuts them; empty
     where "single" has no whole global batch left. Raises ValueError for arguments that fit no run.
 
     >>> run = dict(seed=1234, num_samples=10, global_batch_size=4, micro_batch_size=1, dp_rank=1, dp=2)
@@ -63,7 +63,7 @@ def sample_indices(consumed_samples: int, *, style: str, seed: int, num_samples:
         raise ValueError(f"num_samples = {num_samples}: less than one global batch of {global_batch_size}; "
                          'give more data, a smaller global_batch_size, or the sampler "cyclic"')
     end = consumed_samples + global_batch_size
-    share = deal(range(consumed_samples, end), micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp=dp)
+    share = split_among_ranks(range(consumed_samples, end), micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp=dp)
     if style == "single":
         return share if end <= num_samples else ()
     epoch, position = np.divmod(np.asarray(share, dtype=np.uint64), np.uint64(num_samples))

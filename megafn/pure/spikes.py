@@ -18,10 +18,10 @@ def spike_limit(norms: Sequence[float], factor: float | None) -> float:
     return inf if factor is None or len(norms) < LEAST else factor * median(norms)
 
 
-def remembered(norms: Sequence[float], norm: float | None) -> tuple[float, ...]:
+def append_norm(norms: Sequence[float], norm: float | None) -> tuple[float, ...]:
     """The last norms, this one too. A spike counts as well: norms that rise for good are spikes for half a window at most.
 
-    >>> remembered((1.0, 2.0), 3.0), remembered((1.0, 2.0), float("nan"))
+    >>> append_norm((1.0, 2.0), 3.0), append_norm((1.0, 2.0), float("nan"))
     ((1.0, 2.0, 3.0), (1.0, 2.0))
     """
     return tuple(norms) if norm is None or not isfinite(norm) else (*norms, norm)[-WINDOW:]

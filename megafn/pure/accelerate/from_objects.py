@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from megafn.pure.config.problems import ConfigError, Problem, nearest, refusal
+from megafn.pure.config.problems import ConfigError, Problem, config_error, did_you_mean
 from megafn.pure.config.records import DataConfig, ModelConfig
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "swiglu"}
@@ -35,22 +35,22 @@ so the weights would mean something else; choose megatron-bert, which has the or
     config = getattr(model, "config", model)
     kind = getattr(config, "model_type", None)
     if kind == "bert":
-        raise refusal([Problem("model.model_type", kind, "its norms stand behind the residual sum, megatron-core's before it, so "
+        raise config_error([Problem("model.model_type", kind, "its norms stand behind the residual sum, megatron-core's before it, so "
                                "the weights would mean something else; choose megatron-bert, which has the order of megatron-core")])
     if kind not in _MODELS:
-        raise refusal([Problem("model.model_type", kind, "give a Hugging Face config or model of " +
-                               f"{', '.join(_MODELS)}, or a ModelConfig{nearest(str(kind), _MODELS)}")])
+        raise config_error([Problem("model.model_type", kind, "give a Hugging Face config or model of " +
+                               f"{', '.join(_MODELS)}, or a ModelConfig{did_you_mean(str(kind), _MODELS)}")])
     missing = object()
 
     def read(name: str, default: Any = missing) -> Any:
         value = getattr(config, name, default)
         if value is missing:
-            raise refusal([Problem(f"model.{name}", None, f"a {kind} config has it; give one")])
+            raise config_error([Problem(f"model.{name}", None, f"a {kind} config has it; give one")])
         return value
 
     def refuse_unless(name: str, *allowed: Any) -> None:
         if (value := read(name, allowed[0])) not in allowed:
-            raise refusal([Problem(f"model.{name}", value, f"megatron-core's layers have no such thing; only {allowed[0]!r} can be trained")])
+            raise config_error([Problem(f"model.{name}", value, f"megatron-core's layers have no such thing; only {allowed[0]!r} can be trained")])
 
     head = type(model).__name__ if model is not config else ((getattr(config, "architectures", None) or [""])[0] or "")
     found = _MODELS[kind](read, refuse_unless, head)
@@ -59,7 +59,7 @@ so the weights would mean something else; choose megatron-bert, which has the or
 
 def _activation(value: Any) -> str:
     if value not in _ACTIVATIONS:
-        raise refusal([Problem("model's activation", value, f"choose one of {', '.join(_ACTIVATIONS)}")])
+        raise config_error([Problem("model's activation", value, f"choose one of {', '.join(_ACTIVATIONS)}")])
     return _ACTIVATIONS[value]
 
 
@@ -81,7 +81,7 @@ def _llama(read: Callable, refuse_unless: Callable, head: str) -> dict[str, Any]
     refuse_unless("hidden_act", "silu")
     rope = read("rope_parameters", None) or read("rope_scaling", None) or {}          # transformers 5, and 4
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise refusal([Problem("model.rope_scaling", rope, "scaled rotary positions are not built; give a config without them")])
+        raise config_error([Problem("model.rope_scaling", rope, "scaled rotary positions are not built; give a config without them")])
     return dict(family="gpt", num_layers=read("num_hidden_layers"), hidden_size=read("hidden_size"),
                 num_attention_heads=read("num_attention_heads"), num_query_groups=read("num_key_value_heads", None),
                 kv_channels=read("head_dim", None), ffn_hidden_size=read("intermediate_size"), vocab_size=read("vocab_size"),
@@ -101,7 +101,7 @@ def _megatron_bert(read: Callable, refuse_unless: Callable, head: str) -> dict[s
                  hidden_dropout=read("hidden_dropout_prob", 0.1), attention_dropout=read("attention_probs_dropout_prob", 0.1),
                  init_method_std=read("initializer_range", 0.02), bert_binary_head=head.endswith("ForPreTraining"))
     if head not in ("", "MegatronBertModel") and not head.endswith(("ForMaskedLM", "ForPreTraining", "ForSequenceClassification")):
-        raise refusal([Problem("model", head, "this head is not built; give MegatronBertForMaskedLM, ForPreTraining or ForSequenceClassification")])
+        raise config_error([Problem("model", head, "this head is not built; give MegatronBertForMaskedLM, ForPreTraining or ForSequenceClassification")])
     if head.endswith("ForSequenceClassification"):
         found |= dict(num_labels=read("num_labels", 2), problem_type=read("problem_type", None))
     else:
@@ -112,10 +112,10 @@ def _megatron_bert(read: Callable, refuse_unless: Callable, head: str) -> dict[s
 def _t5(read: Callable, refuse_unless: Callable, head: str) -> dict[str, Any]:
     refuse_unless("is_encoder_decoder", True)
     if head not in ("", "T5Model", "T5ForConditionalGeneration"):
-        raise refusal([Problem("model", head, "this head is not built; give T5ForConditionalGeneration")])
+        raise config_error([Problem("model", head, "this head is not built; give T5ForConditionalGeneration")])
     activation, start = read("feed_forward_proj", "relu"), read("decoder_start_token_id", None)
     if activation not in _T5_ACTIVATIONS:
-        raise refusal([Problem("model.feed_forward_proj", activation, f"choose one of {', '.join(_T5_ACTIVATIONS)}")])
+        raise config_error([Problem("model.feed_forward_proj", activation, f"choose one of {', '.join(_T5_ACTIVATIONS)}")])
     return dict(family="t5", num_layers=read("num_layers"), num_decoder_layers=read("num_decoder_layers", None) or read("num_layers"),
                 hidden_size=read("d_model"), num_attention_heads=read("num_heads"), kv_channels=read("d_kv"), ffn_hidden_size=read("d_ff"),
                 vocab_size=read("vocab_size"), max_position_embeddings=read("n_positions", 512), position_embedding="relative",
@@ -141,23 +141,23 @@ def optimizer_fields(optimizer: Any) -> dict[str, Any]:
     name, groups = type(optimizer).__name__, getattr(optimizer, "param_groups", None) or []
     kinds = {"adamw": "adam", "adam": "adam", "fusedadam": "adam", "sgd": "sgd"}
     if name.lower() not in kinds or not groups:
-        raise refusal([Problem("optimizer", name, "give torch.optim.AdamW, Adam or SGD, whose settings megatron-core's optimizer takes over")])
+        raise config_error([Problem("optimizer", name, "give torch.optim.AdamW, Adam or SGD, whose settings megatron-core's optimizer takes over")])
 
     def one(key: str) -> Any:
         values = {group.get(key) for group in groups}
         if len(values) > 1:
             remedy = "use scale_lr_cond and lr_mult" if key == "lr" else "give them all one"
-            raise refusal([Problem(f"optimizer.{key}", tuple(sorted(values)), f"its parameter groups differ; {remedy}")])
+            raise config_error([Problem(f"optimizer.{key}", tuple(sorted(values)), f"its parameter groups differ; {remedy}")])
         return values.pop()
 
     for key in ("amsgrad", "maximize", "nesterov", "dampening"):
         if one(key):
-            raise refusal([Problem(f"optimizer.{key}", one(key), "megatron-core's optimizer does not have it; leave it out")])
+            raise config_error([Problem(f"optimizer.{key}", one(key), "megatron-core's optimizer does not have it; leave it out")])
     decays = sorted({float(group.get("weight_decay", 0.0)) for group in groups} - {0.0})
     if len(decays) > 1:
-        raise refusal([Problem("optimizer.weight_decay", tuple(decays), "one value and 0 are all that its parameter groups may have")])
+        raise config_error([Problem("optimizer.weight_decay", tuple(decays), "one value and 0 are all that its parameter groups may have")])
     if name.lower() == "adam" and decays and not one("decoupled_weight_decay"):
-        raise refusal([Problem("optimizer.weight_decay", decays[0], "torch's Adam adds it to the gradient, megafn decouples it; "
+        raise config_error([Problem("optimizer.weight_decay", decays[0], "torch's Adam adds it to the gradient, megafn decouples it; "
                                "use AdamW, or Adam without it")])
     found = {"optimizer.name": kinds[name.lower()], "schedule.lr": float(one("initial_lr") or one("lr")),
              "schedule.weight_decay": decays[0] if decays else 0.0}
@@ -189,7 +189,7 @@ def scheduler_fields(scheduler: Any, micro_batch_size: int) -> dict[str, Any]:
     styles = {f"_get_{style}_schedule_with_warmup_lr_lambda": style for style in ("linear", "cosine", "constant")}
     style = styles.get(getattr(getattr(function, "func", None), "__name__", None))
     if style is None or steps.get("num_cycles", 0.5) != 0.5:
-        raise refusal([Problem("scheduler", name, "its steps cannot be read; give an object with total_num_steps and warmup_num_steps, "
+        raise config_error([Problem("scheduler", name, "its steps cannot be read; give an object with total_num_steps and warmup_num_steps, "
                                "a linear, cosine or constant scheduler of transformers, or CosineAnnealingLR; or say it with "
                                "lr_decay_style, lr_decay_iters and lr_warmup_iters")])
     found = {"schedule.decay": style}
@@ -237,4 +237,4 @@ def weights(text: str | Iterable[float]) -> tuple[float, ...]:
     try:
         return tuple(map(float, text.split(",") if isinstance(text, str) else text))
     except (TypeError, ValueError):
-        raise refusal([Problem("split", text, 'give three weights, such as "969, 30, 1"')]) from None
+        raise config_error([Problem("split", text, 'give three weights, such as "969, 30, 1"')]) from None

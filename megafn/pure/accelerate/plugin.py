@@ -12,8 +12,8 @@ from megafn.pure.accelerate.from_objects import loader_fields, model_fields, opt
 from megafn.pure.accelerate.megatron_names import MEGATRON
 from megafn.pure.accelerate.plugin_fields import SAME, PluginFields
 from megafn.pure.config import records as configs
-from megafn.pure.config.field_types import fits, said
-from megafn.pure.config.problems import ConfigError, Problem, nearest, refusal
+from megafn.pure.config.field_types import has_type, type_in_words
+from megafn.pure.config.problems import ConfigError, Problem, config_error, did_you_mean
 from megafn.pure.config.records import DataConfig, TrainConfig
 from megafn.pure.validation.validate import validate
 
@@ -71,7 +71,7 @@ def from_plugin(*, model: Any, optimizer: Any = None, scheduler: Any = None, dat
     given = {name: value for name, value in fields.items() if value is not None}
     _check_types(found, given, dict(lr=lr, weight_decay=weight_decay, micro_batch_size=micro_batch_size, data=data, seed=seed, world_size=world_size))
     if found.problems:
-        raise refusal(found.problems)
+        raise config_error(found.problems)
     plugin = PluginFields(**given)
     if world_size is None:
         world_size = _whole("WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
@@ -108,11 +108,11 @@ def from_plugin(*, model: Any, optimizer: Any = None, scheduler: Any = None, dat
     elif {"train_iters", "train_samples"} <= found.values.keys():
         found.refuse("train_samples", plugin.train_samples, f"train_iters = {plugin.train_iters} says how long the run is; give one of the two")
     if found.problems:
-        raise refusal(found.problems)
+        raise config_error(found.problems)
     made = _config(found.values)
     problems = validate(made, world_size)
     if problems:
-        raise refusal(Problem(found.by.get(one.field, one.field), one.value, one.remedy) for one in problems)
+        raise config_error(Problem(found.by.get(one.field, one.field), one.value, one.remedy) for one in problems)
     return made
 
 
@@ -124,22 +124,22 @@ def _whole(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise refusal([Problem(name, text, "give an integer")]) from None
+        raise config_error([Problem(name, text, "give an integer")]) from None
 
 
 def _check_types(found: _Fields, given: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     kinds = get_type_hints(PluginFields)
     for name, value in given.items():
         if name not in kinds:
-            found.refuse(name, value, f"there is no such field{nearest(name, [*kinds, *others])}")
-        elif not fits(value, kinds[name]):
-            found.refuse(name, value, f"give {said(kinds[name])}")
+            found.refuse(name, value, f"there is no such field{did_you_mean(name, [*kinds, *others])}")
+        elif not has_type(value, kinds[name]):
+            found.refuse(name, value, f"give {type_in_words(kinds[name])}")
     others_kinds = {"lr": float, "weight_decay": float, "micro_batch_size": int, "data": DataConfig, "seed": int, "world_size": int}
     for name, value in others.items():
-        if value is not None and not fits(value, others_kinds[name]):
-            found.refuse(name, value, f"give {said(others_kinds[name])}")
+        if value is not None and not has_type(value, others_kinds[name]):
+            found.refuse(name, value, f"give {type_in_words(others_kinds[name])}")
     samples = given.get("consumed_samples", (0, 0, 0))
-    if not fits(_plain(samples), tuple[int, int, int]):
+    if not has_type(_plain(samples), tuple[int, int, int]):
         found.refuse("consumed_samples", samples, "give three integers: samples of train, valid and test")
     for name in ("custom_train_step_kwargs", "other_megatron_args"):
         if name in given and not (isinstance(given[name], Mapping) and all(isinstance(key, str) for key in given[name])):
@@ -225,7 +225,7 @@ def _others(found: _Fields, plugin: PluginFields) -> None:
         by = f"other_megatron_args[{name!r}]"
         if name not in MEGATRON:
             hint = "it is a field of the plugin; give it there" if name in own or name in ("lr", "weight_decay", "micro_batch_size") else \
-                f"there is no such argument{nearest(name, MEGATRON) or ', or it has no meaning in megafn'}"
+                f"there is no such argument{did_you_mean(name, MEGATRON) or ', or it has no meaning in megafn'}"
             found.refuse(by, value, hint)
             continue
         path, convert = MEGATRON[name]
@@ -242,8 +242,8 @@ def _others(found: _Fields, plugin: PluginFields) -> None:
             found.refuse(by, value, "give a value that Megatron-LM's argument takes")
             continue
         kind = get_type_hints(_SECTIONS[section] if section else TrainConfig)[field]
-        if value is None or not fits(value, kind):
-            found.refuse(by, value, f"give {said(kind)}")
+        if value is None or not has_type(value, kind):
+            found.refuse(by, value, f"give {type_in_words(kind)}")
         elif section == "data":
             found.values["data"] = attrs.evolve(found.values["data"], **{field: value})
         else:

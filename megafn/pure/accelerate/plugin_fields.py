@@ -10,8 +10,8 @@ from typing import Any
 
 from attrs import frozen
 
-from megafn.pure.config.field_types import said
-from megafn.pure.config.problems import Problem, nearest, refusal
+from megafn.pure.config.field_types import type_in_words
+from megafn.pure.config.problems import Problem, config_error, did_you_mean
 
 
 @frozen(kw_only=True)
@@ -94,13 +94,13 @@ def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
             continue
         key = name.removeprefix("MEGATRON_LM_")
         if key not in _ENVIRONMENT:
-            problems.append(Problem(name, text, f"there is no such variable{nearest(name, [f'MEGATRON_LM_{known}' for known in _ENVIRONMENT])}"))
+            problems.append(Problem(name, text, f"there is no such variable{did_you_mean(name, [f'MEGATRON_LM_{known}' for known in _ENVIRONMENT])}"))
             continue
         kind, word = _ENVIRONMENT[key], text.strip().lower()
         try:
             found[key.lower()] = _BOOLS[word] if kind is bool else kind(word)
         except (ValueError, KeyError):
-            problems.append(Problem(name, text, f"give {said(kind)}"))
+            problems.append(Problem(name, text, f"give {type_in_words(kind)}"))
     if problems:
-        raise refusal(problems)
+        raise config_error(problems)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megafn.pure.config.field_types import leaves
+from megafn.pure.config.field_types import all_fields
 from megafn.pure.config.problems import Problem
 from megafn.pure.config.records import TrainConfig
 
@@ -33,13 +33,13 @@ def resume_problems(saved: TrainConfig, config: TrainConfig, iteration: int) -> 
     return tuple(problems)
 
 
-def other_course(saved: TrainConfig, config: TrainConfig) -> tuple[Problem, ...]:
+def schedule_changes(saved: TrainConfig, config: TrainConfig) -> tuple[Problem, ...]:
     """What may change when a run goes on and makes its steps others: schedule, optimizer, precision, length.
 
     >>> from megafn.pure.config.records import ModelConfig
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
     >>> runs = [TrainConfig(model=model, micro_batch_size=2, global_batch_size=16, train_iters=n) for n in (9, 12)]
-    >>> print(*other_course(*runs))
+    >>> print(*schedule_changes(*runs))
     train_iters = 12: the checkpoint was written with 9
     """
     return tuple(Problem(path, now, f"the checkpoint was written with {before!r}") for path, before, now in _changes(saved, config)
@@ -48,8 +48,8 @@ def other_course(saved: TrainConfig, config: TrainConfig) -> tuple[Problem, ...]
 
 def _changes(saved: TrainConfig, config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
     """(dotted path, value then, value now) of each field that both have and that differs, in the order of `config`."""
-    before = {path: value for path, value, _ in leaves(saved)}
-    for path, now, _ in leaves(config):
+    before = {path: value for path, value, _ in all_fields(saved)}
+    for path, now, _ in all_fields(config):
         if path in before and now != before[path]:
             yield path, before[path], now
 

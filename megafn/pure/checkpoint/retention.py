@@ -4,11 +4,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def kept(iterations: Iterable[int], *, keep_last: int, keep_every: int | None) -> frozenset[int]:
+def iterations_to_keep(iterations: Iterable[int], *, keep_last: int, keep_every: int | None) -> frozenset[int]:
     """Of the iterations that have a complete checkpoint, those to keep: the last `keep_last` (0: all of them), and every
     multiple of `keep_every`. The newest is always among them.
 
-    >>> sorted(kept([10, 20, 30, 40, 50], keep_last=2, keep_every=20))
+    >>> sorted(iterations_to_keep([10, 20, 30, 40, 50], keep_last=2, keep_every=20))
     [20, 40, 50]
     """
     ordered = sorted(iterations)

@@ -9,14 +9,14 @@ from megafn.pure.checkpoint.boxes import Box, Index
 Holding = tuple[str, Index, Box, int]          # tensor, its whole shape, a box of it, bytes of that
 
 
-def share_out(ranks: Sequence[tuple[int, Sequence[Holding]]]) -> dict[str, tuple[Index, list[tuple[Box, int]]]]:
+def plan_writes(ranks: Sequence[tuple[int, Sequence[Holding]]]) -> dict[str, tuple[Index, list[tuple[Box, int]]]]:
     """Of each tensor its whole shape and who writes which box: (pipeline stage, what it holds) of every rank in, and every element once out.
 
     Of a tensor that several stages hold (a tied table) the first stage's copy is written. Of equal boxes one rank writes one: that with the
     fewest bytes so far, so that replicas share the work. Raises ValueError where boxes do not cover a tensor exactly.
 
     >>> half = [("table", (4, 2), ((0, 0), (2, 2)), 16)], [("table", (4, 2), ((2, 0), (2, 2)), 16)]
-    >>> share_out([(0, half[0]), (0, half[1]), (0, half[0]), (1, half[1])])
+    >>> plan_writes([(0, half[0]), (0, half[1]), (0, half[0]), (1, half[1])])
     {'table': ((4, 2), [(((0, 0), (2, 2)), 0), (((2, 0), (2, 2)), 1)])}
     """
     first: dict[str, int] = {}

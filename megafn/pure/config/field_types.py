@@ -8,44 +8,44 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import attrs
 
 
-def leaves(config: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
+def all_fields(config: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted path, value, type) of every field of a config, sections included; one that has a wrong type is not entered."""
     kinds = get_type_hints(type(config))
     for attribute in attrs.fields(type(config)):
         value, kind = getattr(config, attribute.name), kinds[attribute.name]
         yield at + attribute.name, value, kind
-        if attrs.has(type(value)) and fits(value, kind):
-            yield from leaves(value, f"{at}{attribute.name}.")
+        if attrs.has(type(value)) and has_type(value, kind):
+            yield from all_fields(value, f"{at}{attribute.name}.")
 
 
-def fits(value: Any, kind: Any) -> bool:
+def has_type(value: Any, kind: Any) -> bool:
     """Whether a value is of a field's type. An int will do for a float, a bool for no number; an int has 64 bits, as in TOML.
 
-    >>> fits(3, float), fits(True, int), fits(("a", "b"), tuple[str, ...] | None)
+    >>> has_type(3, float), has_type(True, int), has_type(("a", "b"), tuple[str, ...] | None)
     (True, False, True)
     """
     arms = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
-        return any(fits(value, arm) for arm in arms)
+        return any(has_type(value, arm) for arm in arms)
     if get_origin(kind) is tuple:
         if not isinstance(value, tuple):
             return False
-        return all(fits(item, arms[0]) for item in value) if arms[-1] is Ellipsis else \
-            len(value) == len(arms) and all(map(fits, value, arms))
+        return all(has_type(item, arms[0]) for item in value) if arms[-1] is Ellipsis else \
+            len(value) == len(arms) and all(map(has_type, value, arms))
     if isinstance(value, int) and kind in (int, float):
         return not isinstance(value, bool) and -2**63 <= value < 2**63
     return isinstance(value, kind)
 
 
-def said(kind: Any) -> str:
+def type_in_words(kind: Any) -> str:
     """A field's type in words.
 
-    >>> said(str | tuple[tuple[float, str], ...] | None)
+    >>> type_in_words(str | tuple[tuple[float, str], ...] | None)
     'a string or an array (tuple) of [number, string] pairs, or leave it out'
     """
     arms = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
-        words = " or ".join(said(arm) for arm in arms if arm is not NoneType)
+        words = " or ".join(type_in_words(arm) for arm in arms if arm is not NoneType)
         return f"{words}, or leave it out" if NoneType in arms else words
     if kind is Callable:
         return "a function, in code"

@@ -32,16 +32,16 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def refusal(problems: Iterable[Problem | str]) -> ConfigError:
+def config_error(problems: Iterable[Problem | str]) -> ConfigError:
     """The error that tells of all problems, one a line."""
     lines = [str(problem) for problem in problems]
     return ConfigError(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """The end of a sentence that proposes the name most like `name`; empty where none is like it.
 
-    >>> nearest("GTP", ["gpt", "bert"])
+    >>> did_you_mean("GTP", ["gpt", "bert"])
     '; did you mean "gpt"?'
     """
     lower = {candidate.lower(): candidate for candidate in names}

@@ -227,7 +227,7 @@ class TrainConfig:
     return_logits: str | None = None           # in `Metrics.logits`, on the "last_stage" or "every_stage" of the pipeline
     # Functions of one's own, which `train` and `setup` use where they are not given others; no file holds them.
     step_function: Callable | None = None      # (config) -> Step, or an object with the three methods of accelerate's train steps
-    model_function: Callable | None = None     # builds one model chunk: takes and returns what `build_stage` does
+    model_function: Callable | None = None     # builds one model chunk: takes and returns what `build_chunk` does
     prepare_model: Callable | None = None      # (a function without arguments that builds the chunk) -> the chunk, made ready
     seed: int = 1234
     stop_after_skipped: int = 10               # updates left out in a row, for NaN, infinity or a spike, that end the run; 0: none do

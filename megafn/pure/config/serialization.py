@@ -14,8 +14,8 @@ import tomli_w
 from cattrs import AttributeValidationNote, ClassValidationError, Converter, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
 
-from megafn.pure.config.field_types import fits, said
-from megafn.pure.config.problems import ConfigError, Problem, nearest, refusal
+from megafn.pure.config.field_types import has_type, type_in_words
+from megafn.pure.config.problems import ConfigError, Problem, config_error, did_you_mean
 from megafn.pure.config.records import TrainConfig
 
 
@@ -39,20 +39,20 @@ def to_dict(config: Any) -> dict[str, Any]:
             if not isinstance(value, str) or not any("\ud800" <= letter <= "\udfff" for letter in value):
                 return value
             kind = "string that is no Unicode"
-        raise refusal([Problem(at, value, f"a {kind} cannot be written to a file; leave it out and set it in code")])
+        raise config_error([Problem(at, value, f"a {kind} cannot be written to a file; leave it out and set it in code")])
 
     return plain(config, "")
 
 
-def savable(config: Any) -> Any:
+def without_functions(config: Any) -> Any:
     """The same config without what no file can hold: functions are None.
 
     >>> from megafn.pure.config.records import OptimizerConfig
-    >>> savable(OptimizerConfig(lr_mult=0.5, lr_scale_cond=lambda name, parameter: "bias" in name)).lr_scale_cond is None
+    >>> without_functions(OptimizerConfig(lr_mult=0.5, lr_scale_cond=lambda name, parameter: "bias" in name)).lr_scale_cond is None
     True
     """
     values = {a.name: getattr(config, a.name) for a in attrs.fields(type(config))}
-    changed = {name: savable(value) if attrs.has(type(value)) else None for name, value in values.items() if attrs.has(type(value)) or callable(value)}
+    changed = {name: without_functions(value) if attrs.has(type(value)) else None for name, value in values.items() if attrs.has(type(value)) or callable(value)}
     return attrs.evolve(config, **changed)
 
 
@@ -75,7 +75,7 @@ def from_dict(mapping: Mapping[str, Any], cls: type = TrainConfig) -> Any:
     try:
         return _converter().structure(mapping, cls)
     except (ClassValidationError, _Misfit) as error:
-        raise refusal(_without_echoes(list(_told(error, mapping, cls, "")))) from None
+        raise config_error(_without_echoes(list(_problems_in(error, mapping, cls, "")))) from None
 
 
 def load_config(path: str | os.PathLike[str]) -> TrainConfig:
@@ -155,7 +155,7 @@ def _converter() -> Converter:
 
     def leaf(value: Any, kind: Any) -> Any:
         frozen = _tupled(value)
-        if not fits(frozen, kind):
+        if not has_type(frozen, kind):
             raise _Misfit(value, kind)
         return frozen
 
@@ -170,18 +170,18 @@ def _tupled(value: Any) -> Any:
     return tuple(map(_tupled, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _told(error: Exception, mapping: Any, root: type, at: str) -> Iterator[Problem | str]:
+def _problems_in(error: Exception, mapping: Any, root: type, at: str) -> Iterator[Problem | str]:
     """cattrs's tree of errors below `at`, as a flat list in the order of the fields."""
     if isinstance(error, _Misfit):
-        yield Problem(at or "config", error.value, f"give {said(error.kind)}")
+        yield Problem(at or "config", error.value, f"give {type_in_words(error.kind)}")
     elif isinstance(error, KeyError):
-        yield f"{at} is missing: give {said(dict(_fields(root))[at])}"
+        yield f"{at} is missing: give {type_in_words(dict(_fields(root))[at])}"
     elif isinstance(error, ForbiddenExtraKeysError):
         own, everywhere = [a.name for a in attrs.fields(error.cl)], dict(_fields(root))
         for key in sorted(error.extra_fields, key=str):
             path = f"{at}.{key}" if at else str(key)
             moved = [known for known in everywhere if known.endswith(f".{key}")]
-            hint = f'; did you mean "{moved[0]}"?' if moved else nearest(str(key), own) or _choice(own)
+            hint = f'; did you mean "{moved[0]}"?' if moved else did_you_mean(str(key), own) or _choice(own)
             if path == "parallel.dp":
                 hint = "; data parallelism is what the number of processes leaves over: world_size / (tp * pp * cp)"
             yield Problem(path, mapping[key], f"there is no such field{hint}")
@@ -189,9 +189,9 @@ def _told(error: Exception, mapping: Any, root: type, at: str) -> Iterator[Probl
         for inner in error.exceptions:
             name = next((note.name for note in getattr(inner, "__notes__", ()) if isinstance(note, AttributeValidationNote)), None)
             if name is None:
-                yield from _told(inner, mapping, root, at)
+                yield from _problems_in(inner, mapping, root, at)
             else:
-                yield from _told(inner, mapping.get(name), root, f"{at}.{name}" if at else name)
+                yield from _problems_in(inner, mapping.get(name), root, f"{at}.{name}" if at else name)
 
 
 def _choice(names: list[str], most: int = 12) -> str:

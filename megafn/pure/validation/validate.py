@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import attrs
 
-from megafn.pure.config.field_types import fits, leaves, said
-from megafn.pure.config.problems import Problem, nearest, refusal
+from megafn.pure.config.field_types import all_fields, has_type, type_in_words
+from megafn.pure.config.problems import Problem, config_error, did_you_mean
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.schedule import schedule_problems
 from megafn.pure.validation.rules import CHOICES, DEAD, RANGES, RULES
@@ -30,13 +30,13 @@ def validate(config: TrainConfig, world_size: int, *, cuda: bool | None = None) 
     """
     if not isinstance(config, TrainConfig):
         return (Problem("config", config, "give a TrainConfig"),)
-    fields = (*leaves(config), ("world_size", world_size, int))
-    problems = [Problem(path, value, f"give {said(kind)}") for path, value, kind in fields if not fits(value, kind)]
+    fields = (*all_fields(config), ("world_size", world_size, int))
+    problems = [Problem(path, value, f"give {type_in_words(kind)}") for path, value, kind in fields if not has_type(value, kind)]
     ill_typed = {problem.field for problem in problems}
     values = {path: value for path, value, _ in fields if path not in ill_typed}
 
     given = {path: value for path, value in values.items() if value is not None}
-    problems += [Problem(path, given[path], f"choose one of {', '.join(names)}{nearest(given[path], names)}")
+    problems += [Problem(path, given[path], f"choose one of {', '.join(names)}{did_you_mean(given[path], names)}")
                  for path, names in CHOICES.items() if path in given and given[path] not in names]
     problems += [Problem(path, given[path], remedy)
                  for paths, fine, remedy in RANGES for path in paths.split() if path in given and not fine(given[path])]
@@ -67,7 +67,7 @@ def check(config: TrainConfig, world_size: int, *, cuda: bool | None = None) -> 
     megafn.pure.config.problems.ConfigError: global_batch_size = 5: micro_batch_size * dp = 2 * 1 must divide it; choose a multiple of 2
     """
     if problems := validate(config, world_size, cuda=cuda):
-        raise refusal(problems)
+        raise config_error(problems)
 
 
 def _default(config: TrainConfig, path: str) -> object:

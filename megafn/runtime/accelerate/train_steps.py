@@ -20,10 +20,10 @@ METHODS = {"get_batch": "get_batch_func", "loss_func": "get_loss_func", "forward
 
 def step_of(config: TrainConfig) -> Step:
     """The step of a config: what its `step_function` makes, or its family's."""
-    return step_fn(config.model.family) if config.step_function is None else made_step(config.step_function(config), config)
+    return step_fn(config.model.family) if config.step_function is None else step_from_object(config.step_function(config), config)
 
 
-def made_step(made: Any, config: TrainConfig) -> Step:
+def step_from_object(made: Any, config: TrainConfig) -> Step:
     """The Step that a config's `step_function` made: a Step as it is, or one of an object with accelerate's three methods.
 
     The methods are called once, with those of (megatron_dataset_flag, accelerator = None) that they name, and what they

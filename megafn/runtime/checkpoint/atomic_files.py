@@ -20,7 +20,7 @@ class CheckpointError(ValueError):
     """A checkpoint that is not there, is damaged or could not be written; the message names the file."""
 
 
-def write(path: Path, *data: bytes) -> str:
+def write_file(path: Path, *data: bytes) -> str:
     """Write a new file and flush it to disk; its sha256."""
     return _write(path, iter(data))
 
@@ -68,7 +68,7 @@ def sync_folder(folder: Path) -> None:
 
 def publish(aside: Path, folder: Path, sums: Mapping[str, str]) -> None:
     """Give a finished folder its name: from then on it is there, whole. sums: the sha256 of each of its files."""
-    write(aside / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
+    write_file(aside / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
     sync_folder(aside)
     os.rename(aside, folder)
     sync_folder(folder.parent)
@@ -85,7 +85,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     return {name: digest for digest, name in (line.split("  ") for line in text.splitlines())}
 
 
-def damage(path: Path, digest: str | None) -> str | None:
+def find_damage(path: Path, digest: str | None) -> str | None:
     """What is wrong with a file whose sha256 should be `digest`, in words; None: nothing."""
     try:
         with open(path, "rb") as file:

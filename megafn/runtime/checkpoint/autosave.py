@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megafn.pure.checkpoint.retention import kept
+from megafn.pure.checkpoint.retention import iterations_to_keep
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
-from megafn.runtime.checkpoint.checkpoint import Saving, begin, checkpoints, finish
+from megafn.runtime.checkpoint.checkpoint import Saving, begin_save, checkpoints, finish_save
 from megafn.runtime.checkpoint.state_boxes import check_buffers
 from megafn.runtime.data.same_batches import first_sample
-from megafn.runtime.metrics.sinks import say
+from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.model.state import State
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)          # Slurm's, and torchrun's
@@ -39,7 +39,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)          # Slurm's, and torchrun's
 
 
 @contextlib.contextmanager
-def open_saver(state: State) -> Iterator[Callable[..., None]]:
+def open_autosave(state: State) -> Iterator[Callable[..., None]]:
     """`keep(state, batch)`, to be called by every rank after each iteration, and once more with `ended=True` behind the last.
 
     It saves where the interval says so and, once a rank was sent SIGTERM or SIGUSR1, on every rank: that raises SystemExit(0).
@@ -62,7 +62,7 @@ def open_saver(state: State) -> Iterator[Callable[..., None]]:
                 warnings.warn(f"no checkpoint was written: {error}; training goes on, the checkpoints before are whole", stacklevel=5)
 
     def complete(last_chance: bool = False) -> None:
-        if saving and attempt(lambda: finish(saving.pop()), last_chance) and pg.is_rank_zero:
+        if saving and attempt(lambda: finish_save(saving.pop()), last_chance) and pg.is_rank_zero:
             _forget(Path(settings.directory), settings.keep_last, settings.keep_every)
 
     def keep(state: State, batch: Any = None, *, ended: bool = False) -> None:
@@ -77,7 +77,7 @@ def open_saver(state: State) -> Iterator[Callable[..., None]]:
             complete()
         if (leave or ended or settings.interval and state.iteration % settings.interval == 0) and state.iteration != newest:
             complete()                                                  # waits for the one before
-            begun = attempt(lambda: begin(state, settings.directory, asynchronous=settings.asynchronous and not (leave or ended),
+            begun = attempt(lambda: begin_save(state, settings.directory, asynchronous=settings.asynchronous and not (leave or ended),
                                           last_sample=first_sample(sample) if sample is not None else None), leave)
             if begun:
                 saving.append(begun)
@@ -85,7 +85,7 @@ def open_saver(state: State) -> Iterator[Callable[..., None]]:
         if leave or ended or not settings.asynchronous:
             complete(leave)
         if leave:
-            say(f"{signal.Signals(number).name}: iteration {newest} is saved in {settings.directory}; the same command goes on from there", state.config, pg)
+            print_on_rank_zero(f"{signal.Signals(number).name}: iteration {newest} is saved in {settings.directory}; the same command goes on from there", state.config, pg)
             dist.barrier(group=pg.world)                                # nobody leaves while another still listens to it
             raise SystemExit(0)
 
@@ -115,7 +115,7 @@ def _signals() -> Iterator[list[int]]:
 def _forget(directory: Path, keep_last: int, keep_every: int | None) -> None:
     """Delete the checkpoints that are not to be kept; each loses its name first, so that half of one never passes for a whole one."""
     found = checkpoints(directory)
-    for iteration in found.keys() - kept(found, keep_last=keep_last, keep_every=keep_every):
+    for iteration in found.keys() - iterations_to_keep(found, keep_last=keep_last, keep_every=keep_every):
         path = found[iteration]
         gone = path.with_name(f".removing-{path.name}")
         try:

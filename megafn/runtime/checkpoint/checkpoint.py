@@ -42,15 +42,15 @@ from safetensors import SafetensorError, safe_open
 from megafn import __version__
 from megafn.pure.checkpoint.boxes import overlap
 from megafn.pure.checkpoint.compatibility import resume_problems
-from megafn.pure.checkpoint.write_plan import share_out
-from megafn.pure.config.problems import refusal
-from megafn.pure.config.serialization import from_dict, savable, to_dict
-from megafn.runtime.checkpoint.atomic_files import CheckpointError, damage, publish, read_sums, sync_folder, write, write_tensors
-from megafn.runtime.checkpoint.state_boxes import check_buffers, fill, optimizer_step, pieces
+from megafn.pure.checkpoint.write_plan import plan_writes
+from megafn.pure.config.problems import config_error
+from megafn.pure.config.serialization import from_dict, to_dict, without_functions
+from megafn.runtime.checkpoint.atomic_files import CheckpointError, find_damage, publish, read_sums, sync_folder, write_file, write_tensors
+from megafn.runtime.checkpoint.state_boxes import adam_step, check_buffers, fill_state, state_boxes
 from megafn.runtime.model.optimizer import chained
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel.groups import ProcessGroups
-from megafn.runtime.parallel.object_collectives import everyones, told
+from megafn.runtime.parallel.object_collectives import broadcast_from_rank_zero, gather_from_all_ranks
 
 MANIFEST, FORMAT, _NAME = "manifest.json", 1, re.compile(r"iteration-(\d+)")
 
@@ -85,17 +85,17 @@ def save(state: State, directory: str | Path) -> Path:
     Raises CheckpointError, on every rank, where it cannot be written or one of this iteration is there already; what was
     there before stays as it was.
     """
-    return finish(begin(state, directory))
+    return finish_save(begin_save(state, directory))
 
 
-def begin(state: State, directory: str | Path, *, asynchronous: bool = False, last_sample: int | None = None) -> Saving:
+def begin_save(state: State, directory: str | Path, *, asynchronous: bool = False, last_sample: int | None = None) -> Saving:
     """The first half of `save`; every rank calls it. Asynchronous: the tensors are copied now and written by a thread."""
     pg, directory = state.pg, Path(directory)
     check_buffers(state)
     folder = directory / f"iteration-{state.iteration:08d}"
     mine, manifest = _plan(state, f"saving {folder}")
     manifest["last_sample"] = last_sample
-    aside = told(_make_room(folder) if pg.is_rank_zero else None, pg, during=f"saving {folder}")
+    aside = broadcast_from_rank_zero(_make_room(folder) if pg.is_rank_zero else None, pg, during=f"saving {folder}")
     if isinstance(aside, str):
         raise CheckpointError(aside)
     file = aside / _file(pg.rank)
@@ -108,25 +108,25 @@ def begin(state: State, directory: str | Path, *, asynchronous: bool = False, la
     return Saving(pg=pg, folder=folder, aside=aside, manifest=manifest, written=written)
 
 
-def finish(saving: Saving) -> Path:
+def finish_save(saving: Saving) -> Path:
     """The second half of `save`: waits until every rank has written, then gives the checkpoint its name. Every rank calls it."""
     pg, during = saving.pg, f"saving {saving.folder}"
     try:
         mine = saving.written.result(pg.timeout_seconds)
     except TimeoutError:
         raise RuntimeError(f"{during}: rank {pg.rank} hangs: it has not written its file in timeout_seconds = {pg.timeout_seconds:g}") from None
-    results = everyones(mine, pg, during=during)
+    results = gather_from_all_ranks(mine, pg, during=during)
     problem = next((result for result in results if isinstance(result, str)), None)
     if pg.is_rank_zero and problem is None:
         files = {name: told_of for result in results for name, told_of in result.items()}
         manifest = {**saving.manifest, "files": {name: size for name, (size, _) in files.items()}}
         try:
             sums = {name: digest for name, (_, digest) in files.items()}
-            sums[MANIFEST] = write(saving.aside / MANIFEST, json.dumps(manifest).encode())
+            sums[MANIFEST] = write_file(saving.aside / MANIFEST, json.dumps(manifest).encode())
             publish(saving.aside, saving.folder, sums)
         except OSError as error:
             problem = f"{saving.folder} could not be written: {error}"
-    problem = told(problem, pg, during=during)
+    problem = broadcast_from_rank_zero(problem, pg, during=during)
     if problem is not None:
         if pg.is_rank_zero:
             shutil.rmtree(saving.aside, ignore_errors=True)
@@ -182,14 +182,14 @@ def _grad_scalers(state: State) -> Iterator[Any]:
 def _plan(state: State, during: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What this rank writes, and the manifest."""
     pg, found = state.pg, {}
-    for piece in pieces(state):
+    for piece in state_boxes(state):
         found.setdefault(_key(piece.tensor, piece.box[0]), piece)
     listing = [(piece.tensor, piece.shape, piece.box, piece.view.numel() * piece.view.element_size()) for piece in found.values()]
-    stages, steps, listings = zip(*everyones((pg.place.pp, optimizer_step(state), listing), pg, during=during))
+    stages, steps, listings = zip(*gather_from_all_ranks((pg.place.pp, adam_step(state), listing), pg, during=during))
     if len(set(steps) - {None}) > 1:
         raise RuntimeError(f"optimizer steps by rank = {steps}: one number was expected")
 
-    shared = share_out(list(zip(stages, listings)))
+    shared = plan_writes(list(zip(stages, listings)))
     tensors = {name: {"shape": shape, "pieces": [[_file(writer), *box] for box, writer in written]} for name, (shape, written) in shared.items()}
     mine = {_key(name, box[0]): found[_key(name, box[0])].view for name, (_, written) in shared.items() for box, writer in written if writer == pg.rank}
     scaler = next(_grad_scalers(state), None)
@@ -198,7 +198,7 @@ def _plan(state: State, during: str) -> tuple[dict[str, torch.Tensor], dict[str,
         "iteration": state.iteration, "consumed_samples": state.consumed_samples, "skipped_samples": state.skipped_samples,
         "grad_norms": state.grad_norms, "optimizer_step": next((step for step in steps if step is not None), None),
         "grad_scaler": {key: float(value) for key, value in scaler.state_dict().items()} if scaler else None,
-        "world_size": pg.world_size, "config": to_dict(savable(state.config)), "tensors": tensors}
+        "world_size": pg.world_size, "config": to_dict(without_functions(state.config)), "tensors": tensors}
 
 
 # --------------------------------------------------------------------------------------------------------- loading
@@ -210,24 +210,24 @@ def load(state: State, directory: str | Path) -> State:
     layout. Nothing in it is executed. Raises CheckpointError naming the file that is missing or altered, before the state is
     touched, and ConfigError naming the field where the config is of another model or other data.
     """
-    return read(state, directory)[0]
+    return read_checkpoint(state, directory)[0]
 
 
-def read(state: State, directory: str | Path) -> tuple[State, dict[str, Any]]:
+def read_checkpoint(state: State, directory: str | Path) -> tuple[State, dict[str, Any]]:
     """What `load` returns, and the manifest."""
-    pg, path = state.pg, told(_checkpoint_at(Path(directory)) if state.pg.is_rank_zero else None, state.pg)
+    pg, path = state.pg, broadcast_from_rank_zero(_checkpoint_at(Path(directory)) if state.pg.is_rank_zero else None, state.pg)
     if path is None:
         raise CheckpointError(f"{directory} holds no complete checkpoint; name a folder that `save` wrote, or the one above it")
     manifest = _read_manifest(path, pg)
     if problems := resume_problems(from_dict(manifest["config"]), state.config, manifest["iteration"]):
-        raise refusal(problems)
+        raise config_error(problems)
     kinds, problem = sorted({name.partition("/")[0] for name in manifest["tensors"]} - {"parameter"}), None
     try:
         with contextlib.ExitStack() as stack:
-            fill(state, _reader(path, manifest, stack), kinds, manifest["optimizer_step"])
+            fill_state(state, _reader(path, manifest, stack), kinds, manifest["optimizer_step"])
     except (CheckpointError, SafetensorError, OSError) as error:      # a model of one's own, or a disk that fails now
         problem = f"{path} could not be read: {error}"
-    if problem := next(filter(None, everyones(problem, pg)), None):
+    if problem := next(filter(None, gather_from_all_ranks(problem, pg)), None):
         raise CheckpointError(problem)
     if scale := manifest["grad_scaler"]:
         for scaler in _grad_scalers(state):
@@ -248,14 +248,14 @@ def _read_manifest(path: Path, pg: ProcessGroups) -> dict[str, Any]:
     """
     try:
         sums = read_sums(path)
-        problems = [damage(path / MANIFEST, sums.get(MANIFEST))]
+        problems = [find_damage(path / MANIFEST, sums.get(MANIFEST))]
         if not any(problems):
             manifest = json.loads((path / MANIFEST).read_bytes())
             names = sorted(manifest["files"])
-            problems += [damage(path / name, sums.get(name)) for name in names[pg.rank::pg.world_size]]
+            problems += [find_damage(path / name, sums.get(name)) for name in names[pg.rank::pg.world_size]]
     except CheckpointError as error:
         problems = [str(error)]
-    found = sorted({problem for one in everyones(problems, pg) for problem in one if problem})
+    found = sorted({problem for one in gather_from_all_ranks(problems, pg) for problem in one if problem})
     if found:
         raise CheckpointError("; ".join(found))
     if manifest["format"] != FORMAT:

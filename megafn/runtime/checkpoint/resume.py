@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megafn.pure.config.problems import ConfigError, Problem, refusal
+from megafn.pure.config.problems import ConfigError, Problem, config_error
 from megafn.pure.config.records import TrainConfig, num_micro_batches
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
-from megafn.runtime.checkpoint.checkpoint import checkpoints, read
+from megafn.runtime.checkpoint.checkpoint import checkpoints, read_checkpoint
 from megafn.runtime.data.batches import batches as read_batches
 from megafn.runtime.data.same_batches import first_sample
-from megafn.runtime.metrics.sinks import say
+from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.model.state import State
-from megafn.runtime.parallel.object_collectives import told
+from megafn.runtime.parallel.object_collectives import broadcast_from_rank_zero
 
 
 def check_directory(config: TrainConfig) -> None:
@@ -27,11 +27,11 @@ def check_directory(config: TrainConfig) -> None:
     try:
         Path(settings.directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise refusal([Problem("checkpoint.directory", settings.directory, f"{error.strerror}; name a folder that can be made")]) from None
+        raise config_error([Problem("checkpoint.directory", settings.directory, f"{error.strerror}; name a folder that can be made")]) from None
     if not os.access(settings.directory, os.W_OK | os.X_OK):
-        raise refusal([Problem("checkpoint.directory", settings.directory, "it cannot be written to; name another or change its permissions")])
+        raise config_error([Problem("checkpoint.directory", settings.directory, "it cannot be written to; name another or change its permissions")])
     if not settings.resume and checkpoints(settings.directory):
-        raise refusal([Problem("checkpoint.directory", settings.directory,
+        raise config_error([Problem("checkpoint.directory", settings.directory,
                                "it holds checkpoints already; name an empty one, or set checkpoint.resume to go on from the newest")])
 
 
@@ -41,32 +41,32 @@ def resume(state: State, batches: Any = None) -> tuple[State, Any]:
     Under on_damage = "previous" a damaged checkpoint is renamed to damaged-... and the one before it is read. Where the data is
     the config's, the last sample read before is read again and compared: other data, or another order, is a ConfigError.
     """
-    started, (state, last_sample) = state.iteration, _newest(state)
-    return state, batches_from(batches, state, started, last_sample)
+    started, (state, last_sample) = state.iteration, _load_newest(state)
+    return state, remaining_batches(batches, state, started, last_sample)
 
 
-def batches_from(batches: Any, state: State, started: int, last_sample: int | None) -> Any:
+def remaining_batches(batches: Any, state: State, started: int, last_sample: int | None) -> Any:
     """The user's batches from where the state stands, in a run that began at iteration `started`; None: those of the config's data."""
     if callable(batches) and not isinstance(batches, Iterable):
         return batches(state.consumed_samples)
     if state.iteration == started:
         return batches
     if batches is not None:
-        return _behind(batches, (state.iteration - started) * num_micro_batches(state.config, state.pg.dp_size), state, last_sample)
+        return _skip_batches(batches, (state.iteration - started) * num_micro_batches(state.config, state.pg.dp_size), state, last_sample)
     _check_data(state, last_sample)
     return None
 
 
-def _newest(state: State) -> tuple[State, int | None]:
+def _load_newest(state: State) -> tuple[State, int | None]:
     config, pg = state.config, state.pg
     if config.checkpoint.directory is None:
         return state, None
-    found = told(_tidy(Path(config.checkpoint.directory)) if pg.is_rank_zero else None, pg)
+    found = broadcast_from_rank_zero(_remove_leftovers(Path(config.checkpoint.directory)) if pg.is_rank_zero else None, pg)
     for path in reversed(found):
         try:
-            state, manifest = read(state, path)
+            state, manifest = read_checkpoint(state, path)
             left = config.iterations - state.iteration
-            say(f"going on from {path}: {left} of {config.iterations} iterations are left" if left else
+            print_on_rank_zero(f"going on from {path}: {left} of {config.iterations} iterations are left" if left else
                 f"{path} is the end of this run of {config.iterations} iterations: nothing is left to do", config, pg)
             return state, manifest["last_sample"]
         except CheckpointError as error:
@@ -86,11 +86,11 @@ def _check_data(state: State, last_sample: int | None) -> None:
     if pg.is_rank_zero and last_sample is not None and first_sample(next(read_batches(config, pg, consumed_samples=at, count=1))) != last_sample:
         problem = str(Problem("data.train", config.data.train, f"sample {at} is not the one that was read before the checkpoint, so the text or its "
                               "order is another (that of a text read more than once hangs on the run's length); give what the run began with"))
-    if problem := told(problem, pg):
+    if problem := broadcast_from_rank_zero(problem, pg):
         raise ConfigError(problem)
 
 
-def _behind(batches: Iterable[Any], count: int, state: State, last_sample: int | None) -> Iterator[Any]:
+def _skip_batches(batches: Iterable[Any], count: int, state: State, last_sample: int | None) -> Iterator[Any]:
     """What follows the first `count` micro-batches, which are read and dropped."""
     iterator, last = iter(batches), count - num_micro_batches(state.config, state.pg.dp_size)
     for i, micro_batch in zip(range(count), iterator):
@@ -100,7 +100,7 @@ def _behind(batches: Iterable[Any], count: int, state: State, last_sample: int |
     yield from iterator
 
 
-def _tidy(directory: Path) -> list[Path]:
+def _remove_leftovers(directory: Path) -> list[Path]:
     """The checkpoints, after what a killed run left half written or half deleted is gone."""
     for left in (*directory.glob(".saving-iteration-*"), *directory.glob(".removing-iteration-*")):
         shutil.rmtree(left, ignore_errors=True)

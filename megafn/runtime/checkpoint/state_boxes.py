@@ -15,11 +15,11 @@ from megafn.pure.checkpoint.boxes import Box, Index, boxes, flat, in_whole
 from megafn.pure.config.problems import ConfigError
 from megafn.runtime.model.optimizer import chained, inner_optimizers
 from megafn.runtime.model.state import State
-from megafn.runtime.model.weights import Part, parts
+from megafn.runtime.model.weights import LocalParameter, local_parameters
 
 
 @frozen(kw_only=True, eq=False)
-class Piece:
+class StateBox:
     """A box of one whole tensor; `view`, of the box's size, shares its memory with the state."""
 
     tensor: str                 # "parameter/NAME", or "exp_avg/NAME" and what else the optimizer keeps, by torch's names
@@ -29,7 +29,7 @@ class Piece:
 
 
 @frozen(kw_only=True, eq=False)
-class _Master:
+class OptimizerShard:
     """What the optimizer updates of a parameter: elements start to end - 1 of its local part, flattened, and their state."""
 
     value: torch.Tensor
@@ -38,7 +38,7 @@ class _Master:
     slots: dict[str, Any]
 
 
-def _masters(optimizer: Any) -> Callable[[torch.nn.Parameter], _Master | None]:
+def _optimizer_shards(optimizer: Any) -> Callable[[torch.nn.Parameter], OptimizerShard | None]:
     """The master of a parameter; None where other data-parallel ranks hold all of it."""
     slots, sharded = {}, {}
     for inner in inner_optimizers(optimizer):
@@ -51,15 +51,15 @@ def _masters(optimizer: Any) -> Callable[[torch.nn.Parameter], _Master | None]:
 
     def master(parameter):
         if not parameter.requires_grad:                           # frozen: nobody updates it
-            return _Master(value=parameter, start=0, end=parameter.numel(), slots={})
+            return OptimizerShard(value=parameter, start=0, end=parameter.numel(), slots={})
         if cut and parameter not in sharded:
             return None
         value, start, end = sharded.get(parameter) or (getattr(parameter, "main_param", parameter), 0, parameter.numel())
-        return _Master(value=value, start=start, end=end, slots=slots[value])
+        return OptimizerShard(value=value, start=start, end=end, slots=slots[value])
     return master
 
 
-def _views(part: Part, tensor: torch.Tensor, start: int, end: int) -> Iterator[tuple[Box, torch.Tensor]]:
+def _views(part: LocalParameter, tensor: torch.Tensor, start: int, end: int) -> Iterator[tuple[Box, torch.Tensor]]:
     """The boxes of the whole parameter that a flattened range of its local part covers, and views of them in `tensor`."""
     local = tuple(part.parameter.shape)
     strides = torch.empty(local, device="meta").stride()
@@ -79,20 +79,20 @@ def check_buffers(state: State) -> None:
 
 
 @torch.no_grad()
-def pieces(state: State) -> Iterator[Piece]:
+def state_boxes(state: State) -> Iterator[StateBox]:
     """Every piece that this process holds; others may hold the same."""
-    master = _masters(state.optimizer)
+    master = _optimizer_shards(state.optimizer)
     for chunk in state.chunks:
-        for part in parts(chunk, state.config.model, state.pg):
+        for part in local_parameters(chunk, state.config.model, state.pg):
             if (held := master(part.parameter)) is None:
                 continue
             for kind, tensor in {"parameter": held.value, **held.slots}.items():
                 if kind != "step" and isinstance(tensor, torch.Tensor):
                     for box, view in _views(part, tensor.detach().contiguous(), held.start, held.end):
-                        yield Piece(tensor=f"{kind}/{part.name}", shape=part.shape, box=box, view=view)
+                        yield StateBox(tensor=f"{kind}/{part.name}", shape=part.shape, box=box, view=view)
 
 
-def optimizer_step(state: State) -> int | None:
+def adam_step(state: State) -> int | None:
     """How many updates Adam has made; None where this process knows of none."""
     steps = {int(slots["step"]) for inner in inner_optimizers(state.optimizer) for slots in inner.state.values() if "step" in slots}
     if len(steps) > 1:
@@ -101,14 +101,14 @@ def optimizer_step(state: State) -> int | None:
 
 
 @torch.no_grad()
-def fill(state: State, copy: Callable[[str, Index, Box, torch.Tensor], None], kinds: Iterable[str], step: int | None) -> None:
+def fill_state(state: State, copy: Callable[[str, Index, Box, torch.Tensor], None], kinds: Iterable[str], step: int | None) -> None:
     """Give every tensor of the state its value; copy(tensor, whole shape, box, target) copies a box into `target`.
 
-    kinds: what the optimizer keeps besides the parameters, (): nothing yet. step: see `optimizer_step`.
+    kinds: what the optimizer keeps besides the parameters, (): nothing yet. step: see `adam_step`.
     """
-    master = _masters(state.optimizer)
+    master = _optimizer_shards(state.optimizer)
     for chunk in state.chunks:
-        for part in parts(chunk, state.config.model, state.pg):
+        for part in local_parameters(chunk, state.config.model, state.pg):
             held = master(part.parameter)
             whole = torch.zeros(part.parameter.shape, dtype=(part.parameter if held is None else held.value).dtype, device=part.parameter.device)
             for box, view in _views(part, whole, 0, whole.numel()):      # rows that pad the vocabulary stay zero

@@ -39,7 +39,7 @@ def fingerprint(value: Any, start: int = 0) -> int:
     return start
 
 
-def agreed(batches: Iterable[Any], pg: ProcessGroups, *, count: int) -> Iterator[Any]:
+def check_same_batches(batches: Iterable[Any], pg: ProcessGroups, *, count: int) -> Iterator[Any]:
     """At most `count` of the batches, ending on every rank as soon as one rank has no more.
 
     Raises ValueError, on every rank, where ranks that differ only in tp, cp or pp read different batches.

@@ -13,8 +13,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import get_linear_layer
 
 from megafn.pure.config.records import TrainConfig
-from megafn.runtime.families.step import Batch, _check_length, _integers, _tensor, _zeros_and_ones, check_ids
-from megafn.runtime.model.chunk import Stage
+from megafn.runtime.families.step import Batch, as_tensor, check_ids, check_length, integers, zeros_and_ones
+from megafn.runtime.model.chunk import Chunk
 from megafn.runtime.model.layers import Norm
 from megafn.runtime.model.losses import IGNORE, Loss, token_loss
 from megafn.runtime.parallel.groups import ProcessGroups
@@ -34,7 +34,7 @@ class MaskedHead(torch.nn.Module):
         return self.layer_norm(F.gelu(self.dense(hidden)))
 
 
-class BertStage(Stage):
+class BertChunk(Chunk):
     """A stage of BERT: attention in both directions; behind the block the masked-token head, with a binary head beside it
     for sentence order, or in their place a head of num_labels.
 
@@ -92,13 +92,13 @@ def bert_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -
     if not ours and "input_ids" not in raw:
         raise ValueError(f"batch keys = {sorted(map(str, raw))}: 'input_ids', or 'text', 'labels' and 'loss_mask', are wanted.")
     names = ("text", "padding_mask", "types", "is_random") if ours else ("input_ids", "attention_mask", "token_type_ids", "next_sentence_label")
-    tokens = _integers(raw, names[0])
+    tokens = integers(raw, names[0])
     rows, shape = tokens.size(0), tokens.shape
-    real = _zeros_and_ones(raw, names[1], shape).bool() if raw.get(names[1]) is not None else torch.ones_like(tokens, dtype=torch.bool)
+    real = zeros_and_ones(raw, names[1], shape).bool() if raw.get(names[1]) is not None else torch.ones_like(tokens, dtype=torch.bool)
     batch: dict[str, torch.Tensor] = {"tokens": tokens}
     if (hidden := hide_padding(real)) is not None:
         batch["attention_mask"] = hidden
-    types = _integers(raw, names[2], shape) if raw.get(names[2]) is not None else torch.zeros_like(tokens)
+    types = integers(raw, names[2], shape) if raw.get(names[2]) is not None else torch.zeros_like(tokens)
     types = types.masked_fill(~real, 0)
     if types.device.type == "cpu" and not 0 <= types.min() <= types.max() < max(1, model.num_tokentypes):
         raise ValueError(f"batch[{names[2]!r}] from {types.min()} to {types.max()}: the table of token types has model.num_tokentypes = "
@@ -106,19 +106,19 @@ def bert_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -
     if model.num_tokentypes:
         batch["tokentype_ids"] = types
     if raw.get("position_ids") is not None:
-        batch["position_ids"] = _integers(raw, "position_ids", shape)
+        batch["position_ids"] = integers(raw, "position_ids", shape)
     if model.num_labels is not None:
         batch |= _class_labels(raw, model, rows)
     else:
-        labels = _integers(raw, "labels", shape) if raw.get("labels") is not None else torch.full_like(tokens, IGNORE)
+        labels = integers(raw, "labels", shape) if raw.get("labels") is not None else torch.full_like(tokens, IGNORE)
         if raw.get("loss_mask") is not None:
-            labels = labels.masked_fill(_zeros_and_ones(raw, "loss_mask", shape) == 0, IGNORE)
+            labels = labels.masked_fill(zeros_and_ones(raw, "loss_mask", shape) == 0, IGNORE)
         batch |= {"labels": labels, "loss_mask": (labels != IGNORE).long()}
         check_ids("batch['labels']", labels.masked_fill(labels == IGNORE, 0), model.vocab_size)
         if model.bert_binary_head:
             batch["is_random"] = _order(raw, names[3], rows)
     check_ids(f"batch[{names[0]!r}]", tokens, model.vocab_size)
-    _check_length(tokens.size(1), batch.get("position_ids"), config)
+    check_length(tokens.size(1), batch.get("position_ids"), config)
     return {key: value.to(pg.device, non_blocking=True) for key, value in batch.items()}
 
 
@@ -129,7 +129,7 @@ def _order(raw: Mapping[str, Any], key: str, rows: int) -> torch.Tensor:
             raise ValueError(f"batch keys = {sorted(map(str, raw))}: {key!r} [batch] is wanted for the binary head; give it, or leave model.bert_binary_head out.")
         return torch.full((rows,), IGNORE)
     wanted = f"0, 1 or -1 (no loss) of shape [{rows}]"
-    order = _tensor(raw, key, wanted)
+    order = as_tensor(raw, key, wanted)
     if order.numel() != rows or order.is_floating_point() or order.device.type == "cpu" and not all(value in (0, 1, -1, IGNORE) for value in order.flatten().tolist()):
         raise ValueError(f"batch[{key!r}] = {order.dtype} of shape {list(order.shape)}: {wanted} are wanted.")
     order = order.reshape(rows).long()
@@ -141,7 +141,7 @@ def _class_labels(raw: Mapping[str, Any], model: Any, rows: int) -> Batch:
     n = model.num_labels
     if raw.get("labels") is None:
         return {}
-    labels = _tensor(raw, "labels", f"numbers of shape [{rows}] or [{rows}, {n}]")
+    labels = as_tensor(raw, "labels", f"numbers of shape [{rows}] or [{rows}, {n}]")
     kind = model.problem_type or ("regression" if n == 1 else "multi_label_classification" if labels.is_floating_point() else "single_label_classification")
     count = rows if kind == "single_label_classification" else rows * n
     if labels.numel() != count or labels.shape[:1] != (rows,):
@@ -159,11 +159,11 @@ def _class_labels(raw: Mapping[str, Any], model: Any, rows: int) -> Batch:
 
 
 def bert_forward(model: torch.nn.Module, batch: Batch) -> Any:
-    """What `BertStage` puts out."""
+    """What `BertChunk` puts out."""
     return model(batch["tokens"], batch.get("position_ids"), batch.get("attention_mask"), batch.get("tokentype_ids"))
 
 
-def bert_whole(micro_batches: Sequence[Batch], pg: ProcessGroups) -> Sequence[Batch]:
+def weigh_sentence_pairs(micro_batches: Sequence[Batch], pg: ProcessGroups) -> Sequence[Batch]:
     """Where the order of sentences is learned: how many masked tokens the global batch has for each sentence pair that counts.
 
     Raises ValueError, on every rank, where a model with num_labels is given none.

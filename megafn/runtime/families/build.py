@@ -3,13 +3,13 @@ from __future__ import annotations
 
 from megafn.pure.config.records import TrainConfig
 from megafn.runtime.families.built_in import _family
-from megafn.runtime.model.chunk import Stage
+from megafn.runtime.model.chunk import Chunk
 from megafn.runtime.model.layers import transformer_config
 from megafn.runtime.model.weights import initialize_weights
 from megafn.runtime.parallel.groups import ProcessGroups
 
 
-def build_stage(config: TrainConfig, pg: ProcessGroups, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> Stage:
+def build_chunk(config: TrainConfig, pg: ProcessGroups, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> Chunk:
     """The built-in model function: one chunk of the family's model, initialised by (config.seed, parameter name).
 
     A user's own model function takes the same arguments and returns a module with what megatron-core's schedules

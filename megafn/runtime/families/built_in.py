@@ -4,27 +4,27 @@ from __future__ import annotations
 from attrs import frozen
 
 from megafn.pure.config.problems import ConfigError
-from megafn.runtime.families.bert import BertStage, bert_batch, bert_forward, bert_loss, bert_whole
+from megafn.runtime.families.bert import BertChunk, bert_batch, bert_forward, bert_loss, weigh_sentence_pairs
 from megafn.runtime.families.gpt import gpt_batch, gpt_forward
 from megafn.runtime.families.step import Step
 from megafn.runtime.families.t5 import t5_batch, t5_forward
-from megafn.runtime.families.t5_chunk import EncoderDecoderStage
-from megafn.runtime.model.chunk import Stage
+from megafn.runtime.families.t5_chunk import EncoderDecoderChunk
+from megafn.runtime.model.chunk import Chunk
 from megafn.runtime.model.losses import token_loss
 
 
 @frozen(kw_only=True)
 class Family:
-    """A family's step, and the module of its model chunks, built as `Stage` is."""
+    """A family's step, and the module of its model chunks, built as `Chunk` is."""
 
     step: Step
-    stage: type[Stage]
+    stage: type[Chunk]
 
 
 FAMILIES = {
-    "gpt": Family(step=Step(batch=gpt_batch, forward=gpt_forward, loss=token_loss), stage=Stage),
-    "bert": Family(step=Step(batch=bert_batch, forward=bert_forward, loss=bert_loss, whole=bert_whole), stage=BertStage),
-    "t5": Family(step=Step(batch=t5_batch, forward=t5_forward, loss=token_loss), stage=EncoderDecoderStage),
+    "gpt": Family(step=Step(batch=gpt_batch, forward=gpt_forward, loss=token_loss), stage=Chunk),
+    "bert": Family(step=Step(batch=bert_batch, forward=bert_forward, loss=bert_loss, prepare_global_batch=weigh_sentence_pairs), stage=BertChunk),
+    "t5": Family(step=Step(batch=t5_batch, forward=t5_forward, loss=token_loss), stage=EncoderDecoderChunk),
 }
 
 

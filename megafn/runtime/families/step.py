@@ -25,38 +25,38 @@ class Step:
     forward(model, batch) -> logits [sequence / cp, batch, vocabulary / tp] on the last pipeline stage, or whatever the loss
         reads, a tuple too; what a stage before it returns is handed on by the schedule.
     loss(logits, batch, pg) -> Loss(sum, count, report): sums over this process's share of the micro-batch.
-    whole(micro_batches, pg) -> micro-batches: optional, for a loss that must know sums over the whole global batch. Called
+    prepare_global_batch(micro_batches, pg) -> micro-batches: optional, for a loss that must know sums over the whole global batch. Called
         once for each, with all that this rank has of it, before anything else; puts tensors into the micro-batches.
     """
 
     batch: Callable[[Any, TrainConfig, ProcessGroups], Batch]
     forward: Callable[[torch.nn.Module, Batch], Any]
     loss: Callable[[Any, Batch, ProcessGroups], Loss]
-    whole: Callable[[Sequence[Batch], ProcessGroups], Sequence[Batch]] | None = None
+    prepare_global_batch: Callable[[Sequence[Batch], ProcessGroups], Sequence[Batch]] | None = None
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def _tensor(raw: Mapping[str, Any], key: str, wanted: str) -> torch.Tensor:
+def as_tensor(raw: Mapping[str, Any], key: str, wanted: str) -> torch.Tensor:
     try:
         return torch.as_tensor(raw[key])
     except (TypeError, ValueError, RuntimeError) as error:          # ragged lists, texts, None
         raise ValueError(f"batch[{key!r}] is no tensor ({error}): {wanted} are wanted.") from None
 
 
-def _integers(raw: Mapping[str, Any], key: str, shape: torch.Size | None = None) -> torch.Tensor:
+def integers(raw: Mapping[str, Any], key: str, shape: torch.Size | None = None) -> torch.Tensor:
     """raw[key] as int64 [batch, sequence]; of `shape`, where that is given."""
     wanted = f"integers {'[batch, sequence], neither of them 0,' if shape is None else f'of shape {list(shape)}, that of the tokens,'}"
-    value = _tensor(raw, key, wanted)
+    value = as_tensor(raw, key, wanted)
     if value.dim() != 2 or value.dtype not in _INTEGERS or not value.numel() or shape not in (None, value.shape):
         raise ValueError(f"batch[{key!r}] = {value.dtype} of shape {list(value.shape)}: {wanted} are wanted.")
     return value.long()
 
 
-def _zeros_and_ones(raw: Mapping[str, Any], key: str, shape: torch.Size) -> torch.Tensor:
+def zeros_and_ones(raw: Mapping[str, Any], key: str, shape: torch.Size) -> torch.Tensor:
     wanted = f"zeros and ones of shape {list(shape)}, that of the tokens,"
-    value = _tensor(raw, key, wanted)
+    value = as_tensor(raw, key, wanted)
     if value.shape != shape:
         raise ValueError(f"batch[{key!r}] of shape {list(value.shape)}: {wanted} are wanted.")
     if value.device.type == "cpu" and (bad := value[(value != 0) & (value != 1)]).numel():
@@ -73,7 +73,7 @@ def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
             raise ValueError(f"{name}: token id {bad} is outside the vocabulary; model.vocab_size = {vocab_size}: raise it, or tokenise with the model's tokenizer.")
 
 
-def hide(attention_mask: torch.Tensor) -> torch.Tensor | None:
+def causal_and_padding_mask(attention_mask: torch.Tensor) -> torch.Tensor | None:
     """From a Hugging Face mask [batch, sequence], 1 = real, to a mask [batch, 1, sequence, sequence], True = hidden.
 
     Causal and padding together; a padding position sees itself, so that no row is empty. None where nothing is padded.
@@ -88,7 +88,7 @@ def hide(attention_mask: torch.Tensor) -> torch.Tensor | None:
 
 
 
-def _check_length(length: int, position_ids: torch.Tensor | None, config: TrainConfig) -> None:
+def check_length(length: int, position_ids: torch.Tensor | None, config: TrainConfig) -> None:
     """On every rank alike: were it seen on one pipeline stage alone, the others would wait for it."""
     model, parallel = config.model, config.parallel
     unit = lcm(2 * parallel.cp if parallel.cp > 1 else 1, parallel.tp * parallel.cp if parallel.sequence_parallel else 1)
@@ -103,7 +103,7 @@ def _check_length(length: int, position_ids: torch.Tensor | None, config: TrainC
                              f"{model.position_rows} rows; give 0 to {model.position_rows - 1}, or raise model.max_position_embeddings.")
 
 
-def _tokens(batch: Batch) -> torch.Tensor:
+def tokens_of(batch: Batch) -> torch.Tensor:
     """The tensor [batch, sequence] whose shape is the micro-batch's."""
     found = batch.get("tokens")
     if found is None:
@@ -120,7 +120,7 @@ def cut_sequence(batch: Batch, pg: ProcessGroups) -> Batch:
     """
     if pg.cp.size() == 1:
         return batch
-    sequence = _tokens(batch).size(1)
+    sequence = tokens_of(batch).size(1)
     mine = cp_positions(sequence, pg.cp.size(), pg.place.cp, pg.device)
 
     def cut(value):

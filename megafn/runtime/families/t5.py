@@ -6,7 +6,7 @@ from typing import Any, Mapping
 import torch
 
 from megafn.pure.config.records import TrainConfig
-from megafn.runtime.families.step import Batch, _check_length, _integers, _zeros_and_ones, check_ids, hide
+from megafn.runtime.families.step import Batch, causal_and_padding_mask, check_ids, check_length, integers, zeros_and_ones
 from megafn.runtime.model.losses import IGNORE
 from megafn.runtime.parallel.groups import ProcessGroups
 
@@ -30,15 +30,15 @@ def t5_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> 
         names, (inputs, decoder_inputs) = ("input_ids", "attention_mask", "decoder_attention_mask"), ("input_ids", "decoder_input_ids")
     else:
         raise ValueError(f"batch keys = {sorted(map(str, raw))}: 'text_enc', 'text_dec' and 'labels', or 'input_ids' and 'labels', are wanted.")
-    tokens, labels = _integers(raw, inputs), _integers(raw, "labels")
+    tokens, labels = integers(raw, inputs), integers(raw, "labels")
     if labels.size(0) != tokens.size(0):
         raise ValueError(f"batch['labels'] of shape {list(labels.shape)}: {tokens.size(0)} rows, as batch[{inputs!r}] has, are wanted.")
-    real, decoder_real = (_zeros_and_ones(raw, name, like.shape).bool() if raw.get(name) is not None else torch.ones_like(like, dtype=torch.bool)
+    real, decoder_real = (zeros_and_ones(raw, name, like.shape).bool() if raw.get(name) is not None else torch.ones_like(like, dtype=torch.bool)
                           for name, like in zip(names[1:], (tokens, labels)))
     if raw.get("loss_mask") is not None:
-        labels = labels.masked_fill(_zeros_and_ones(raw, "loss_mask", labels.shape) == 0, IGNORE)
+        labels = labels.masked_fill(zeros_and_ones(raw, "loss_mask", labels.shape) == 0, IGNORE)
     if raw.get(decoder_inputs) is not None:
-        decoder_tokens = _integers(raw, decoder_inputs, labels.shape)
+        decoder_tokens = integers(raw, decoder_inputs, labels.shape)
     else:
         decoder_tokens = torch.cat([torch.full_like(labels[:, :1], IGNORE), labels[:, :-1]], dim=1)
         decoder_tokens = decoder_tokens.masked_fill(decoder_tokens == IGNORE, model.decoder_start_token_id)
@@ -49,11 +49,11 @@ def t5_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> 
     if real.device.type == "cpu" and not real.any(1).all():
         raise ValueError(f"batch[{names[1]!r}] hides every token of row {int((~real.any(1)).nonzero()[0])}: one real token at least is wanted.")
     for length in (tokens.size(1), labels.size(1)):
-        _check_length(length, None, config)
+        check_length(length, None, config)
     batch = {"tokens": tokens, "decoder_tokens": decoder_tokens, "labels": labels, "loss_mask": (labels != IGNORE).long()}
     if not real.all():
         batch["attention_mask"] = batch["cross_attention_mask"] = ~real[:, None, None]
-    if (mask := hide(decoder_real)) is not None:
+    if (mask := causal_and_padding_mask(decoder_real)) is not None:
         batch["decoder_attention_mask"] = mask
     return {key: value.to(pg.device, non_blocking=True) for key, value in batch.items()}
 

@@ -12,13 +12,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
 from megafn.pure.config.records import TrainConfig, split_rank
-from megafn.runtime.model.chunk import Stage
+from megafn.runtime.model.chunk import Chunk
 from megafn.runtime.model.layers import Norm, layer_spec
 from megafn.runtime.model.tied_embeddings import mark_copy
 from megafn.runtime.parallel.groups import ProcessGroups
 
 
-class EncoderDecoderStage(Stage):
+class EncoderDecoderChunk(Chunk):
     """A pipeline stage of T5: layers of the encoder before the split rank, of the decoder from it on; of both without a pipeline.
 
     tokens [batch, s], decoder_tokens [batch, t] -> logits [t, batch, padded vocabulary / tp] on the last stage. Masks are

@@ -9,7 +9,7 @@ from megafn.pure.config.problems import ConfigError
 from megafn.runtime.families.built_in import step_fn
 from megafn.runtime.families.step import check_ids, cut_sequence
 from megafn.runtime.model.state import State
-from megafn.runtime.parallel.megatron_context import megatron
+from megafn.runtime.parallel.megatron_context import megatron_context
 from megafn.runtime.training.forward_backward import run_schedule
 from megafn.runtime.training.whole_logits import whole_logits
 
@@ -35,7 +35,7 @@ def logits(state: State, tokens: torch.Tensor) -> Any:
     micro_batch = cut_sequence(step.batch(raw, config, pg), pg)
     micro_batches = [micro_batch] * (parallel.pp if parallel.vpp > 1 else 1)          # interleaving wants a multiple of pp
     modes = [chunk.training for chunk in state.chunks]
-    with megatron(pg, config.seed, "logits"):
+    with megatron_context(pg, config.seed, "logits"):
         for chunk in state.chunks:
             chunk.eval()
         found = run_schedule(state.chunks, micro_batches, step.forward, lambda _, output, non_loss_data: output, pg, forward_only=True, collect=True)

@@ -54,7 +54,7 @@ def zeros_in_grad(optimizer: Any, pg: ProcessGroups) -> int:
     return total
 
 
-def details(config: TrainConfig, pg: ProcessGroups, chunks: tuple[torch.nn.Module, ...], *, zeros: int | None, seconds: float,
+def diagnostics(config: TrainConfig, pg: ProcessGroups, chunks: tuple[torch.nn.Module, ...], *, zeros: int | None, seconds: float,
             optimizer_seconds: float, iteration: int) -> Mapping[str, float | None]:
     """What `Metrics.details` holds under `log.everything`; what is not known is None.
 

@@ -39,7 +39,7 @@ def progress(total: int, start: int = 0) -> Iterator[Sink]:
         yield sink
 
 
-def say(text: str, config: TrainConfig, pg: ProcessGroups) -> None:
+def print_on_rank_zero(text: str, config: TrainConfig, pg: ProcessGroups) -> None:
     """A line on standard error for who watches the bar: on rank zero, under `log.progress`."""
     from tqdm import tqdm
 

@@ -36,7 +36,7 @@ class _HidePadding(torch.autograd.Function):
         return gradient, None
 
 
-class Stage(LanguageModule):
+class Chunk(LanguageModule):
     """A pipeline stage's chunk of a model: embedding on the first, a block of layers, the output layer on the last.
 
     tokens, position_ids [batch, sequence / cp] -> logits [sequence / cp, batch, padded vocabulary / tp] on the last

@@ -12,7 +12,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 
 from megafn.pure.config.records import TrainConfig
 from megafn.runtime.model.layers import DTYPES
-from megafn.runtime.model.weights import parts
+from megafn.runtime.model.weights import local_parameters
 from megafn.runtime.parallel.groups import ProcessGroups
 
 
@@ -31,7 +31,7 @@ def build_optimizer(config: TrainConfig, chunks: list[torch.nn.Module], pg: Proc
         params_dtype=dtype, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
         initial_loss_scale=precision.initial_loss_scale, min_loss_scale=precision.min_loss_scale,
         loss_scale_window=precision.loss_scale_window, hysteresis=precision.hysteresis)
-    names = {part.parameter: part.name for chunk in chunks for part in parts(chunk, config.model, pg)}
+    names = {part.parameter: part.name for chunk in chunks for part in local_parameters(chunk, config.model, pg)}
 
     def key(name, condition):
         return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=lambda parameter, _: bool(condition(names[parameter], parameter))))

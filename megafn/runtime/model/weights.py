@@ -18,7 +18,7 @@ _WORDS = "embedding.word_embeddings.weight"
 
 
 @frozen(kw_only=True)
-class Part:
+class LocalParameter:
     """What a process holds of one parameter of the whole model.
 
     `shape` is the whole parameter's, without rows that only pad the vocabulary; it is cut over tp along `dim`
@@ -52,7 +52,7 @@ class Part:
         return torch.cat([torch.cat(block, self.dim) for block in blocks], self.dim).narrow(self.dim, 0, self.shape[self.dim])
 
 
-def parts(chunk: torch.nn.Module, model: ModelConfig, pg: ProcessGroups) -> Iterator[Part]:
+def local_parameters(chunk: torch.nn.Module, model: ModelConfig, pg: ProcessGroups) -> Iterator[LocalParameter]:
     """Every parameter of a model chunk, by its name in the whole model: layers are numbered over all stages,
     and a tied output table bears the name of the word embeddings."""
     if isinstance(chunk, DistributedDataParallel):
@@ -71,7 +71,7 @@ def parts(chunk: torch.nn.Module, model: ModelConfig, pg: ProcessGroups) -> Iter
         shape, dim = list(parameter.shape), getattr(parameter, "partition_dim", -1) if split else None
         if split:
             shape[dim] = model.vocab_size if vocabulary else shape[dim] * pg.groups.parallel.tp
-        yield Part(name=name, parameter=parameter, shape=tuple(shape), dim=dim, stride=getattr(parameter, "partition_stride", 1) if split else 1,
+        yield LocalParameter(name=name, parameter=parameter, shape=tuple(shape), dim=dim, stride=getattr(parameter, "partition_stride", 1) if split else 1,
                    tp=pg.groups.parallel.tp if split else 1, tp_rank=pg.place.tp if split else 0)
 
 
@@ -92,7 +92,7 @@ def initial_value(name: str, shape: tuple[int, ...], model: ModelConfig, seed: i
 @torch.no_grad()
 def initialize_weights(chunk: torch.nn.Module, model: ModelConfig, pg: ProcessGroups, seed: int) -> None:
     """Give every parameter of a model chunk its `initial_value`."""
-    for part in parts(chunk, model, pg):
+    for part in local_parameters(chunk, model, pg):
         part.parameter.copy_(part.cut(initial_value(part.name, part.shape, model, seed)))
 
 
@@ -101,7 +101,7 @@ def whole_parameters(chunks: Iterable[torch.nn.Module], model: ModelConfig, pg: 
     """The parameters of this process's stage, gathered over tp: name in the whole model to tensor of the whole shape."""
     whole = {}
     for chunk in chunks:
-        for part in parts(chunk, model, pg):
+        for part in local_parameters(chunk, model, pg):
             local = part.parameter.detach().contiguous()
             if part.dim is not None and pg.tp.size() > 1:
                 pieces = [torch.empty_like(local) for _ in range(pg.tp.size())]

@@ -22,7 +22,7 @@ def derive_seed(*parts: object) -> int:
 
 
 @contextlib.contextmanager
-def megatron(pg: ProcessGroups, *seed: object) -> Iterator[None]:
+def megatron_context(pg: ProcessGroups, *seed: object) -> Iterator[None]:
     """megatron-core's surroundings for one call: its few module-level objects are this layout's, then as they were.
 
     These are the CPU seam, the memory buffer and the random states. The random states are a function of `seed`

@@ -7,10 +7,10 @@ from typing import Any, Callable, Iterable, Iterator, Sequence
 import attrs
 
 from megafn.pure.config.records import TrainConfig, num_micro_batches
-from megafn.runtime.checkpoint.autosave import open_saver
+from megafn.runtime.checkpoint.autosave import open_autosave
 from megafn.runtime.data.batches import batches as read_batches
 from megafn.runtime.data.batches import group_batches
-from megafn.runtime.data.same_batches import agreed
+from megafn.runtime.data.same_batches import check_same_batches
 from megafn.runtime.families.step import Step
 from megafn.runtime.metrics.records import Metrics
 from megafn.runtime.metrics.sinks import open_sinks
@@ -24,7 +24,7 @@ def global_batches(given: Iterable[Any] | None, config: TrainConfig, pg: Process
     """At most `count` global batches, this rank's share of each: of micro-batches that are given, or else of the config's data."""
     if given is None:
         return read_batches(config, pg, split=split, consumed_samples=consumed_samples, count=count)
-    return agreed(group_batches(given, num_micro_batches(config, pg.dp_size)), pg, count=count)
+    return check_same_batches(group_batches(given, num_micro_batches(config, pg.dp_size)), pg, count=count)
 
 
 def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid_batches: Iterable[Any] | None = None,
@@ -41,7 +41,7 @@ def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid
         to_validate = config.eval_iters > 0 and (valid_batches is not None or batches is None)
         return to_validate and (iteration == config.iterations or config.eval_interval and iteration % config.eval_interval == 0)
 
-    with open_sinks(config, pg, state.iteration) as sinks, open_saver(state) as keep:
+    with open_sinks(config, pg, state.iteration) as sinks, open_autosave(state) as keep:
         for batch in global_batches(batches, config, pg, consumed_samples=state.consumed_samples, count=config.iterations - state.iteration):
             state, metrics = train_step(state, batch, step)
             if due(state.iteration):
@@ -51,14 +51,14 @@ def fit(state: State, step: Step, *, batches: Iterable[Any] | None = None, valid
                 sink(metrics)
             keep(state, batch)
             if state.skipped_in_a_row >= config.stop_after_skipped > 0:
-                raise FloatingPointError(_not_finite(state))
+                raise FloatingPointError(_skipped_too_often(state))
         keep(state, ended=True)
     if state.iteration < config.iterations:
         warnings.warn(f"batches ended at iteration {state.iteration} of {config.iterations}: give more of them, or lower train_iters.", stacklevel=2)
     return state
 
 
-def _not_finite(state: State) -> str:
+def _skipped_too_often(state: State) -> str:
     batch, count, end = state.config.global_batch_size, state.skipped_in_a_row, state.consumed_samples
     return (f"iterations {state.iteration - count + 1} to {state.iteration}: loss or gradient was NaN, infinite or a spike {count} times in a row, so nothing was updated "
             f"(stop_after_skipped). They read the run's samples {end - count * batch} to {end - 1}, of which {end - batch} to {end - 1} last; "

@@ -11,14 +11,14 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 
 from megafn.pure.config.records import TrainConfig
-from megafn.runtime.families.step import Batch, Step, _tokens, cut_sequence
+from megafn.runtime.families.step import Batch, Step, cut_sequence, tokens_of
 from megafn.runtime.model.losses import Loss
 from megafn.runtime.parallel.groups import ProcessGroups
 
 
 def _shape(batch: Batch) -> tuple[int, int]:
     """(batch, sequence) of what stages send each other: an encoder-decoder's two sequences lie one behind the other."""
-    rows, sequence = _tokens(batch).shape[:2]
+    rows, sequence = tokens_of(batch).shape[:2]
     return rows, sequence + (batch["decoder_tokens"].size(1) if "decoder_tokens" in batch else 0)
 
 
@@ -49,7 +49,7 @@ def run_schedule(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[Batc
         forward_only=forward_only, collect_non_loss_data=collect, pg_collection=pg.collection, **communicator)
 
 
-def run_step(chunks: Sequence[torch.nn.Module], batch: Iterable[Any], step: Step, config: TrainConfig, pg: ProcessGroups, *,
+def forward_backward(chunks: Sequence[torch.nn.Module], batch: Iterable[Any], step: Step, config: TrainConfig, pg: ProcessGroups, *,
              forward_only: bool, on_logits: Callable[[Any], Any] | None = None) -> dict[str, float]:
     """One global batch: sums of loss, count and the step's report over micro-batches, data and context parallel, on every rank.
 
@@ -60,12 +60,12 @@ def run_step(chunks: Sequence[torch.nn.Module], batch: Iterable[Any], step: Step
     micro_batches: Sequence[Batch] = [step.batch(raw, config, pg) for raw in batch]
     if not micro_batches:
         raise ValueError("batch = (): a global batch holds at least one micro-batch for each rank.")
-    for rows in (_tokens(micro_batch).size(0) for micro_batch in micro_batches):
+    for rows in (tokens_of(micro_batch).size(0) for micro_batch in micro_batches):
         if rows != config.micro_batch_size:                # consumed_samples counts on it
             raise ValueError(f"batch: a micro-batch of {rows} rows, where micro_batch_size = {config.micro_batch_size}; "
                              "give as many rows in each (a DataLoader: batch_size and drop_last=True).")
-    if step.whole is not None:
-        micro_batches = step.whole(micro_batches, pg)
+    if step.prepare_global_batch is not None:
+        micro_batches = step.prepare_global_batch(micro_batches, pg)
     micro_batches = [cut_sequence(micro_batch, pg) for micro_batch in micro_batches]
 
     def loss_func(micro_batch, output):

@@ -4,21 +4,21 @@ from __future__ import annotations
 import warnings
 from typing import Any, Callable, Iterable
 
-from megafn.pure.checkpoint.compatibility import other_course
+from megafn.pure.checkpoint.compatibility import schedule_changes
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.config.serialization import from_dict
 from megafn.pure.layout import build_groups
 from megafn.pure.validation.validate import check
 from megafn.runtime.accelerate.train_steps import step_of
-from megafn.runtime.checkpoint.checkpoint import checkpoints, read
-from megafn.runtime.checkpoint.resume import batches_from
+from megafn.runtime.checkpoint.checkpoint import checkpoints, read_checkpoint
+from megafn.runtime.checkpoint.resume import remaining_batches
 from megafn.runtime.families.step import Step
 from megafn.runtime.metrics.records import Metrics
-from megafn.runtime.metrics.sinks import say
+from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.parallel import cpu
 from megafn.runtime.parallel.groups import init_groups, world_size
-from megafn.runtime.parallel.object_collectives import told
+from megafn.runtime.parallel.object_collectives import broadcast_from_rank_zero
 from megafn.runtime.training.fit import global_batches
 from megafn.runtime.training.setup import setup
 from megafn.runtime.training.step import train_step
@@ -42,14 +42,14 @@ def replay(config: TrainConfig, iteration: int, *, step: Step | None = None, mod
     step = step if step is not None else step_of(config)
     with init_groups(build_groups(config.parallel, world_size(), model=config.model), timeout_seconds=config.timeout_seconds) as pg:
         state, last_sample, directory = setup(config, pg, model=model), None, config.checkpoint.directory
-        path = told(next((path for at, path in reversed(checkpoints(directory).items()) if at < iteration), None) if directory else None, pg)
+        path = broadcast_from_rank_zero(next((path for at, path in reversed(checkpoints(directory).items()) if at < iteration), None) if directory else None, pg)
         if path is not None:
-            state, manifest = read(state, path)
+            state, manifest = read_checkpoint(state, path)
             last_sample = manifest["last_sample"]
-            if pg.is_rank_zero and (others := other_course(from_dict(manifest["config"]), config)):
+            if pg.is_rank_zero and (others := schedule_changes(from_dict(manifest["config"]), config)):
                 warnings.warn(f"replay: {'; '.join(map(str, others))}. If iteration {iteration} ran with that, this is another step", stacklevel=2)
-        say(f"replaying iterations {state.iteration + 1} to {iteration} from {path or 'the start'}", config, pg)
-        given = batches_from(batches, state, begun, last_sample)
+        print_on_rank_zero(f"replaying iterations {state.iteration + 1} to {iteration} from {path or 'the start'}", config, pg)
+        given = remaining_batches(batches, state, begun, last_sample)
         for batch in global_batches(given, config, pg, consumed_samples=state.consumed_samples, count=iteration - state.iteration):
             state, metrics = train_step(state, batch, step)
         if state.iteration < iteration:

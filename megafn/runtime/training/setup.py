@@ -13,28 +13,28 @@ from megafn.pure.config.records import TrainConfig
 from megafn.pure.layout import build_groups
 from megafn.pure.schedule import make_schedule
 from megafn.pure.validation.validate import check
-from megafn.runtime.families.build import build_stage
+from megafn.runtime.families.build import build_chunk
 from megafn.runtime.model.layers import check_parallel_layers
 from megafn.runtime.model.optimizer import build_optimizer
 from megafn.runtime.model.state import State
 from megafn.runtime.model.tied_embeddings import finalize_grads
 from megafn.runtime.parallel.groups import ProcessGroups
-from megafn.runtime.parallel.megatron_context import megatron
+from megafn.runtime.parallel.megatron_context import megatron_context
 
 
 def setup(config: TrainConfig, pg: ProcessGroups, *, model: Callable | None = None) -> State:
     """Model chunks, optimizer and schedule of this process, at iteration 0 (or behind config.consumed_samples).
 
     model(config, pg, *, pre_process, post_process, vp_stage) -> module builds one chunk; None: config.model_function,
-    or `build_stage`. config.prepare_model, where given, is handed that as a function without arguments.
+    or `build_chunk`. config.prepare_model, where given, is handed that as a function without arguments.
     Raises ConfigError where the config does not fit the layout, and where the groups are of another one.
     """
     check(config, pg.world_size, cuda=pg.device.type == "cuda")
     if pg.groups != build_groups(config.parallel, pg.world_size, model=config.model):
         raise ConfigError("pg: its groups are those of another layout or model; make them from "
                           "mf.build_groups(config.parallel, world_size, model=config.model).")
-    vpp, build = config.parallel.vpp, model or config.model_function or build_stage
-    with megatron(pg, config.seed, "setup"):
+    vpp, build = config.parallel.vpp, model or config.model_function or build_chunk
+    with megatron_context(pg, config.seed, "setup"):
         chunks = []
         for i in range(vpp):
             provider = partial(build, config, pg, pre_process=pg.is_first_stage and i == 0,

@@ -9,15 +9,15 @@ import attrs
 import torch
 
 from megafn.pure.config.records import TrainConfig
-from megafn.pure.spikes import remembered, spike_limit
+from megafn.pure.spikes import append_norm, spike_limit
 from megafn.runtime.families.step import Step
-from megafn.runtime.metrics.diagnostics import details, zeros_in_grad
+from megafn.runtime.metrics.diagnostics import diagnostics, zeros_in_grad
 from megafn.runtime.metrics.records import Metrics, Report
 from megafn.runtime.model.optimizer import set_lr, update
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel.groups import ProcessGroups
-from megafn.runtime.parallel.megatron_context import megatron
-from megafn.runtime.training.forward_backward import run_step
+from megafn.runtime.parallel.megatron_context import megatron_context
+from megafn.runtime.training.forward_backward import forward_backward
 from megafn.runtime.training.whole_logits import whole_logits
 
 
@@ -43,13 +43,13 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
     config, pg, optimizer = state.config, state.pg, state.optimizer
     at = state.schedule(state.consumed_samples - state.skipped_samples)
     set_lr(optimizer, at.lr, at.weight_decay)
-    with megatron(pg, config.seed, "train", state.consumed_samples):
+    with megatron_context(pg, config.seed, "train", state.consumed_samples):
         for chunk in state.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         kept: list[Any] = []
-        report = _report(run_step(state.chunks, batch, step, config, pg, forward_only=False, on_logits=kept.append if config.return_logits else None),
+        report = _report(forward_backward(state.chunks, batch, step, config, pg, forward_only=False, on_logits=kept.append if config.return_logits else None),
                          kept, config, pg)
         stepping = time.perf_counter()
         fp16 = config.precision.dtype == "fp16"              # its loss scale looks for overflows itself
@@ -60,12 +60,12 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
     now, samples = time.perf_counter(), config.global_batch_size
     seconds, more = now - started, {}
     if config.log.everything:
-        more = details(config, pg, state.chunks, zeros=zeros, seconds=seconds, optimizer_seconds=now - stepping,
+        more = diagnostics(config, pg, state.chunks, zeros=zeros, seconds=seconds, optimizer_seconds=now - stepping,
                        iteration=state.iteration + 1)
     state = attrs.evolve(state, iteration=state.iteration + 1, consumed_samples=state.consumed_samples + samples,
                          skipped_samples=state.skipped_samples + (0 if updated else samples),
                          skipped_in_a_row=0 if updated else state.skipped_in_a_row + (norm is not None or not finite),
-                         grad_norms=remembered(state.grad_norms, norm))
+                         grad_norms=append_norm(state.grad_norms, norm))
     return state, Metrics(
         iteration=state.iteration, consumed_samples=state.consumed_samples, loss=report.loss, lr=at.lr, weight_decay=at.weight_decay,
         grad_norm=norm if norm is not None and math.isfinite(norm) else None, count=report.count, skipped=not updated,
@@ -80,11 +80,11 @@ def evaluate(state: State, batches: Iterable[Iterable[Any]], step: Step) -> Repo
     """
     totals: dict[str, float] = {}
     config, kept = state.config, []
-    with megatron(state.pg, state.config.seed, "evaluate"), torch.no_grad():
+    with megatron_context(state.pg, state.config.seed, "evaluate"), torch.no_grad():
         for chunk in state.chunks:
             chunk.eval()
         for batch in batches:
-            for key, value in run_step(state.chunks, batch, step, config, state.pg, forward_only=True,
+            for key, value in forward_backward(state.chunks, batch, step, config, state.pg, forward_only=True,
                                        on_logits=kept.append if config.return_logits else None).items():
                 totals[key] = totals.get(key, 0.0) + value
         for chunk in state.chunks:
