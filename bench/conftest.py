@@ -1,4 +1,5 @@
 """Tables that the benchmarks print at the end of the run."""
+
 import pytest
 
 _LINES = pytest.StashKey()

@@ -1,4 +1,5 @@
 """A GPT in plain torch, as one writes it by hand: the fastest of the peers, above all compiled."""
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -14,7 +15,7 @@ class Block(nn.Module):
     def forward(self, x):
         batch, sequence, hidden = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, sequence, 3, self.heads, hidden // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)                       # each [batch, heads, sequence, head size]
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, sequence, head size]
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.proj(attended.transpose(1, 2).reshape(batch, sequence, hidden))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -25,13 +26,19 @@ class PlainGPT(nn.Module):
 
     def __init__(self, layers, hidden, heads, sequence, vocabulary):
         super().__init__()
-        self.words, self.positions = nn.Embedding(vocabulary, hidden), nn.Embedding(sequence, hidden)
-        self.blocks, self.norm = nn.ModuleList(Block(hidden, heads) for _ in range(layers)), nn.LayerNorm(hidden)
+        self.words, self.positions = (
+            nn.Embedding(vocabulary, hidden),
+            nn.Embedding(sequence, hidden),
+        )
+        self.blocks, self.norm = (
+            nn.ModuleList(Block(hidden, heads) for _ in range(layers)),
+            nn.LayerNorm(hidden),
+        )
         for embedding in (self.words, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, tokens, labels):
-        x = self.words(tokens) + self.positions.weight[:tokens.size(1)]
+        x = self.words(tokens) + self.positions.weight[: tokens.size(1)]
         for block in self.blocks:
             x = block(x)
         logits = F.linear(self.norm(x), self.words.weight)

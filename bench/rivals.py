@@ -3,17 +3,21 @@
 All clip the gradient's norm at 1 and update with AdamW, fused. bf16 means: megafn and megatron-core keep bf16 weights,
 fp32 masters and fp32 gradient sums; transformers and plain torch run fp32 weights under bf16 autocast, as users do.
 """
+
 from __future__ import annotations
 
 import contextlib
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from plain_gpt import PlainGPT
 
 import megafn as mf
 from megafn.runtime.families.build import build_chunk
@@ -21,20 +25,31 @@ from megafn.runtime.model.layers import transformer_config
 from megafn.runtime.model.losses import token_loss
 from megafn.runtime.model.optimizer import build_optimizer
 from megafn.runtime.parallel.megatron_context import megatron_context
+from plain_gpt import PlainGPT
 
 LAYERS, HIDDEN, HEADS, SEQUENCE, BATCH, VOCABULARY = 6, 384, 6, 256, 8, 8192
 
 
 def train_config(dtype):
     return mf.TrainConfig(
-        model=mf.ModelConfig(num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, seq_length=SEQUENCE, vocab_size=VOCABULARY),
-        precision=mf.PrecisionConfig(dtype=dtype), schedule=mf.ScheduleConfig(lr=1e-4, decay="constant"),
-        micro_batch_size=BATCH, global_batch_size=BATCH, train_iters=10_000)
+        model=mf.ModelConfig(
+            num_layers=LAYERS,
+            hidden_size=HIDDEN,
+            num_attention_heads=HEADS,
+            seq_length=SEQUENCE,
+            vocab_size=VOCABULARY,
+        ),
+        precision=mf.PrecisionConfig(dtype=dtype),
+        schedule=mf.ScheduleConfig(lr=1e-4, decay="constant"),
+        micro_batch_size=BATCH,
+        global_batch_size=BATCH,
+        train_iters=10_000,
+    )
 
 
 def megafn_step(pg, dtype):
     config = train_config(dtype)
-    held = [mf.setup(config, pg)]                       # a cell: train_step gives a new state for the old one
+    held = [mf.setup(config, pg)]  # a cell: train_step gives a new state for the old one
     step = mf.step_fn("gpt")
 
     def run(text):
@@ -50,9 +65,17 @@ def megatron_step(pg, dtype, build, forward_step):
     with megatron_context(pg, 0):
         model = build(config)
         mcore = model.config
-        model = DistributedDataParallel(mcore, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model, pg_collection=pg.collection)
+        model = DistributedDataParallel(
+            mcore,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+            model,
+            pg_collection=pg.collection,
+        )
         optimizer = build_optimizer(config, [model], pg)
-        mcore.finalize_model_grads_func, mcore.grad_scale_func = finalize_model_grads, optimizer.scale_loss
+        mcore.finalize_model_grads_func, mcore.grad_scale_func = (
+            finalize_model_grads,
+            optimizer.scale_loss,
+        )
     forward_backward = get_forward_backward_func(pp_size=1)
 
     def run(text):
@@ -60,8 +83,15 @@ def megatron_step(pg, dtype, build, forward_step):
             model.zero_grad_buffer()
             optimizer.zero_grad()
             losses = forward_backward(
-                forward_step_func=forward_step, model=model, data_iterator=iter([text]), num_microbatches=1, seq_length=SEQUENCE,
-                micro_batch_size=BATCH, forward_only=False, pg_collection=pg.collection)
+                forward_step_func=forward_step,
+                model=model,
+                data_iterator=iter([text]),
+                num_microbatches=1,
+                seq_length=SEQUENCE,
+                micro_batch_size=BATCH,
+                forward_only=False,
+                pg_collection=pg.collection,
+            )
             optimizer.step()
         return float(losses[0]["loss"])
 
@@ -70,6 +100,7 @@ def megatron_step(pg, dtype, build, forward_step):
 
 def bare_step(pg, dtype):
     """(a) a bare megatron-core loop around megafn's own stage and loss."""
+
     def forward_step(iterator, model):
         text = next(iterator)
         batch = {"labels": text[:, 1:].contiguous(), "loss_mask": torch.ones(BATCH, SEQUENCE)}
@@ -80,7 +111,12 @@ def bare_step(pg, dtype):
 
         return model(text[:, :-1].contiguous()), loss_func
 
-    return megatron_step(pg, dtype, lambda config: build_chunk(config, pg, pre_process=True, post_process=True, vp_stage=None), forward_step)
+    return megatron_step(
+        pg,
+        dtype,
+        lambda config: build_chunk(config, pg, pre_process=True, post_process=True, vp_stage=None),
+        forward_step,
+    )
 
 
 def local_spec_step(pg, dtype):
@@ -90,8 +126,14 @@ def local_spec_step(pg, dtype):
 
     def build(config):
         mcore = transformer_config(config, pg)
-        model = GPTModel(mcore, get_gpt_layer_local_spec(), VOCABULARY, SEQUENCE, pg_collection=pg.collection,
-                         share_embeddings_and_output_weights=True)
+        model = GPTModel(
+            mcore,
+            get_gpt_layer_local_spec(),
+            VOCABULARY,
+            SEQUENCE,
+            pg_collection=pg.collection,
+            share_embeddings_and_output_weights=True,
+        )
         return model.to(mcore.params_dtype)
 
     def forward_step(iterator, model):
@@ -99,9 +141,15 @@ def local_spec_step(pg, dtype):
 
         def loss_func(losses):
             total = losses.float().sum()
-            return total, torch.tensor(losses.numel(), dtype=torch.int), {"loss": total.detach() / losses.numel()}
+            return (
+                total,
+                torch.tensor(losses.numel(), dtype=torch.int),
+                {"loss": total.detach() / losses.numel()},
+            )
 
-        return model(text[:, :-1].contiguous(), positions, mask, labels=text[:, 1:].contiguous()), loss_func
+        return model(
+            text[:, :-1].contiguous(), positions, mask, labels=text[:, 1:].contiguous()
+        ), loss_func
 
     return megatron_step(pg, dtype, build, forward_step)
 
@@ -109,8 +157,12 @@ def local_spec_step(pg, dtype):
 def torch_step(model, loss_of, dtype):
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.01), dict(params=rest, weight_decay=0.0)],
-                                  lr=1e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        [dict(params=decayed, weight_decay=0.01), dict(params=rest, weight_decay=0.0)],
+        lr=1e-4,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
 
     def run(text):
         with torch.autocast("cpu", torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext():
@@ -128,17 +180,35 @@ def transformers_step(pg, dtype):
     """(c) transformers' GPT-2 with SDPA, which shifts the labels itself (so it scores one token less a sequence)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config(
-        n_layer=LAYERS, n_embd=HIDDEN, n_head=HEADS, n_positions=SEQUENCE, vocab_size=VOCABULARY, activation_function="gelu",
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0, attn_implementation="sdpa"))
-    return torch_step(model.train(), lambda text: model(input_ids=text[:, :-1], labels=text[:, :-1]).loss, dtype)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=LAYERS,
+            n_embd=HIDDEN,
+            n_head=HEADS,
+            n_positions=SEQUENCE,
+            vocab_size=VOCABULARY,
+            activation_function="gelu",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+            attn_implementation="sdpa",
+        )
+    )
+    return torch_step(
+        model.train(), lambda text: model(input_ids=text[:, :-1], labels=text[:, :-1]).loss, dtype
+    )
 
 
 def plain_step(pg, dtype, compiled=False):
     """(d) plain torch, eager or compiled."""
     model = PlainGPT(LAYERS, HIDDEN, HEADS, SEQUENCE, VOCABULARY)
     call = torch.compile(model) if compiled else model
-    return torch_step(model, lambda text: call(text[:, :-1].contiguous(), text[:, 1:].contiguous()), dtype)
+    return torch_step(
+        model, lambda text: call(text[:, :-1].contiguous(), text[:, 1:].contiguous()), dtype
+    )
 
 
 def compiled_step(pg, dtype):

@@ -1,4 +1,5 @@
 """What a small collective costs where processes outnumber cores, and what `hold_gloo_back` saves of it. Prints; never asserts speed."""
+
 import contextlib
 import os
 import statistics
@@ -7,11 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
-from pool import worker_pool
-from turns import take_turns, times_as_fast
 
 import megafn as mf
 from megafn.runtime.parallel import cpu
+from pool import worker_pool
+from turns import take_turns, times_as_fast
 
 TP, COUNT = 4, 200
 
@@ -32,7 +33,17 @@ def seconds_of_an_all_reduce(held):
 def test_an_all_reduce_where_processes_outnumber_cores(table):
     with worker_pool() as pool:
         told = {True: [], False: []}
-        take_turns({held: lambda held=held: told[held].append(pool(TP, seconds_of_an_all_reduce, held)[0]) for held in told}, rounds=5)
+        take_turns(
+            {
+                held: lambda held=held: told[held].append(
+                    pool(TP, seconds_of_an_all_reduce, held)[0]
+                )
+                for held in told
+            },
+            rounds=5,
+        )
     here, there = (1e3 * statistics.median(told[held]) for held in (True, False))
-    table(f"all_reduce of 16 numbers over {TP} processes on {os.cpu_count()} cores, gloo: {here:.2f} ms, with its threads at their own priority "
-          f"{there:.2f} ms: {times_as_fast(told[True], told[False]):.2f}x")
+    table(
+        f"all_reduce of 16 numbers over {TP} processes on {os.cpu_count()} cores, gloo: {here:.2f} ms, with its threads at their own priority "
+        f"{there:.2f} ms: {times_as_fast(told[True], told[False]):.2f}x"
+    )

@@ -1,13 +1,20 @@
 """The pure functions, at the size of a cluster: what a launcher or a planner pays for asking."""
+
 import attrs
 
 import megafn as mf
 
 PARALLEL = mf.ParallelConfig(tp=8, pp=8, vpp=2)
 CONFIG = mf.TrainConfig(
-    model=mf.ModelConfig(num_layers=96, hidden_size=12288, num_attention_heads=96, seq_length=2048, vocab_size=51200),
-    parallel=PARALLEL, schedule=mf.ScheduleConfig(lr=6e-5, warmup_fraction=0.01),
-    micro_batch_size=1, global_batch_size=1536, train_iters=95_000)
+    model=mf.ModelConfig(
+        num_layers=96, hidden_size=12288, num_attention_heads=96, seq_length=2048, vocab_size=51200
+    ),
+    parallel=PARALLEL,
+    schedule=mf.ScheduleConfig(lr=6e-5, warmup_fraction=0.01),
+    micro_batch_size=1,
+    global_batch_size=1536,
+    train_iters=95_000,
+)
 
 
 def test_build_groups_of_1024_ranks(benchmark):
@@ -33,8 +40,17 @@ def test_call_a_schedule(benchmark):
 
 
 def test_sample_indices_of_one_rank(benchmark):
-    share = benchmark(mf.sample_indices, 1536 * 50_000, style="cyclic", seed=1, num_samples=10_000_000, global_batch_size=1536,
-                      micro_batch_size=1, dp_rank=3, dp=16)
+    share = benchmark(
+        mf.sample_indices,
+        1536 * 50_000,
+        style="cyclic",
+        seed=1,
+        num_samples=10_000_000,
+        global_batch_size=1536,
+        micro_batch_size=1,
+        dp_rank=3,
+        dp=16,
+    )
     assert len(share) == 96
 
 

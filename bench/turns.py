@@ -1,4 +1,5 @@
 """Timing in which the peers take turns: work beside it on the machine slows all of them alike, and ratios stay true."""
+
 import contextlib
 import statistics
 import time

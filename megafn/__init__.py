@@ -2,6 +2,7 @@
 
 The public API, loaded lazily: `import megafn` brings no torch until something that runs is touched.
 """
+
 from importlib import import_module
 
 _HOME = {

@@ -1,43 +1,72 @@
 """Random products of layout x model x features, each held to the law; a case is a flat dict that a command line can repeat."""
+
 import json
 
 import attrs
-import test_bert
-import test_t5
 import torch
 import torch.distributed as dist
-from equivalence import assert_equal, assert_errs_alike, run_layout, short, uneven
 from hypothesis import assume
 from hypothesis import strategies as st
+
+import megafn as mf
+import test_bert
+import test_t5
+from equivalence import assert_equal, assert_errs_alike, run_layout, short, uneven
+from megafn.runtime.model.losses import cross_entropy
 from planted import planted
 from test_features import alone_rows, document_rows, growing_rows, padded_rows
 
-import megafn as mf
-from megafn.runtime.model.losses import cross_entropy
-
 # What makes a case differ from its single process; everything else both have.
-CUT = ("pipeline_model_parallel_split_rank", "tp", "pp", "vpp", "cp", "order", "sequence_parallel", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+CUT = (
+    "pipeline_model_parallel_split_rank",
+    "tp",
+    "pp",
+    "vpp",
+    "cp",
+    "order",
+    "sequence_parallel",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+)
 HOW = ("use_distributed_optimizer", "granularity", "method")
 
 
 # ------------------------------------------------------------------------------------------------------------ data
 
+
 def lopsided(config, iteration):
     """Only the last quarter of each sequence counts: under context parallelism some ranks hold none of it."""
     rows = uneven(config, iteration)
     for row in rows:
-        row["loss_mask"] = (torch.arange(config.model.seq_length) >= config.model.seq_length * 3 // 4).float()
+        row["loss_mask"] = (
+            torch.arange(config.model.seq_length) >= config.model.seq_length * 3 // 4
+        ).float()
     return rows
 
 
 def alone(config, iteration):
     """One token of the whole global batch counts, another in each iteration."""
-    return alone_rows(config, iteration, row=iteration % config.global_batch_size, position=-1 - iteration)
+    return alone_rows(
+        config, iteration, row=iteration % config.global_batch_size, position=-1 - iteration
+    )
 
 
-DATA = {"uneven": uneven, "lopsided": lopsided, "alone": alone, "padded": padded_rows, "documents": document_rows, "growing": growing_rows,
-        "bert": test_bert.uneven, "bert pairs": test_bert.uneven, "t5": test_t5.pairs}
-MODELS = {"bert": test_bert.MASKED, "bert pairs": test_bert.PAIRS, "t5": test_t5.T5}       # of GPT where it is not told
+DATA = {
+    "uneven": uneven,
+    "lopsided": lopsided,
+    "alone": alone,
+    "padded": padded_rows,
+    "documents": document_rows,
+    "growing": growing_rows,
+    "bert": test_bert.uneven,
+    "bert pairs": test_bert.uneven,
+    "t5": test_t5.pairs,
+}
+MODELS = {
+    "bert": test_bert.MASKED,
+    "bert pairs": test_bert.PAIRS,
+    "t5": test_t5.T5,
+}  # of GPT where it is not told
 
 
 def whole_sum(here, pg):
@@ -51,16 +80,23 @@ def smoothed(logits, batch, pg):
     """Cross-entropy with labels smoothed by 0.1 over the whole vocabulary (arXiv 1512.00567), which is cut over tp."""
     real = torch.arange(logits.size(-1)) + pg.place.tp * logits.size(-1) < 97
     mean = whole_sum((logits.float() * real).sum(-1), pg).t() / 97
-    losses = 0.9 * cross_entropy(logits, batch["labels"], pg) + 0.1 * (mf.logsumexp(logits, pg) - mean)
+    losses = 0.9 * cross_entropy(logits, batch["labels"], pg) + 0.1 * (
+        mf.logsumexp(logits, pg) - mean
+    )
     return mf.Loss(sum=(losses * batch["loss_mask"]).sum(), count=batch["loss_mask"].sum())
 
 
 # ----------------------------------------------------------------------------------------------------------- cases
 
+
 def config_of(case):
     """The config of a case; its processes, data and loss are no part of that."""
-    case = MODELS.get(case["data"], {}) | {key: value for key, value in case.items() if key not in ("processes", "data", "smoothing")}
-    recompute = mf.RecomputeConfig(**{key: case.pop(key) for key in ("granularity", "method") if key in case})
+    case = MODELS.get(case["data"], {}) | {
+        key: value for key, value in case.items() if key not in ("processes", "data", "smoothing")
+    }
+    recompute = mf.RecomputeConfig(
+        **{key: case.pop(key) for key in ("granularity", "method") if key in case}
+    )
     return short(**dict(recompute=recompute) | case)
 
 
@@ -108,7 +144,9 @@ def cases(draw, processes=(2, 2, 2, 4, 4, 4, 4, 8), data=tuple(DATA)):
     maybe("normalization", "RMSNorm")
     maybe("activation", "swiglu", "geglu")
     maybe("num_query_groups", 2, 4)
-    if case.get("position_embedding") == "rope":           # unturned, softmax is blind to the keys' bias, whose gradient is rounding
+    if (
+        case.get("position_embedding") == "rope"
+    ):  # unturned, softmax is blind to the keys' bias, whose gradient is rounding
         maybe("qk_layernorm", True)
     maybe("add_bias_linear", False)
     maybe("clip_grad", 0.0, 0.1)
@@ -120,7 +158,10 @@ def cases(draw, processes=(2, 2, 2, 4, 4, 4, 4, 8), data=tuple(DATA)):
     if case.keys() & {"use_distributed_optimizer", "granularity"}:
         maybe("hidden_dropout", 0.1)
         maybe("attention_dropout", 0.1)
-    if not case.keys() & {"hidden_dropout", "attention_dropout", "smoothing"} and case["data"] == "uneven":
+    if (
+        not case.keys() & {"hidden_dropout", "attention_dropout", "smoothing"}
+        and case["data"] == "uneven"
+    ):
         maybe("dtype", "bf16")
     assume(mf.validate(config_of(case), case["processes"]) == ())
     return case
@@ -139,6 +180,7 @@ def step_of(case):
 
 def hold(case, pool, references, bug=None):
     """Raises AssertionError where a case breaks the law, with the command that repeats it. references: a dict that is filled."""
+
     def reference(base):
         key = json.dumps(base, sort_keys=True)
         if key not in references:
@@ -157,11 +199,16 @@ def hold(case, pool, references, bug=None):
             for one, other in zip(ones, results, strict=True):
                 assert_equal(one, [as_whole(other)])
     except Exception as error:
-        error.add_note(f"repeat it: python -m pytest tests/test_fuzz.py -k given_case --case '{json.dumps(case)}'")
+        error.add_note(
+            f"repeat it: python -m pytest tests/test_fuzz.py -k given_case --case '{json.dumps(case)}'"
+        )
         raise
 
 
 def as_whole(result):
     """A rank's result, in which what it holds of each parameter counts as the whole: another run of the layout has the same there."""
     curve, *ends = result
-    return curve, *([(name, value, tuple(value.shape), None, 1, 1, 0) for name, value, *_ in end] for end in ends)
+    return curve, *(
+        [(name, value, tuple(value.shape), None, 1, 1, 0) for name, value, *_ in end]
+        for end in ends
+    )

@@ -1,6 +1,8 @@
 """The worker pool, and hypothesis's profiles: `ci` (the default) and `pytest --hypothesis-profile thorough`."""
+
 import pytest
 from hypothesis import settings
+
 from pool import worker_pool
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=100)
@@ -9,9 +11,16 @@ settings.load_profile("ci")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--cases", type=int, default=12, help="random products of layout and features that test_fuzz.py tries")
+    parser.addoption(
+        "--cases",
+        type=int,
+        default=12,
+        help="random products of layout and features that test_fuzz.py tries",
+    )
     parser.addoption("--case", help="one of them to repeat, as a failure prints it")
-    parser.addoption("--planted", action="store_true", help="also search for each planted bug from the beginning")
+    parser.addoption(
+        "--planted", action="store_true", help="also search for each planted bug from the beginning"
+    )
 
 
 @pytest.fixture(scope="session")

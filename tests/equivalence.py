@@ -3,6 +3,7 @@
 Functions that run in the pool's workers, and the comparison. Weights and data are functions of names and numbers, so
 every layout starts alike. The data is uneven on purpose: some micro-batches count one token, some every one.
 """
+
 import attrs
 import torch
 
@@ -11,18 +12,26 @@ from megafn.pure.sampling import split_among_ranks
 from megafn.runtime.model.weights import LocalParameter, local_parameters
 
 LOSS = GRAD_NORM = 1e-4
-PARAMETER = 1e-3                # of the parameter's own largest update; needs eps = 1e-3 (at 1e-8 rounding alone fails it)
+PARAMETER = 1e-3  # of the parameter's own largest update; needs eps = 1e-3 (at 1e-8 rounding alone fails it)
 
 
 def tiny(*, steps=10, **changes):
     """A small GPT on synthetic tokens; `changes` go to whichever config has the field."""
     config = mf.TrainConfig(
-        model=mf.ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=32, vocab_size=97),
-        optimizer=mf.OptimizerConfig(eps=1e-3), schedule=mf.ScheduleConfig(lr=1e-2, warmup_iters=2, weight_decay=0.1),
-        micro_batch_size=2, global_batch_size=16, train_iters=steps)
+        model=mf.ModelConfig(
+            num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=32, vocab_size=97
+        ),
+        optimizer=mf.OptimizerConfig(eps=1e-3),
+        schedule=mf.ScheduleConfig(lr=1e-2, warmup_iters=2, weight_decay=0.1),
+        micro_batch_size=2,
+        global_batch_size=16,
+        train_iters=steps,
+    )
     for section in ("model", "parallel", "optimizer", "schedule", "precision", "recompute"):
         part = getattr(config, section)
-        mine = {key: changes.pop(key) for key in list(changes) if key in attrs.fields_dict(type(part))}
+        mine = {
+            key: changes.pop(key) for key in list(changes) if key in attrs.fields_dict(type(part))
+        }
         config = attrs.evolve(config, **{section: attrs.evolve(part, **mine)})
     return attrs.evolve(config, **changes)
 
@@ -39,7 +48,9 @@ def uneven(config, iteration):
     text = torch.randint(0, model.vocab_size, (n, model.seq_length + 1), generator=draw)
     mask = torch.zeros(n, model.seq_length)
     for row in range(n):
-        counted = [1, model.seq_length, 3, model.seq_length // 2][(row // config.micro_batch_size + iteration) % 4]
+        counted = [1, model.seq_length, 3, model.seq_length // 2][
+            (row // config.micro_batch_size + iteration) % 4
+        ]
         mask[row, torch.randperm(model.seq_length, generator=draw)[:counted]] = 1
     return [{"tokens": x[:-1], "labels": x[1:], "loss_mask": m} for x, m in zip(text, mask)]
 
@@ -50,22 +61,44 @@ def stack(rows):
 
 def share(rows, config, pg):
     """This rank's micro-batches of a global batch."""
-    return [stack(micro) for micro in split_among_ranks(rows, micro_batch_size=config.micro_batch_size, dp_rank=pg.dp_rank, dp=pg.dp_size)]
+    return [
+        stack(micro)
+        for micro in split_among_ranks(
+            rows, micro_batch_size=config.micro_batch_size, dp_rank=pg.dp_rank, dp=pg.dp_size
+        )
+    ]
 
 
 def local_parts(state):
     """[(name, values here, whole shape, dim, stride, tp, tp_rank)] of every parameter that this process holds."""
-    return [(part.name, part.parameter.detach().float().clone(), part.shape, part.dim, part.stride, part.tp, part.tp_rank)
-            for chunk in state.chunks for part in local_parameters(chunk, state.config.model, state.pg)]
+    return [
+        (
+            part.name,
+            part.parameter.detach().float().clone(),
+            part.shape,
+            part.dim,
+            part.stride,
+            part.tp,
+            part.tp_rank,
+        )
+        for chunk in state.chunks
+        for part in local_parameters(chunk, state.config.model, state.pg)
+    ]
 
 
 def run_layout(config, data=uneven, step=None):
     """Trains a layout in this process group: curve [(loss, grad norm)], local parameters before and after."""
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size(), model=config.model), timeout_seconds=60) as pg:
+    with mf.init_groups(
+        mf.build_groups(config.parallel, mf.world_size(), model=config.model), timeout_seconds=60
+    ) as pg:
         state = mf.setup(config, pg)
         before, curve = local_parts(state), []
         for iteration in range(config.train_iters):
-            state, metrics = mf.train_step(state, share(data(config, iteration), config, pg), step or mf.step_fn(config.model.family))
+            state, metrics = mf.train_step(
+                state,
+                share(data(config, iteration), config, pg),
+                step or mf.step_fn(config.model.family),
+            )
             curve.append((metrics.loss, metrics.grad_norm))
         return curve, before, local_parts(state)
 
@@ -73,8 +106,10 @@ def run_layout(config, data=uneven, step=None):
 def here(whole, part):
     """What of a whole parameter lies where a rank's part (name, values, ...) does."""
     name, values, shape, dim, stride, tp, tp_rank = part
-    whole = whole[:shape[0]] if dim == 0 else whole
-    return LocalParameter(name=name, parameter=values, shape=shape, dim=dim, stride=stride, tp=tp, tp_rank=tp_rank).cut(whole)
+    whole = whole[: shape[0]] if dim == 0 else whole
+    return LocalParameter(
+        name=name, parameter=values, shape=shape, dim=dim, stride=stride, tp=tp, tp_rank=tp_rank
+    ).cut(whole)
 
 
 def named(local_parameters):
@@ -88,8 +123,11 @@ def differences(reference, result):
     """
     (curve, before, after), (other, _, end) = reference, result
     old, new = named(before), named(after)
-    worst = {"loss": max(abs(a - b) for (a, _), (b, _) in zip(curve, other, strict=True)),
-             "grad_norm": max(abs(a - b) for (_, a), (_, b) in zip(curve, other, strict=True)), "parameter": 0.0}
+    worst = {
+        "loss": max(abs(a - b) for (a, _), (b, _) in zip(curve, other, strict=True)),
+        "grad_norm": max(abs(a - b) for (_, a), (_, b) in zip(curve, other, strict=True)),
+        "parameter": 0.0,
+    }
     for part in end:
         name, last, *_ = part
         update = (new[name] - old[name]).abs().max().item()
@@ -103,10 +141,14 @@ def differences(reference, result):
 def assert_starts_alike(reference, results):
     """Every rank starts from the reference's weights, and together they hold all of them."""
     before = named(reference[1])
-    assert {name for _, start, _ in results for name, *_ in start} == before.keys(), "a parameter is missing, or one too many is there"
+    assert {name for _, start, _ in results for name, *_ in start} == before.keys(), (
+        "a parameter is missing, or one too many is there"
+    )
     for rank, (_, start, _) in enumerate(results):
         for part in start:
-            assert torch.equal(here(before[part[0]], part), part[1]), f"rank {rank} starts from another {part[0]}"
+            assert torch.equal(here(before[part[0]], part), part[1]), (
+                f"rank {rank} starts from another {part[0]}"
+            )
 
 
 def assert_equal(reference, results, *, parameter=PARAMETER):
@@ -114,7 +156,11 @@ def assert_equal(reference, results, *, parameter=PARAMETER):
     assert_starts_alike(reference, results)
     for rank, result in enumerate(results):
         worst = differences(reference, result)
-        assert worst["loss"] < LOSS and worst["grad_norm"] < GRAD_NORM and worst["parameter"] < parameter, f"rank {rank}: {worst}"
+        assert (
+            worst["loss"] < LOSS
+            and worst["grad_norm"] < GRAD_NORM
+            and worst["parameter"] < parameter
+        ), f"rank {rank}: {worst}"
 
 
 CURVE_BF16, PARAMETER_BF16, GRID = 8, 3, 2**-8
@@ -132,7 +178,13 @@ def times_the_error(exact, one, result):
     for part in result[2]:
         name, last, *_ = part
         goal = here(right[name], part)
-        worst = max(worst, ((last - goal).norm() / ((here(rounded[name], part) - goal).norm() + GRID * goal.norm())).item())
+        worst = max(
+            worst,
+            (
+                (last - goal).norm()
+                / ((here(rounded[name], part) - goal).norm() + GRID * goal.norm())
+            ).item(),
+        )
     return *(error / own).tolist(), worst
 
 
@@ -146,7 +198,9 @@ def assert_errs_alike(exact, one, results):
     assert_starts_alike(one, results)
     for rank, result in enumerate(results):
         loss, grad_norm, parameter = worst = times_the_error(exact, one, result)
-        assert loss < CURVE_BF16 and grad_norm < CURVE_BF16 and parameter < PARAMETER_BF16, f"rank {rank}: {worst}"
+        assert loss < CURVE_BF16 and grad_norm < CURVE_BF16 and parameter < PARAMETER_BF16, (
+            f"rank {rank}: {worst}"
+        )
 
 
 def assert_obeys(single, config, results, **tolerances):

@@ -1,4 +1,5 @@
 """Silent errors of the kind that parallel training has had, planted on purpose: what `test_fuzz.py` must find."""
+
 import contextlib
 import math
 from importlib import import_module
@@ -8,10 +9,24 @@ from unittest import mock
 import attrs
 import torch
 
-NAMES = ("tied table not summed over stages", "norms not summed over tp", "gradients times dp", "loss over the local vocabulary",
-         "padded vocabulary takes part", "bias of each tp rank counts", "norm of the local gradients", "mean of means",
-         "mask cut elsewhere than queries", "keys in the order of ranks", "angles of local positions", "gradients not summed over dp",
-         "updated shards not gathered", "recomputation draws other dropout", "smoothing over the local vocabulary", "copies over tp count in the norm")
+NAMES = (
+    "tied table not summed over stages",
+    "norms not summed over tp",
+    "gradients times dp",
+    "loss over the local vocabulary",
+    "padded vocabulary takes part",
+    "bias of each tp rank counts",
+    "norm of the local gradients",
+    "mean of means",
+    "mask cut elsewhere than queries",
+    "keys in the order of ranks",
+    "angles of local positions",
+    "gradients not summed over dp",
+    "updated shards not gathered",
+    "recomputation draws other dropout",
+    "smoothing over the local vocabulary",
+    "copies over tp count in the norm",
+)
 
 
 def nothing(*_, **__):
@@ -29,34 +44,58 @@ def planted(name):
 
 def patches(name):
     """(owner, attribute, what stands there instead) of a bug."""
-    import combinations
     from megatron.core import tensor_parallel
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import optimizer
     from megatron.core.tensor_parallel import random
 
+    import combinations
     from megafn.runtime.model import chunk as models
     from megafn.runtime.model import layers, losses
     from megafn.runtime.training import forward_backward as passes
     from megafn.runtime.training import setup
 
-    finalize = import_module("megatron.core.distributed.finalize_model_grads")         # the package has a function of that name
+    finalize = import_module(
+        "megatron.core.distributed.finalize_model_grads"
+    )  # the package has a function of that name
     return {
-        "tied table not summed over stages": lambda: [(finalize, "_allreduce_word_embedding_grads", nothing)],
-        "norms not summed over tp": lambda: [(finalize, "_allreduce_non_tensor_model_parallel_grads", nothing)],
+        "tied table not summed over stages": lambda: [
+            (finalize, "_allreduce_word_embedding_grads", nothing)
+        ],
+        "norms not summed over tp": lambda: [
+            (finalize, "_allreduce_non_tensor_model_parallel_grads", nothing)
+        ],
         "gradients times dp": lambda: [(setup, "finalize_grads", times_dp(setup.finalize_grads))],
-        "gradients not summed over dp": lambda: [(DistributedDataParallel, "finish_grad_sync", nothing)],
-        "updated shards not gathered": lambda: [(DistributedDataParallel, "start_param_sync", nothing)],
+        "gradients not summed over dp": lambda: [
+            (DistributedDataParallel, "finish_grad_sync", nothing)
+        ],
+        "updated shards not gathered": lambda: [
+            (DistributedDataParallel, "start_param_sync", nothing)
+        ],
         "norm of the local gradients": lambda: [(optimizer, "get_grad_norm_fp32", local_norm)],
-        "copies over tp count in the norm": lambda: [(tensor_parallel, "param_is_not_tensor_parallel_duplicate", lambda *_, **__: True)],
+        "copies over tp count in the norm": lambda: [
+            (tensor_parallel, "param_is_not_tensor_parallel_duplicate", lambda *_, **__: True)
+        ],
         "loss over the local vocabulary": lambda: [(losses, "_reduce", of_one(losses._reduce))],
-        "smoothing over the local vocabulary": lambda: [(combinations, "whole_sum", lambda here, pg: here)],
+        "smoothing over the local vocabulary": lambda: [
+            (combinations, "whole_sum", lambda here, pg: here)
+        ],
         "mean of means": lambda: [(combinations, "step_of", with_means(combinations.step_of))],
-        "padded vocabulary takes part": lambda: [(models._HidePadding, "apply", lambda logits, count: logits)],
-        "bias of each tp rank counts": lambda: [(layers.RowLinear, "forward", times_tp(layers.RowLinear.forward))],
-        "mask cut elsewhere than queries": lambda: [(passes, "cut_sequence", mask_in_one_piece(passes.cut_sequence))],
-        "keys in the order of ranks": lambda: [(layers.Attention, "_attend_cp", with_positions(layers, layers.Attention._attend_cp))],
-        "angles of local positions": lambda: [(models.Chunk, "_angles", local_angles(models.Chunk._angles))],
+        "padded vocabulary takes part": lambda: [
+            (models._HidePadding, "apply", lambda logits, count: logits)
+        ],
+        "bias of each tp rank counts": lambda: [
+            (layers.RowLinear, "forward", times_tp(layers.RowLinear.forward))
+        ],
+        "mask cut elsewhere than queries": lambda: [
+            (passes, "cut_sequence", mask_in_one_piece(passes.cut_sequence))
+        ],
+        "keys in the order of ranks": lambda: [
+            (layers.Attention, "_attend_cp", with_positions(layers, layers.Attention._attend_cp))
+        ],
+        "angles of local positions": lambda: [
+            (models.Chunk, "_angles", local_angles(models.Chunk._angles))
+        ],
         "recomputation draws other dropout": lambda: [(random, "_set_all_rng_states", nothing)],
     }[name]()
 
@@ -66,11 +105,17 @@ def times_dp(finalize):
         finalize(chunks, *arguments, pg_collection=pg_collection, **named)
         for chunk in chunks:
             chunk.scale_gradients(float(pg_collection.dp_cp.size()))
+
     return scaled
 
 
 def local_norm(gradients, *_, **__):
-    return math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in ([gradients] if isinstance(gradients, torch.Tensor) else gradients)))
+    return math.sqrt(
+        sum(
+            float(gradient.norm()) ** 2
+            for gradient in ([gradients] if isinstance(gradients, torch.Tensor) else gradients)
+        )
+    )
 
 
 def of_one(reduce):
@@ -84,7 +129,9 @@ def with_means(step_of):
         def loss(logits, batch, pg):
             one = step.loss(logits, batch, pg)
             return attrs.evolve(one, sum=one.sum / one.count.clamp(min=1), count=1)
+
         return attrs.evolve(step, loss=loss)
+
     return changed
 
 
@@ -92,6 +139,7 @@ def times_tp(forward):
     def added(self, *arguments, **named):
         output, bias = forward(self, *arguments, **named)
         return output, None if bias is None else bias * self.tp_group.size()
+
     return added
 
 
@@ -102,14 +150,18 @@ def mask_in_one_piece(cut_sequence):
         if mask is not None and mask.size(2) > 1:
             made["attention_mask"] = mask.chunk(cp, dim=2)[pg.place.cp]
         return made
+
     return cut
 
 
 def with_positions(layers, attend_cp):
     def attended(self, *arguments):
-        in_order = lambda sequence, cp, rank, device="cpu": torch.arange(sequence, device=device).chunk(cp)[rank]   # noqa: E731
+        in_order = lambda sequence, cp, rank, device="cpu": torch.arange(
+            sequence, device=device
+        ).chunk(cp)[rank]  # noqa: E731
         with mock.patch.object(layers, "cp_positions", in_order):
             return attend_cp(self, *arguments)
+
     return attended
 
 
@@ -117,4 +169,5 @@ def local_angles(angles):
     def of_first_positions(self, tokens, position_ids):
         with mock.patch.object(self, "cp_group", SimpleNamespace(size=lambda: 1)):
             return angles(self, tokens, None)
+
     return of_first_positions

@@ -3,6 +3,7 @@
 megafn keeps no global state, so one worker can run hundreds of layouts one after another; the pool checks after
 every call that nothing was left behind.
 """
+
 import contextlib
 import faulthandler
 import gc
@@ -23,7 +24,7 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
-GRACE = 10.0                                   # seconds that ranks may go on after another one failed
+GRACE = 10.0  # seconds that ranks may go on after another one failed
 
 
 class PoolError(RuntimeError):
@@ -32,17 +33,24 @@ class PoolError(RuntimeError):
 
 # ---------------------------------------------------------------------------------------------- in the workers
 
+
 def rng_states():
     """State of megatron-core's tensor-parallel RNG tracker, by name."""
     from megatron.core.tensor_parallel import random
+
     tracker = random._CUDA_RNG_STATE_TRACKER
-    return {} if tracker is None else {name: bytes(state.numpy()) for name, state in tracker.get_states().items()}
+    return (
+        {}
+        if tracker is None
+        else {name: bytes(state.numpy()) for name, state in tracker.get_states().items()}
+    )
 
 
 def clear_leftovers(rng_before):
     """What the function left in the process, in words; process groups are destroyed, so that the next call starts clean."""
     import torch
     from megatron.core import parallel_state
+
     found = []
     if torch.distributed.is_initialized():
         found.append("torch.distributed is still initialised")
@@ -53,6 +61,7 @@ def clear_leftovers(rng_before):
     if rng_states() != rng_before:
         found.append("megatron's RNG tracker is not as before")
         from megatron.core.tensor_parallel import random
+
         random.get_cuda_rng_tracker().reset()
     if torch._C._len_torch_function_stack():
         found.append("a torch function mode is still active")
@@ -64,7 +73,7 @@ def clear_leftovers(rng_before):
 def run_call(message):
     """(True, result, when) or (False, traceback text, when) of one pickled call; the clock is the same for all processes."""
     path, env, call = pickle.loads(message)
-    sys.path[:] = path                          # test modules are found as in the test process
+    sys.path[:] = path  # test modules are found as in the test process
     before = rng_states()
     with mock.patch.dict(os.environ, env):
         try:
@@ -82,19 +91,21 @@ def run_call(message):
 def work(connection, trace_path):
     """A worker's life: calls until the test process is gone."""
     import torch
+
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("error", module=r"megafn\b")           # ours are errors here too
+    warnings.filterwarnings("error", module=r"megafn\b")  # ours are errors here too
     with open(trace_path, "w") as trace:
-        faulthandler.register(signal.SIGUSR1, file=trace)          # says where a hung worker stands
-        gc.freeze()                                                # what was imported is not looked at again
+        faulthandler.register(signal.SIGUSR1, file=trace)  # says where a hung worker stands
+        gc.freeze()  # what was imported is not looked at again
         with contextlib.suppress(EOFError):
             while True:
                 connection.send(run_call(connection.recv_bytes()))
-                gc.collect()                                       # models in cycles hold their groups, whose threads wake 100 times a second
+                gc.collect()  # models in cycles hold their groups, whose threads wake 100 times a second
 
 
 # ------------------------------------------------------------------------------------------- in the test process
+
 
 def free_port():
     with socket.socket() as s:
@@ -105,7 +116,11 @@ def free_port():
 def start_worker(context, trace_path):
     ours, theirs = context.Pipe()
     # the fork server takes its environment and search path from here, the first time
-    env = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    env = {
+        "OMP_NUM_THREADS": "1",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, sys.path)),
+    }
     with mock.patch.dict(os.environ, env):
         process = context.Process(target=work, args=(theirs, trace_path))
         process.start()
@@ -156,9 +171,17 @@ def worker_pool(size=8):
             workers.append(start_worker(context, trace_path(len(workers))))
         port = str(free_port())
         for rank, (_, connection) in enumerate(workers[:n]):
-            env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):    # a dead worker: seen below
+            env = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(n),
+                "LOCAL_WORLD_SIZE": str(n),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            with contextlib.suppress(
+                BrokenPipeError, ConnectionResetError
+            ):  # a dead worker: seen below
                 connection.send_bytes(pickle.dumps((sys.path, env, message)))
         waiting = {connection: rank for rank, (_, connection) in enumerate(workers[:n])}
         results, failures, dead = [None] * n, [], []
@@ -173,24 +196,44 @@ def worker_pool(size=8):
                     good, reply, when = connection.recv()
                 except (EOFError, ConnectionResetError):
                     workers[rank][0].join(5)
-                    good, reply, when = False, f"the worker died, exit code {workers[rank][0].exitcode}", 0.0
+                    good, reply, when = (
+                        False,
+                        f"the worker died, exit code {workers[rank][0].exitcode}",
+                        0.0,
+                    )
                     dead.append(rank)
                 if good:
                     results[rank] = pickle.loads(reply)
                 else:
                     failures.append((when, f"rank {rank} of {n}: {reply}"))
                     end = min(end, time.monotonic() + GRACE)
-        failures = [text for _, text in sorted(failures)]       # the cause first: a death, then the earliest exception
+        failures = [
+            text for _, text in sorted(failures)
+        ]  # the cause first: a death, then the earliest exception
         hung = sorted(waiting.values())
         if hung:
-            why = f"no answer within {GRACE:g} s of that failure" if failures else f"no answer in {timeout:g} s"
-            failures.append(f"ranks {hung} of {n}: {why}; rank {hung[0]} stands at\n{stack(hung[0])}")
+            why = (
+                f"no answer within {GRACE:g} s of that failure"
+                if failures
+                else f"no answer in {timeout:g} s"
+            )
+            failures.append(
+                f"ranks {hung} of {n}: {why}; rank {hung[0]} stands at\n{stack(hung[0])}"
+            )
         if hung or dead:
             stop()
         if failures:
-            brief = [text if text.startswith("ranks") else " ... ".join(text.splitlines()[::len(text.splitlines()) - 1 or 1])
-                     for text in failures[1:]]
-            raise PoolError("\n".join([f"{getattr(function, '__qualname__', function)} failed; {failures[0]}", *brief]))
+            brief = [
+                text
+                if text.startswith("ranks")
+                else " ... ".join(text.splitlines()[:: len(text.splitlines()) - 1 or 1])
+                for text in failures[1:]
+            ]
+            raise PoolError(
+                "\n".join(
+                    [f"{getattr(function, '__qualname__', function)} failed; {failures[0]}", *brief]
+                )
+            )
         return results
 
     try:
@@ -214,13 +257,30 @@ def run_script(args, nproc=None, timeout=120, env=None):
     Returns the CompletedProcess with stdout and stderr as text, whatever the exit code. After `timeout` seconds every
     process of it is killed and subprocess.TimeoutExpired raised, its text included.
     """
-    launcher = [] if nproc is None else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    launcher = (
+        []
+        if nproc is None
+        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    )
     command = [sys.executable, *launcher, *map(str, args)]
     mark = f"MEGAFN_TEST_RUN={uuid.uuid4().hex}"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {}), "MEGAFN_TEST_RUN": mark.partition("=")[2]}
-    process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, start_new_session=True)
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+        **(env or {}),
+        "MEGAFN_TEST_RUN": mark.partition("=")[2],
+    }
+    process = subprocess.Popen(
+        command,
+        env=env,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired as expired:

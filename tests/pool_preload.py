@@ -2,6 +2,7 @@
 
 No process group, no CUDA context and no thread may come of it: the workers are forked from here.
 """
+
 import importlib
 import pkgutil
 import threading
@@ -9,10 +10,21 @@ import warnings
 
 import torch
 
-HEAVY = ("numpy", "pytest", "hypothesis", "torch.distributed", "torch.nn.functional", "megatron.core.distributed",
-         "megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.pipeline_parallel.schedules",
-         "megatron.core.tensor_parallel", "megatron.core.transformer", "megatron.core.datasets.gpt_dataset",
-         "megatron.core.dist_checkpointing")
+HEAVY = (
+    "numpy",
+    "pytest",
+    "hypothesis",
+    "torch.distributed",
+    "torch.nn.functional",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.tensor_parallel",
+    "megatron.core.transformer",
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.dist_checkpointing",
+)
 
 
 def megafn_modules():
@@ -29,9 +41,13 @@ with warnings.catch_warnings():
     for name in (*HEAVY, *megafn_modules()):
         try:
             importlib.import_module(name)
-        except Exception:       # a module that does not import fails in the test that wants it, with its own traceback
+        except (
+            Exception
+        ):  # a module that does not import fails in the test that wants it, with its own traceback
             pass
 
 torch.set_num_threads(1)
 if threading.active_count() > 1:
-    raise RuntimeError(f"an import started threads, workers can't be forked: {threading.enumerate()}")
+    raise RuntimeError(
+        f"an import started threads, workers can't be forked: {threading.enumerate()}"
+    )

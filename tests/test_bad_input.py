@@ -1,4 +1,5 @@
 """Bad input ends in one clear sentence that names field, value and remedy, on every rank, in seconds and never in a hang."""
+
 import os
 import re
 import signal
@@ -11,30 +12,45 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from pool import PoolError, run_script
 
 import megafn as mf
 from megafn.__main__ import main
+from pool import PoolError, run_script
 
-REMEDY = re.compile(r"\b(give|choose|start|set|name|write|remove|convert|raise|shorten|pad|pass|correct|leave|change|did you mean|"
-                    r"is wanted|are wanted|seed and shard|tokenise|mend|keep|lower)\b")
+REMEDY = re.compile(
+    r"\b(give|choose|start|set|name|write|remove|convert|raise|shorten|pad|pass|correct|leave|change|did you mean|"
+    r"is wanted|are wanted|seed and shard|tokenise|mend|keep|lower)\b"
+)
 
 
 def config(**changes):
     """GPT of two layers without data; `changes` go to whichever config has the field."""
     made = mf.TrainConfig(
-        model=mf.ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=32), log=mf.LogConfig(progress=False),
-        micro_batch_size=2, global_batch_size=4, train_iters=2, eval_iters=1, timeout_seconds=30)
+        model=mf.ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=32),
+        log=mf.LogConfig(progress=False),
+        micro_batch_size=2,
+        global_batch_size=4,
+        train_iters=2,
+        eval_iters=1,
+        timeout_seconds=30,
+    )
     for section in ("model", "parallel", "schedule"):
         part = getattr(made, section)
-        mine = {key: changes.pop(key) for key in list(changes) if key in attrs.fields_dict(type(part))}
+        mine = {
+            key: changes.pop(key) for key in list(changes) if key in attrs.fields_dict(type(part))
+        }
         made = attrs.evolve(made, **{section: attrs.evolve(part, **mine)})
     return attrs.evolve(made, **changes)
 
 
 def logged(made, folder):
     """`made` with logs in `folder`: were a file opened, it would be seen."""
-    return attrs.evolve(made, log=mf.LogConfig(progress=False, jsonl=f"{folder}/log/a.jsonl", tensorboard_dir=f"{folder}/log/b"))
+    return attrs.evolve(
+        made,
+        log=mf.LogConfig(
+            progress=False, jsonl=f"{folder}/log/a.jsonl", tensorboard_dir=f"{folder}/log/b"
+        ),
+    )
 
 
 def assert_clear(text, *parts):
@@ -46,21 +62,36 @@ def assert_clear(text, *parts):
 
 # --------------------------------------------------------------------------------- configs: before anything exists
 
-@pytest.mark.parametrize("world_size, changes, parts", [
-    (3, {"tp": 2}, ["world_size = 3", "tp * pp * cp = 2 must divide it", "multiple of 2 processes"]),
-    (1, {"tp": 2}, ["world_size = 1", "tp * pp * cp = 2"]),
-    (8, {"tp": 8}, ["model.num_attention_heads = 4", "tp = 8"]),
-    (2, {"pp": 2, "num_layers": 3}, ["model.num_layers = 3", "pp = 2"]),
-    (3, {}, ["global_batch_size = 4", "micro_batch_size * dp = 2 * 3", "multiple of 6"]),
-    (1, {"hidden_size": 30}, ["model.hidden_size = 30", "num_attention_heads = 4"]),
-    (1, {"family": "gtp"}, ["model.family = 'gtp'", 'did you mean "gpt"?']),
-    (1, {"train_iters": None}, ["train_iters = None", "train_samples"]),
-    (1, {"lr": -1.0}, ["schedule.lr = -1.0", "0 or more"]),
-    (1, {"micro_batch_size": "2"}, ["micro_batch_size = '2'", "integer"]),
-    (1, {}, ["data = None", "give train your own batches"]),
-])
-def test_a_config_that_cannot_run_is_refused_before_anything_exists(world_size, changes, parts, monkeypatch, tmp_path):
-    for name, value in {"WORLD_SIZE": world_size, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+
+@pytest.mark.parametrize(
+    "world_size, changes, parts",
+    [
+        (
+            3,
+            {"tp": 2},
+            ["world_size = 3", "tp * pp * cp = 2 must divide it", "multiple of 2 processes"],
+        ),
+        (1, {"tp": 2}, ["world_size = 1", "tp * pp * cp = 2"]),
+        (8, {"tp": 8}, ["model.num_attention_heads = 4", "tp = 8"]),
+        (2, {"pp": 2, "num_layers": 3}, ["model.num_layers = 3", "pp = 2"]),
+        (3, {}, ["global_batch_size = 4", "micro_batch_size * dp = 2 * 3", "multiple of 6"]),
+        (1, {"hidden_size": 30}, ["model.hidden_size = 30", "num_attention_heads = 4"]),
+        (1, {"family": "gtp"}, ["model.family = 'gtp'", 'did you mean "gpt"?']),
+        (1, {"train_iters": None}, ["train_iters = None", "train_samples"]),
+        (1, {"lr": -1.0}, ["schedule.lr = -1.0", "0 or more"]),
+        (1, {"micro_batch_size": "2"}, ["micro_batch_size = '2'", "integer"]),
+        (1, {}, ["data = None", "give train your own batches"]),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused_before_anything_exists(
+    world_size, changes, parts, monkeypatch, tmp_path
+):
+    for name, value in {
+        "WORLD_SIZE": world_size,
+        "RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 1,
+    }.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(mf.ConfigError) as caught:
         mf.train(logged(config(**changes), tmp_path))
@@ -80,6 +111,7 @@ def test_all_problems_are_told_at_once_each_with_a_remedy():
 
 # --------------------------------------------------------------------------------------------------------- data
 
+
 def indexed(prefix, documents):
     builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
     for ids in documents:
@@ -90,6 +122,7 @@ def indexed(prefix, documents):
 
 def bad_data(folder):
     """(changes of the DataConfig, parts of the sentence), each on files of its own in `folder`."""
+
     def text(name, content):
         (folder / name).write_bytes(content)
         return str(folder / name)
@@ -102,31 +135,75 @@ def bad_data(folder):
     alone = indexed(folder / "alone", long)
     os.remove(f"{alone}.bin")
     return {
-        "missing": ({"train": str(folder / "nowhere.txt")}, ["data.train", "nowhere.txt", "no such file"]),
+        "missing": (
+            {"train": str(folder / "nowhere.txt")},
+            ["data.train", "nowhere.txt", "no such file"],
+        ),
         "a folder": ({"train": str(folder)}, ["data.train", str(folder), "no such file"]),
-        "missing in a blend": ({"train": ((0.5, good), (0.5, str(folder / "nowhere.txt")))}, ["data.train", "nowhere.txt"]),
+        "missing in a blend": (
+            {"train": ((0.5, good), (0.5, str(folder / "nowhere.txt")))},
+            ["data.train", "nowhere.txt"],
+        ),
         "truncated .bin": ({"train": cut}, [f"{cut}.bin is truncated", "write it again"]),
         "truncated .idx": ({"train": index}, [f"{index}.idx is truncated", "write it again"]),
         "no .bin": ({"train": alone}, [f"{alone}.bin is missing"]),
         "empty text": ({"train": text("empty.txt", b"")}, ["empty.txt", "holds no text"]),
         "white space": ({"train": text("white.txt", b" \n\f\n")}, ["white.txt", "holds no text"]),
-        "NUL": ({"train": text("nul.txt", b"ab\0cd " * 100)}, ["nul.txt", "character 2 is NUL", "remove"]),
-        "no UTF-8": ({"train": text("latin.txt", b"caf\xe9 " * 100)}, ["latin.txt", "byte 3 is not UTF-8", "convert"]),
-        "short text": ({"train": text("short.txt", b"a few words")}, ["short.txt", "less than one sequence", "model.seq_length + 1 = 33"]),
-        "tokenizer": ({"train": good, "tokenizer": str(folder / "no.json")}, ["data.tokenizer", "no.json"]),
+        "NUL": (
+            {"train": text("nul.txt", b"ab\0cd " * 100)},
+            ["nul.txt", "character 2 is NUL", "remove"],
+        ),
+        "no UTF-8": (
+            {"train": text("latin.txt", b"caf\xe9 " * 100)},
+            ["latin.txt", "byte 3 is not UTF-8", "convert"],
+        ),
+        "short text": (
+            {"train": text("short.txt", b"a few words")},
+            ["short.txt", "less than one sequence", "model.seq_length + 1 = 33"],
+        ),
+        "tokenizer": (
+            {"train": good, "tokenizer": str(folder / "no.json")},
+            ["data.tokenizer", "no.json"],
+        ),
         # held-out text: found missing before the run, not after it
-        "empty split": ({"train": good, "split": (1.0, 0.0, 0.0)}, ["data.split = (1.0, 0.0, 0.0)", "valid"]),
-        "short split": ({"train": good, "split": (999.0, 1.0, 0.0)}, ["valid", "less than one sequence"]),
-        "missing valid": ({"train": good, "valid": str(folder / "nowhere.txt")}, ["data.valid", "nowhere.txt", "no such file"]),
+        "empty split": (
+            {"train": good, "split": (1.0, 0.0, 0.0)},
+            ["data.split = (1.0, 0.0, 0.0)", "valid"],
+        ),
+        "short split": (
+            {"train": good, "split": (999.0, 1.0, 0.0)},
+            ["valid", "less than one sequence"],
+        ),
+        "missing valid": (
+            {"train": good, "valid": str(folder / "nowhere.txt")},
+            ["data.valid", "nowhere.txt", "no such file"],
+        ),
     }
 
 
-KINDS = ("missing", "a folder", "missing in a blend", "truncated .bin", "truncated .idx", "no .bin", "empty text", "white space", "NUL",
-         "no UTF-8", "short text", "tokenizer", "empty split", "short split", "missing valid")
+KINDS = (
+    "missing",
+    "a folder",
+    "missing in a blend",
+    "truncated .bin",
+    "truncated .idx",
+    "no .bin",
+    "empty text",
+    "white space",
+    "NUL",
+    "no UTF-8",
+    "short text",
+    "tokenizer",
+    "empty split",
+    "short split",
+    "missing valid",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_data_that_cannot_be_read_is_told_before_a_process_group_or_a_log_exists(kind, tmp_path, monkeypatch):
+def test_data_that_cannot_be_read_is_told_before_a_process_group_or_a_log_exists(
+    kind, tmp_path, monkeypatch
+):
     def never(*_, **__):
         raise AssertionError("a process group is made before the data is known to be there")
 
@@ -155,8 +232,17 @@ def refusals(mades):
 def test_every_rank_refuses_data_alike(pool, tmp_path):
     assert tuple(bad_data(tmp_path)) == KINDS
     ids = indexed(tmp_path / "ids", [range(300, 500)] * 10)
-    cases = [*bad_data(tmp_path).values(), ({"train": ids, "split": (1.0, 1.0, 0.0)}, ["data: token id ", "model.vocab_size = 256", "raise it"])]
-    mades = [config(pp=2, data=mf.DataConfig(cache=str(tmp_path / "cache"), **changes)) for changes, _ in cases]
+    cases = [
+        *bad_data(tmp_path).values(),
+        (
+            {"train": ids, "split": (1.0, 1.0, 0.0)},
+            ["data: token id ", "model.vocab_size = 256", "raise it"],
+        ),
+    ]
+    mades = [
+        config(pp=2, data=mf.DataConfig(cache=str(tmp_path / "cache"), **changes))
+        for changes, _ in cases
+    ]
     ranks = pool(4, refusals, mades)
     for (_, parts), *said in zip(cases, *ranks, strict=True):
         for text in said:
@@ -173,34 +259,97 @@ BATCHES = {
     "no keys": ({}, ["batch keys = []", "'input_ids'"]),
     "other keys": ({"inputs": IDS}, ["batch keys = ['inputs']", "'tokens' and 'labels'"]),
     "no labels": ({"tokens": IDS}, ["batch keys = ['tokens']", "'labels'"]),
-    "labels None": ({"tokens": IDS, "labels": None}, ["batch['labels']", "no tensor", "integers of shape [2, 32]"]),
-    "float ids": ({"input_ids": IDS.float()}, ["batch['input_ids'] = torch.float32", "integers [batch, sequence]"]),
+    "labels None": (
+        {"tokens": IDS, "labels": None},
+        ["batch['labels']", "no tensor", "integers of shape [2, 32]"],
+    ),
+    "float ids": (
+        {"input_ids": IDS.float()},
+        ["batch['input_ids'] = torch.float32", "integers [batch, sequence]"],
+    ),
     "bool ids": ({"input_ids": IDS > 3}, ["batch['input_ids'] = torch.bool", "integers"]),
-    "one dimension": ({"input_ids": IDS[0]}, ["batch['input_ids']", "shape [32]", "[batch, sequence]"]),
+    "one dimension": (
+        {"input_ids": IDS[0]},
+        ["batch['input_ids']", "shape [32]", "[batch, sequence]"],
+    ),
     "three dimensions": ({"input_ids": IDS[None]}, ["batch['input_ids']", "shape [1, 2, 32]"]),
     "ragged": ({"input_ids": [[1, 2], [3]]}, ["batch['input_ids']", "no tensor"]),
     "words": ({"input_ids": ["some", "words"]}, ["batch['input_ids']", "no tensor"]),
-    "no rows": ({"input_ids": IDS[:0]}, ["batch['input_ids']", "shape [0, 32]", "neither of them 0"]),
+    "no rows": (
+        {"input_ids": IDS[:0]},
+        ["batch['input_ids']", "shape [0, 32]", "neither of them 0"],
+    ),
     "no tokens": ({"input_ids": IDS[:, :0]}, ["batch['input_ids']", "shape [2, 0]"]),
     "text of one": ({"text": IDS[:, :1]}, ["batch['text']", "shape [2, 1]", "at least two tokens"]),
-    "label shape": ({"tokens": IDS, "labels": IDS[:, 1:]}, ["batch['labels']", "shape [2, 31]", "shape [2, 32]"]),
-    "label rows": ({"input_ids": IDS, "labels": IDS[:1]}, ["batch['labels']", "shape [1, 32]", "shape [2, 32]"]),
-    "loss mask shape": ({"tokens": IDS, "labels": IDS, "loss_mask": torch.ones(32)}, ["batch['loss_mask']", "shape [32]"]),
-    "loss weights": ({"tokens": IDS, "labels": IDS, "loss_mask": torch.full((2, 32), 0.5)}, ["batch['loss_mask']", "0.5", "zeros and ones"]),
-    "loss mask NaN": ({"tokens": IDS, "labels": IDS, "loss_mask": torch.full((2, 32), torch.nan)}, ["batch['loss_mask']", "nan"]),
-    "mask shape": ({"input_ids": IDS, "attention_mask": torch.ones(2, 31)}, ["batch['attention_mask']", "shape [2, 31]"]),
-    "hidden as floats": ({"tokens": IDS, "labels": IDS, "attention_mask": torch.ones(2, 32)}, ["batch['attention_mask']", "bools", "'input_ids'"]),
-    "hidden shape": ({"tokens": IDS, "labels": IDS, "attention_mask": torch.zeros(2, 1, 31, 31).bool()}, ["batch['attention_mask']", "[2, 1, 31, 31]"]),
-    "position shape": ({"input_ids": IDS, "position_ids": IDS[:, 1:]}, ["batch['position_ids']", "shape [2, 31]"]),
-    "position dtype": ({"input_ids": IDS, "position_ids": IDS.float()}, ["batch['position_ids'] = torch.float32"]),
-    "position range": ({"input_ids": IDS, "position_ids": IDS}, ["batch['position_ids'] from 0 to 63", "32 rows", "raise"]),
-    "too long": ({"input_ids": IDS.repeat(1, 2)}, ["sequences of 64 tokens", "32 rows", "model.max_position_embeddings"]),
-    "odd length": ({"input_ids": IDS[:, :31]}, ["sequences of 31 tokens", "tp = 2", "multiple of 2"]),
-    "id too high": ({"input_ids": IDS + 193}, ["batch['tokens']", "token id 256", "model.vocab_size = 256"]),
-    "id below 0": ({"input_ids": IDS - 1}, ["batch['tokens']", "token id -1", "model.vocab_size = 256"]),
-    "label too high": ({"tokens": IDS, "labels": IDS + 200}, ["batch['labels']", "token id 263", "model.vocab_size = 256"]),
+    "label shape": (
+        {"tokens": IDS, "labels": IDS[:, 1:]},
+        ["batch['labels']", "shape [2, 31]", "shape [2, 32]"],
+    ),
+    "label rows": (
+        {"input_ids": IDS, "labels": IDS[:1]},
+        ["batch['labels']", "shape [1, 32]", "shape [2, 32]"],
+    ),
+    "loss mask shape": (
+        {"tokens": IDS, "labels": IDS, "loss_mask": torch.ones(32)},
+        ["batch['loss_mask']", "shape [32]"],
+    ),
+    "loss weights": (
+        {"tokens": IDS, "labels": IDS, "loss_mask": torch.full((2, 32), 0.5)},
+        ["batch['loss_mask']", "0.5", "zeros and ones"],
+    ),
+    "loss mask NaN": (
+        {"tokens": IDS, "labels": IDS, "loss_mask": torch.full((2, 32), torch.nan)},
+        ["batch['loss_mask']", "nan"],
+    ),
+    "mask shape": (
+        {"input_ids": IDS, "attention_mask": torch.ones(2, 31)},
+        ["batch['attention_mask']", "shape [2, 31]"],
+    ),
+    "hidden as floats": (
+        {"tokens": IDS, "labels": IDS, "attention_mask": torch.ones(2, 32)},
+        ["batch['attention_mask']", "bools", "'input_ids'"],
+    ),
+    "hidden shape": (
+        {"tokens": IDS, "labels": IDS, "attention_mask": torch.zeros(2, 1, 31, 31).bool()},
+        ["batch['attention_mask']", "[2, 1, 31, 31]"],
+    ),
+    "position shape": (
+        {"input_ids": IDS, "position_ids": IDS[:, 1:]},
+        ["batch['position_ids']", "shape [2, 31]"],
+    ),
+    "position dtype": (
+        {"input_ids": IDS, "position_ids": IDS.float()},
+        ["batch['position_ids'] = torch.float32"],
+    ),
+    "position range": (
+        {"input_ids": IDS, "position_ids": IDS},
+        ["batch['position_ids'] from 0 to 63", "32 rows", "raise"],
+    ),
+    "too long": (
+        {"input_ids": IDS.repeat(1, 2)},
+        ["sequences of 64 tokens", "32 rows", "model.max_position_embeddings"],
+    ),
+    "odd length": (
+        {"input_ids": IDS[:, :31]},
+        ["sequences of 31 tokens", "tp = 2", "multiple of 2"],
+    ),
+    "id too high": (
+        {"input_ids": IDS + 193},
+        ["batch['tokens']", "token id 256", "model.vocab_size = 256"],
+    ),
+    "id below 0": (
+        {"input_ids": IDS - 1},
+        ["batch['tokens']", "token id -1", "model.vocab_size = 256"],
+    ),
+    "label too high": (
+        {"tokens": IDS, "labels": IDS + 200},
+        ["batch['labels']", "token id 263", "model.vocab_size = 256"],
+    ),
     "label below 0": ({"tokens": IDS, "labels": IDS - 5}, ["batch['labels']", "token id -5"]),
-    "nothing counts": ({"tokens": IDS, "labels": torch.full((2, 32), -100)}, ["loss_mask", "0 tokens count", "at least one"]),
+    "nothing counts": (
+        {"tokens": IDS, "labels": torch.full((2, 32), -100)},
+        ["loss_mask", "0 tokens count", "at least one"],
+    ),
 }
 
 
@@ -226,7 +375,10 @@ def test_every_rank_refuses_a_bad_batch_on_every_pipeline_stage(pool):
 
 def batch_for_one(bad_rank):
     rank = int(os.environ["RANK"])
-    mf.train(config(timeout_seconds=4), batches=[{"input_ids": IDS + 400 if rank == bad_rank else IDS}] * 4)
+    mf.train(
+        config(timeout_seconds=4),
+        batches=[{"input_ids": IDS + 400 if rank == bad_rank else IDS}] * 4,
+    )
 
 
 def test_a_bad_batch_of_one_rank_ends_the_others_within_the_timeout(pool):
@@ -251,39 +403,60 @@ def test_ranks_of_one_model_with_different_batches_are_refused(pool):
 def fractional_loss(made):
     def loss(logits, batch, pg):
         return mf.Loss(sum=logits.sum(), count=1.5)
+
     try:
-        mf.train(made, step=attrs.evolve(mf.step_fn("gpt"), loss=loss), batches=[{"input_ids": IDS}] * 4)
+        mf.train(
+            made, step=attrs.evolve(mf.step_fn("gpt"), loss=loss), batches=[{"input_ids": IDS}] * 4
+        )
     except ValueError as error:
         return str(error)
 
 
 def test_a_fractional_count_is_refused():
-    assert_clear(fractional_loss(config()) + " (give a whole count)", "Loss.count = 1.5", "not a whole number")
+    assert_clear(
+        fractional_loss(config()) + " (give a whole count)",
+        "Loss.count = 1.5",
+        "not a whole number",
+    )
 
 
 # -------------------------------------------------------------------------------------------------- the command
+
 
 def toml(folder, text):
     (folder / "config.toml").write_text(text)
     return str(folder / "config.toml")
 
 
-TOML = 'micro_batch_size = 2\nglobal_batch_size = 4\ntrain_iters = 2\n[model]\nnum_layers = 2\nhidden_size = 32\n' \
-       'num_attention_heads = 4\nseq_length = 32\n'
+TOML = (
+    "micro_batch_size = 2\nglobal_batch_size = 4\ntrain_iters = 2\n[model]\nnum_layers = 2\nhidden_size = 32\n"
+    "num_attention_heads = 4\nseq_length = 32\n"
+)
 
 
-@pytest.mark.parametrize("text, parts", [
-    (TOML + "hiden_dropout = 0.1\n", ["model.hiden_dropout = 0.1", 'did you mean "hidden_dropout"?']),
-    (TOML + "[paralel]\ntp = 2\n", ["paralel", 'did you mean "parallel"?']),
-    ("tp = 2\n" + TOML, ["tp = 2", 'did you mean "parallel.tp"?']),
-    (TOML.replace("num_layers = 2", "num_layers = '2'"), ["model.num_layers = '2'", "give an integer"]),
-    (TOML.replace("num_layers = 2", ""), ["model.num_layers is missing"]),
-    (TOML + "hidden_dropout = \n", ["no TOML", "correct it"]),
-    (TOML, ["data = None", "name a text"]),
-    (TOML + "[data]\ntrain = 'nowhere.txt'\n", ["data.train = 'nowhere.txt'", "no such file"]),
-    (TOML + "[parallel]\ntp = 3\n", ["world_size = 1", "tp * pp * cp = 3"]),
-])
-def test_the_command_says_what_is_wrong_in_a_line_and_no_traceback(text, parts, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        (
+            TOML + "hiden_dropout = 0.1\n",
+            ["model.hiden_dropout = 0.1", 'did you mean "hidden_dropout"?'],
+        ),
+        (TOML + "[paralel]\ntp = 2\n", ["paralel", 'did you mean "parallel"?']),
+        ("tp = 2\n" + TOML, ["tp = 2", 'did you mean "parallel.tp"?']),
+        (
+            TOML.replace("num_layers = 2", "num_layers = '2'"),
+            ["model.num_layers = '2'", "give an integer"],
+        ),
+        (TOML.replace("num_layers = 2", ""), ["model.num_layers is missing"]),
+        (TOML + "hidden_dropout = \n", ["no TOML", "correct it"]),
+        (TOML, ["data = None", "name a text"]),
+        (TOML + "[data]\ntrain = 'nowhere.txt'\n", ["data.train = 'nowhere.txt'", "no such file"]),
+        (TOML + "[parallel]\ntp = 3\n", ["world_size = 1", "tp * pp * cp = 3"]),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_a_line_and_no_traceback(
+    text, parts, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert main(["train", toml(tmp_path, text)]) == 2
     out, err = capsys.readouterr()
@@ -292,15 +465,24 @@ def test_the_command_says_what_is_wrong_in_a_line_and_no_traceback(text, parts, 
     assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
 
 
-@pytest.mark.parametrize("arguments, parts", [
-    (["train", "nowhere.toml"], ["nowhere.toml", "cannot be read"]),
-    (["check", "nowhere.toml", "--world-size", "1"], ["nowhere.toml", "cannot be read"]),
-    (["data", "nowhere.txt", "prefix"], ["nowhere.txt", "can't be read"]),
-    (["data", "a.txt", "prefix", "--split", "1,two,3"], ["--split = '1,two,3'", "three numbers"]),
-    (["data", "a.txt", "prefix", "--split", "1,2"], ["split = (1.0, 2.0)", "three weights"]),
-    (["data", "a.txt", "prefix", "--split", "0,0,0"], ["split = (0.0, 0.0, 0.0)", "weights of 0 or more"]),
-    (["data", "a.txt", "prefix", "--tokenizer", "no.json"], ["no.json", "tokenizer"]),
-])
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["train", "nowhere.toml"], ["nowhere.toml", "cannot be read"]),
+        (["check", "nowhere.toml", "--world-size", "1"], ["nowhere.toml", "cannot be read"]),
+        (["data", "nowhere.txt", "prefix"], ["nowhere.txt", "can't be read"]),
+        (
+            ["data", "a.txt", "prefix", "--split", "1,two,3"],
+            ["--split = '1,two,3'", "three numbers"],
+        ),
+        (["data", "a.txt", "prefix", "--split", "1,2"], ["split = (1.0, 2.0)", "three weights"]),
+        (
+            ["data", "a.txt", "prefix", "--split", "0,0,0"],
+            ["split = (0.0, 0.0, 0.0)", "weights of 0 or more"],
+        ),
+        (["data", "a.txt", "prefix", "--tokenizer", "no.json"], ["no.json", "tokenizer"]),
+    ],
+)
 def test_the_other_commands_too(arguments, parts, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("some words")
@@ -313,12 +495,26 @@ def test_the_other_commands_too(arguments, parts, tmp_path, capsys, monkeypatch)
 
 # ------------------------------------------------------------- whole runs under torchrun: each ends, and not with 0
 
+
 def test_a_bad_config_ends_a_torchrun_in_seconds(tmp_path):
     started = time.monotonic()
-    done = run_script(["-m", "megafn", "train", toml(tmp_path, TOML + "[parallel]\ntp = 2\n[data]\ntrain = 'nowhere.txt'\n")], nproc=2, timeout=60)
+    done = run_script(
+        [
+            "-m",
+            "megafn",
+            "train",
+            toml(tmp_path, TOML + "[parallel]\ntp = 2\n[data]\ntrain = 'nowhere.txt'\n"),
+        ],
+        nproc=2,
+        timeout=60,
+    )
     assert done.returncode != 0 and time.monotonic() - started < 45
     said = [line for line in done.stderr.splitlines() if line.startswith("megafn: ")]
-    assert said and all("data.train = 'nowhere.txt'" in line for line in said) and "megafn/runtime" not in done.stderr
+    assert (
+        said
+        and all("data.train = 'nowhere.txt'" in line for line in said)
+        and "megafn/runtime" not in done.stderr
+    )
 
 
 FAULT = """
@@ -341,16 +537,27 @@ mf.train(config, on_metrics=[fault])
 """
 
 
-@pytest.mark.parametrize("kind, nproc, timeout_seconds, within", [
-    ("SIGKILL", 4, 600, 15),
-    ("raise", 2, 600, 15),
-    ("SIGSTOP", 2, 8, 60),              # 8 s until the other rank gives up, 30 s that torchrun leaves the stopped one to end
-])
+@pytest.mark.parametrize(
+    "kind, nproc, timeout_seconds, within",
+    [
+        ("SIGKILL", 4, 600, 15),
+        ("raise", 2, 600, 15),
+        (
+            "SIGSTOP",
+            2,
+            8,
+            60,
+        ),  # 8 s until the other rank gives up, 30 s that torchrun leaves the stopped one to end
+    ],
+)
 def test_a_rank_that_dies_or_hangs_ends_the_run(kind, nproc, timeout_seconds, within, tmp_path):
     (tmp_path / "fault.py").write_text(FAULT)
     done = run_script([tmp_path / "fault.py", kind, timeout_seconds], nproc=nproc, timeout=150)
     ended = time.time()
-    assert done.returncode != 0 and ended - float(re.search(r"fault at ([\d.]+)", done.stdout)[1]) < within
+    assert (
+        done.returncode != 0
+        and ended - float(re.search(r"fault at ([\d.]+)", done.stdout)[1]) < within
+    )
     if kind == "raise":
         assert "ArithmeticError: rank 1 says no" in done.stderr
     if kind == "SIGKILL":

@@ -1,4 +1,5 @@
 """Boxes cover what a process holds, at its place in the whole tensor, exactly once; and who writes them, and what is kept."""
+
 from math import prod
 
 import torch
@@ -20,15 +21,30 @@ def at(tensor, box):
 @st.composite
 def cuts(draw):
     """(a whole tensor of its own element numbers, [Part of each tp rank, its values], dim, stride, tp)"""
-    shape, tp, stride = list(draw(SHAPES)), draw(st.integers(1, 4)), draw(st.sampled_from([1, 1, 2]))
+    shape, tp, stride = (
+        list(draw(SHAPES)),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from([1, 1, 2])),
+    )
     dim = draw(st.integers(0, len(shape) - 1))
     shape[dim] *= tp * stride
     if dim == 0 and stride == 1 and draw(st.booleans()):
-        shape[0] = max(1, shape[0] - draw(st.integers(0, tp - 1)))        # padded to a multiple of tp
+        shape[0] = max(1, shape[0] - draw(st.integers(0, tp - 1)))  # padded to a multiple of tp
     whole = torch.arange(1, prod(shape) + 1).reshape(shape)
     local = list(shape)
     local[dim] = -(-shape[dim] // tp)
-    made = [LocalParameter(name="", parameter=torch.empty(local), shape=tuple(shape), dim=dim, stride=stride, tp=tp, tp_rank=rank) for rank in range(tp)]
+    made = [
+        LocalParameter(
+            name="",
+            parameter=torch.empty(local),
+            shape=tuple(shape),
+            dim=dim,
+            stride=stride,
+            tp=tp,
+            tp_rank=rank,
+        )
+        for rank in range(tp)
+    ]
     return whole, [(part, part.cut(whole)) for part in made], dim, stride, tp
 
 
@@ -39,7 +55,9 @@ def test_boxes_cover_a_range_of_elements_in_order(shape, data):
     numbers = torch.arange(prod(shape)).reshape(shape)
     found = list(boxes(shape, start, end))
     assert [int(i) for box in found for i in at(numbers, box).flatten()] == list(range(start, end))
-    assert len(found) <= 2 * len(shape) - 1 and all(flat(offset, shape) == int(numbers[offset]) for offset, _ in found)
+    assert len(found) <= 2 * len(shape) - 1 and all(
+        flat(offset, shape) == int(numbers[offset]) for offset, _ in found
+    )
 
 
 @given(cuts(), st.data())
@@ -47,10 +65,20 @@ def test_a_box_of_a_part_lies_where_the_part_was_cut_from(cut, data):
     whole, ranks, dim, stride, tp = cut
     times = torch.zeros_like(whole)
     for part, values in ranks:
-        middle = data.draw(st.integers(0, values.numel()))               # two shards of the distributed optimizer
+        middle = data.draw(
+            st.integers(0, values.numel())
+        )  # two shards of the distributed optimizer
         for start, end in ((0, middle), (middle, values.numel())):
             for box in boxes(tuple(values.shape), start, end):
-                for there, offset in in_whole(box, tuple(values.shape), tuple(whole.shape), dim, stride=stride, tp=tp, tp_rank=part.tp_rank):
+                for there, offset in in_whole(
+                    box,
+                    tuple(values.shape),
+                    tuple(whole.shape),
+                    dim,
+                    stride=stride,
+                    tp=tp,
+                    tp_rank=part.tp_rank,
+                ):
                     assert torch.equal(at(whole, there), at(values, (offset, there[1])))
                     at(times, there).add_(1)
     assert (times == 1).all()
@@ -61,26 +89,42 @@ def test_overlap_is_what_two_boxes_have_in_common(shape, data):
     def draw():
         offset = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
         return offset, tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offset))
+
     one, other = draw(), draw()
     times = torch.zeros(shape)
     at(times, one).add_(1)
     at(times, other).add_(1)
     common = overlap(one, other)
-    assert (times == 2).sum() == (prod(common[1]) if common else 0) and (common is None or (at(times, common) == 2).all())
+    assert (times == 2).sum() == (prod(common[1]) if common else 0) and (
+        common is None or (at(times, common) == 2).all()
+    )
 
 
-@given(st.lists(st.integers(1, 200), unique=True, min_size=1), st.integers(0, 5), st.none() | st.integers(1, 30))
+@given(
+    st.lists(st.integers(1, 200), unique=True, min_size=1),
+    st.integers(0, 5),
+    st.none() | st.integers(1, 30),
+)
 def test_the_newest_is_always_kept(iterations, last, every):
     left = iterations_to_keep(iterations, keep_last=last, keep_every=every)
     assert max(iterations) in left and left <= set(iterations)
-    assert left == {i for i in iterations if last == 0 or i in sorted(iterations)[-last:] or every and i % every == 0}
+    assert left == {
+        i
+        for i in iterations
+        if last == 0 or i in sorted(iterations)[-last:] or every and i % every == 0
+    }
 
 
 def test_replicas_share_the_work_and_what_does_not_cover_the_whole_is_refused():
     rows = [(f"t{i}", (4, 2), ((0, 0), (4, 2)), 32) for i in range(8)]
-    writers = [writer for _, written in plan_writes([(0, rows)] * 4).values() for _, writer in written]
+    writers = [
+        writer for _, written in plan_writes([(0, rows)] * 4).values() for _, writer in written
+    ]
     assert sorted(writers) == [0, 0, 1, 1, 2, 2, 3, 3]
-    for wrong in ([("t", (4, 2), ((0, 0), (3, 2)), 24)], [("t", (4, 2), ((0, 0), (4, 2)), 32), ("t", (4, 2), ((1, 0), (1, 2)), 8)]):
+    for wrong in (
+        [("t", (4, 2), ((0, 0), (3, 2)), 24)],
+        [("t", (4, 2), ((0, 0), (4, 2)), 32), ("t", (4, 2), ((1, 0), (1, 2)), 8)],
+    ):
         try:
             plan_writes([(0, wrong)])
         except ValueError as error:

@@ -1,4 +1,5 @@
 """The demo of each family runs as `make demo` runs it, in a few iterations: table, samples, picture and logs."""
+
 import contextlib
 import io
 import re
@@ -20,8 +21,12 @@ def shown(family, folder):
 def test_the_demo_ends_with_a_table_two_samples_and_a_picture(family, pool, tmp_path):
     printed, *others = pool(4, shown, family, str(tmp_path))
     assert others == [""] * 3 and "tensor parallel 2 x pipeline parallel 2, 4 processes" in printed
-    first, last = map(float, re.search(r"held-out loss +([\d.]+) -> ([\d.]+) nats", printed).groups())
+    first, last = map(
+        float, re.search(r"held-out loss +([\d.]+) -> ([\d.]+) nats", printed).groups()
+    )
     baseline = float(re.search(r"byte frequencies alone +([\d.]+) nats", printed)[1])
     assert last < first and 3 < baseline < 4 and printed.count("\n--- ") == 2
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and len(
+        (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ) == 6
     assert list((tmp_path / "tensorboard").iterdir())

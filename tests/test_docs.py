@@ -1,4 +1,5 @@
 """The documentation says what the code does: its blocks run, its tables are the code's, its links lead somewhere."""
+
 import ast
 import doctest
 import inspect
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import attrs
 import pytest
-from pool import ROOT
 
 import megafn as mf
 from megafn.pure.validation.rules import CHOICES
+from pool import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -31,6 +32,7 @@ def python_of(page):
 
 # ------------------------------------------------------------------------------------------------------- blocks
 
+
 def run_page(name):
     """Runs a page's blocks as a script; what it printed."""
     import contextlib
@@ -44,12 +46,19 @@ def run_page(name):
 
 def test_the_tutorial_runs_as_it_stands(pool):
     printed, *others = pool(4, run_page, "tutorial.md")
-    assert re.findall(r"^ *(\d+)  loss \d", printed, re.M) == [str(i) for i in range(1, 9)] and others == [""] * 3
+    assert (
+        re.findall(r"^ *(\d+)  loss \d", printed, re.M) == [str(i) for i in range(1, 9)]
+        and others == [""] * 3
+    )
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if ">>>" in page.read_text()], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if ">>>" in page.read_text()], ids=lambda page: page.name
+)
 def test_examples_of_a_page_print_what_it_says(page):
-    result = doctest.testfile(str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE, encoding="utf-8")
+    result = doctest.testfile(
+        str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE, encoding="utf-8"
+    )
     assert result.attempted > 0 and result.failed == 0
 
 
@@ -59,7 +68,7 @@ def test_the_readme_shows_the_quickstart_as_it_is():
 
 
 def test_the_readmes_toml_is_a_config_that_runs():
-    block, = re.findall(r"```toml\n(.+?)```", (ROOT / "README.md").read_text(), re.S)
+    (block,) = re.findall(r"```toml\n(.+?)```", (ROOT / "README.md").read_text(), re.S)
     assert mf.validate(mf.from_dict(tomllib.loads(block)), world_size=4) == ()
 
 
@@ -72,11 +81,14 @@ def test_links_of_a_page_lead_to_files(page):
 
 def test_the_index_names_every_page_and_script():
     index = (DOCS / "README.md").read_text()
-    pages = {page.name for page in PAGES} - {"README.md"} | {f"scripts/{script.name}" for script in (DOCS / "scripts").glob("*.py")}
+    pages = {page.name for page in PAGES} - {"README.md"} | {
+        f"scripts/{script.name}" for script in (DOCS / "scripts").glob("*.py")
+    }
     assert pages == set(re.findall(r"\]\(([\w/-]+\.(?:md|py))\)", index))
 
 
 # ------------------------------------------------------------------------------------------------------- tables
+
 
 def tables(page):
     """{heading: [cells of each row]} of a page; the head of each table is left out."""
@@ -85,7 +97,9 @@ def tables(page):
         if line.startswith("#"):
             heading = line.strip("# ")
         elif line.startswith("|"):
-            found.setdefault(heading, []).append([cell.strip() for cell in line.strip("|").split("|")])
+            found.setdefault(heading, []).append(
+                [cell.strip() for cell in line.strip("|").split("|")]
+            )
     return {heading: rows[2:] for heading, rows in found.items()}
 
 
@@ -105,16 +119,31 @@ def test_the_configuration_page_has_every_config():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_configuration_page_has_every_field_with_its_default(name):
     rows = tables("configuration.md")[name]
-    assert [row[:2] for row in rows] == [[f"`{a.name}`", shown(a)] for a in attrs.fields(CONFIGS[name])]
+    assert [row[:2] for row in rows] == [
+        [f"`{a.name}`", shown(a)] for a in attrs.fields(CONFIGS[name])
+    ]
     assert all(len(row) == 4 and row[3] for row in rows)
 
 
 def test_the_configuration_page_names_every_choice():
-    rows = {a.name: row for a, row in zip(attrs.fields(mf.TrainConfig), tables("configuration.md")["TrainConfig"], strict=True)}
-    sections = {name: tables("configuration.md")[row[2].strip("`")] for name, row in rows.items() if row[2].strip("`") in CONFIGS}
+    rows = {
+        a.name: row
+        for a, row in zip(
+            attrs.fields(mf.TrainConfig), tables("configuration.md")["TrainConfig"], strict=True
+        )
+    }
+    sections = {
+        name: tables("configuration.md")[row[2].strip("`")]
+        for name, row in rows.items()
+        if row[2].strip("`") in CONFIGS
+    }
     for path, choices in CHOICES.items():
         *section, field = path.split(".")
-        meaning = next(row[3] for row in (sections[section[0]] if section else rows.values()) if row[0] == f"`{field}`")
+        meaning = next(
+            row[3]
+            for row in (sections[section[0]] if section else rows.values())
+            if row[0] == f"`{field}`"
+        )
         assert [choice for choice in choices if f"`{choice}`" not in meaning] == [], path
 
 
@@ -125,12 +154,20 @@ def imports():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron"):
                 # `from megatron.core import parallel_state` imports a module, not a name
-                below = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "megatron.core" else [node.module]
-                if node.module == "megatron.core.tensor_parallel" and [alias.name for alias in node.names] == ["random"]:
+                below = (
+                    [f"{node.module}.{alias.name}" for alias in node.names]
+                    if node.module == "megatron.core"
+                    else [node.module]
+                )
+                if node.module == "megatron.core.tensor_parallel" and [
+                    alias.name for alias in node.names
+                ] == ["random"]:
                     below = ["megatron.core.tensor_parallel.random"]
                 found.update(below)
             elif isinstance(node, ast.Import):
-                found.update(alias.name for alias in node.names if alias.name.startswith("megatron"))
+                found.update(
+                    alias.name for alias in node.names if alias.name.startswith("megatron")
+                )
     return {name.removeprefix("megatron.core.") for name in found}
 
 
@@ -154,14 +191,19 @@ def test_what_the_megatron_core_page_says_of_megafn_is_there():
 
 # --------------------------------------------------------------------------------------------------- docstrings
 
+
 @pytest.mark.parametrize("name", mf.__all__)
 def test_a_public_name_says_in_its_first_line_what_it_does(name):
     value = getattr(mf, name)
     own = inspect.getdoc(value) if "__doc__" in vars(value) or inspect.isfunction(value) else None
-    assert own and re.match(r"\S.{9,160}[.:;](\s|$)", own.splitlines()[0] + "\n"), f"{name}: {own!r}"
+    assert own and re.match(r"\S.{9,160}[.:;](\s|$)", own.splitlines()[0] + "\n"), (
+        f"{name}: {own!r}"
+    )
 
 
-@pytest.mark.parametrize("name", [name for name in mf.__all__ if inspect.isfunction(getattr(mf, name))])
+@pytest.mark.parametrize(
+    "name", [name for name in mf.__all__ if inspect.isfunction(getattr(mf, name))]
+)
 def test_a_public_pure_function_has_an_executed_example(name):
     function = getattr(mf, name)
     if not function.__module__.startswith("megafn.pure"):
@@ -170,6 +212,20 @@ def test_a_public_pure_function_has_an_executed_example(name):
 
 
 def test_nothing_public_is_undocumented():
-    pages = "".join(page.read_text() for page in [*PAGES, ROOT / "README.md", *Path(DOCS / "scripts").glob("*.py")])
-    for name in ("train", "fit", "setup", "train_step", "evaluate", "batches", "init_groups", "build_groups", "validate", "make_schedule"):
+    pages = "".join(
+        page.read_text()
+        for page in [*PAGES, ROOT / "README.md", *Path(DOCS / "scripts").glob("*.py")]
+    )
+    for name in (
+        "train",
+        "fit",
+        "setup",
+        "train_step",
+        "evaluate",
+        "batches",
+        "init_groups",
+        "build_groups",
+        "validate",
+        "make_schedule",
+    ):
         assert re.search(rf"\b{name}\b", pages), name

@@ -1,13 +1,14 @@
 """The law: every layout trains as the single process does; and the single process computes what others say a GPT computes."""
+
 from functools import cache
 
 import attrs
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence import assert_equal, assert_obeys, run_layout, short, tiny, uneven
 
 import megafn as mf
+from equivalence import assert_equal, assert_obeys, run_layout, short, tiny, uneven
 from megafn.runtime.model.weights import local_parameters
 from megafn.runtime.parallel.megatron_context import megatron_context
 
@@ -24,13 +25,22 @@ def as_of_two(config, iteration):
 
 
 def obeys(pool, single, processes, base, layout, *, make=tiny, **tolerances):
-    assert_obeys(single, make(**base), pool(processes, run_layout, make(**base, **layout), as_of_two), **tolerances)
+    assert_obeys(
+        single,
+        make(**base),
+        pool(processes, run_layout, make(**base, **layout), as_of_two),
+        **tolerances,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ layouts
 
-SP, DIST, DEEP = dict(sequence_parallel=True), dict(use_distributed_optimizer=True), dict(num_layers=8)
-LAYOUTS = {                                                  # name: (processes, layout, what it asks of the model)
+SP, DIST, DEEP = (
+    dict(sequence_parallel=True),
+    dict(use_distributed_optimizer=True),
+    dict(num_layers=8),
+)
+LAYOUTS = {  # name: (processes, layout, what it asks of the model)
     "tp2": (2, dict(tp=2)),
     "tp4": (4, dict(tp=4)),
     "tp2-sp": (2, dict(tp=2, **SP)),
@@ -49,7 +59,7 @@ LAYOUTS = {                                                  # name: (processes,
     "tp2-pp2": (4, dict(tp=2, pp=2)),
     "tp2-pp2-sp": (4, dict(tp=2, pp=2, **SP)),
     "tp2-cp2-sp": (4, dict(tp=2, cp=2, **SP)),
-    "pp2-dp2-dist": (4, dict(pp=2, **DIST)),                 # the tied table lies in two stages and in shards
+    "pp2-dp2-dist": (4, dict(pp=2, **DIST)),  # the tied table lies in two stages and in shards
     "pp2-vpp2-dp2": (4, dict(pp=2, vpp=2)),
     "cp2-dp2-dist": (4, dict(cp=2, **DIST)),
     "cp2-pp2": (4, dict(cp=2, pp=2)),
@@ -61,7 +71,11 @@ LAYOUTS = {                                                  # name: (processes,
     # uneven stages
     "pp2-first3": (2, dict(pp=2, num_layers_in_first_pipeline_stage=3)),
     "pp2-last3": (2, dict(pp=2, num_layers_in_last_pipeline_stage=3)),
-    "pp4-first1-last3": (4, dict(pp=4, num_layers_in_first_pipeline_stage=1, num_layers_in_last_pipeline_stage=3), DEEP),
+    "pp4-first1-last3": (
+        4,
+        dict(pp=4, num_layers_in_first_pipeline_stage=1, num_layers_in_last_pipeline_stage=3),
+        DEEP,
+    ),
     "pp2-vpp2-first6": (2, dict(pp=2, vpp=2, num_layers_in_first_pipeline_stage=6), DEEP),
     # other orders of the ranks: groups of neighbours and groups with strides change places
     "order-pp-dp-tp": (8, dict(tp=2, pp=2, order="pp-dp-cp-ep-tp", **SP, **DIST)),
@@ -80,7 +94,15 @@ LAYOUTS = {                                                  # name: (processes,
 
 def recomputation(layout):
     """`tiny` gives num_layers to the model; here it is the recomputation's."""
-    return {"recompute": mf.RecomputeConfig(**{key: layout.pop(key) for key in list(layout) if key in ("granularity", "method", "num_layers")})}
+    return {
+        "recompute": mf.RecomputeConfig(
+            **{
+                key: layout.pop(key)
+                for key in list(layout)
+                if key in ("granularity", "method", "num_layers")
+            }
+        )
+    }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -92,14 +114,28 @@ def test_a_layout_trains_as_the_single_process_does(name, pool, single):
 
 # ------------------------------------------------------------------------------------------------- model shapes
 
-GPT2 = dict(position_embedding="learned_absolute", activation="gelu_tanh", normalization="LayerNorm", vocab_size=96)
-LLAMA = dict(position_embedding="rope", activation="swiglu", normalization="RMSNorm", num_query_groups=2, ffn_hidden_size=48,
-             add_bias_linear=False, tie_word_embeddings=False)
+GPT2 = dict(
+    position_embedding="learned_absolute",
+    activation="gelu_tanh",
+    normalization="LayerNorm",
+    vocab_size=96,
+)
+LLAMA = dict(
+    position_embedding="rope",
+    activation="swiglu",
+    normalization="RMSNorm",
+    num_query_groups=2,
+    ffn_hidden_size=48,
+    add_bias_linear=False,
+    tie_word_embeddings=False,
+)
 SHAPES = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "llama-tied": LLAMA | dict(tie_word_embeddings=True),
-    "qk-layernorm": dict(qk_layernorm=True, position_embedding="rope"),     # unturned, the keys' bias has no gradient: softmax is blind to it
+    "qk-layernorm": dict(
+        qk_layernorm=True, position_embedding="rope"
+    ),  # unturned, the keys' bias has no gradient: softmax is blind to it
     "qk-rmsnorm": LLAMA | dict(qk_layernorm=True),
     "qkv-bias": LLAMA | dict(add_qkv_bias=True),
     "rotary-half": dict(position_embedding="rope", rotary_percent=0.5, rotary_base=500.0),
@@ -116,27 +152,61 @@ SHAPES = {
 def test_every_model_shape_obeys_the_law(shape, layout, pool, single):
     made = dict(tp=2, pp=2, **SP) if layout == "tp2-pp2-sp" else dict(tp=2, cp=2, **DIST)
     if shape in ("gpt2", "llama") and layout == "tp2-cp2-dist":
-        made |= SP | dict(pp=2)                              # the two shapes that most models have: over 8 processes
+        made |= SP | dict(pp=2)  # the two shapes that most models have: over 8 processes
         return obeys(pool, single, 8, SHAPES[shape], made, make=short)
     # ReLU's derivative jumps: an activation within rounding of 0 may fall on either side of it (1.3e-3 seen, norms at 3e-6)
-    obeys(pool, single, 4, SHAPES[shape], made, make=short, **(dict(parameter=5e-3) if shape == "relu" else {}))
+    obeys(
+        pool,
+        single,
+        4,
+        SHAPES[shape],
+        made,
+        make=short,
+        **(dict(parameter=5e-3) if shape == "relu" else {}),
+    )
 
 
 # ------------------------------------------------------------------------------- optimizers, schedules, cutting
 
-@pytest.mark.parametrize("base, processes, layout", [
-    (dict(clip_grad=0.0), 2, dict(tp=2, **SP)),
-    (dict(clip_grad=0.05), 4, dict(pp=2, **DIST)),
-    (dict(name="sgd", momentum=0.5, lr=0.5, eps=1e-8), 4, dict(tp=2, pp=2)),
-    (dict(decay="wsd", wsd_decay_iters=4, weight_decay_incr_style="linear", start_weight_decay=0.0, end_weight_decay=1.0), 4, dict(cp=2, **DIST)),
-], ids=["no clipping", "hard clipping", "sgd", "wsd and a ramp of weight decay"])
+
+@pytest.mark.parametrize(
+    "base, processes, layout",
+    [
+        (dict(clip_grad=0.0), 2, dict(tp=2, **SP)),
+        (dict(clip_grad=0.05), 4, dict(pp=2, **DIST)),
+        (dict(name="sgd", momentum=0.5, lr=0.5, eps=1e-8), 4, dict(tp=2, pp=2)),
+        (
+            dict(
+                decay="wsd",
+                wsd_decay_iters=4,
+                weight_decay_incr_style="linear",
+                start_weight_decay=0.0,
+                end_weight_decay=1.0,
+            ),
+            4,
+            dict(cp=2, **DIST),
+        ),
+    ],
+    ids=["no clipping", "hard clipping", "sgd", "wsd and a ramp of weight decay"],
+)
 def test_optimizers_and_schedules_obey_the_law(base, processes, layout, pool, single):
     obeys(pool, single, processes, base, layout)
 
 
-@pytest.mark.parametrize("micro_batch_size, processes, layout", [
-    (1, 1, {}), (16, 1, {}), (4, 2, dict(pp=2)), (8, 2, {}), (1, 4, dict(pp=2, vpp=2)), (4, 4, dict(tp=2, **DIST))])
-def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(micro_batch_size, processes, layout, pool, single):
+@pytest.mark.parametrize(
+    "micro_batch_size, processes, layout",
+    [
+        (1, 1, {}),
+        (16, 1, {}),
+        (4, 2, dict(pp=2)),
+        (8, 2, {}),
+        (1, 4, dict(pp=2, vpp=2)),
+        (4, 4, dict(tp=2, **DIST)),
+    ],
+)
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(
+    micro_batch_size, processes, layout, pool, single
+):
     obeys(pool, single, processes, {}, layout | dict(micro_batch_size=micro_batch_size))
 
 
@@ -150,15 +220,19 @@ def test_the_law_can_be_broken(pool, single):
 
 # --------------------------------------------------------------------------------------------------------- bf16
 
-@pytest.mark.parametrize("processes, layout", [
-    (2, DIST), (2, dict(pp=2, vpp=2)), (8, dict(tp=2, cp=2, **SP, **DIST))], ids=["dp2-dist", "pp2-vpp2", "tp2-cp2-dp2-sp-dist"])
+
+@pytest.mark.parametrize(
+    "processes, layout",
+    [(2, DIST), (2, dict(pp=2, vpp=2)), (8, dict(tp=2, cp=2, **SP, **DIST))],
+    ids=["dp2-dist", "pp2-vpp2", "tp2-cp2-dp2-sp-dist"],
+)
 def test_bf16_errs_in_a_layout_as_in_one_process(processes, layout, pool, single):
     obeys(pool, single, processes, dict(dtype="bf16"), layout)
 
 
 # ------------------------------------------------------------------------------ the single process itself is right
 
-TOLERANCE = 1e-5                                             # of the largest value of a tensor
+TOLERANCE = 1e-5  # of the largest value of a tensor
 
 
 def noisy(config, pg, **flags):
@@ -177,7 +251,14 @@ def one_step(config, batch):
         state = mf.setup(config, pg, model=noisy)
         weights = mf.whole_parameters(state.chunks, config.model, pg)
         _, metrics = mf.train_step(state, batch, mf.step_fn("gpt"))
-        return metrics.loss, weights, {part.name: part.parameter.main_grad.clone() for part in local_parameters(state.chunks[0], config.model, pg)}
+        return (
+            metrics.loss,
+            weights,
+            {
+                part.name: part.parameter.main_grad.clone()
+                for part in local_parameters(state.chunks[0], config.model, pg)
+            },
+        )
 
 
 def hugging_face_batch(*, padded=0):
@@ -187,19 +268,24 @@ def hugging_face_batch(*, padded=0):
     labels = ids.masked_fill(torch.rand(4, 32, generator=draw) < 0.3, -100)
     mask = torch.ones_like(ids)
     mask[1, :padded] = 0
-    labels[1, :padded + 1] = -100
+    labels[1, : padded + 1] = -100
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": ids, "labels": labels, "attention_mask": mask, "position_ids": positions}
 
 
 def halves(batch):
     """The same rows as two micro-batches."""
-    return [{key: value[:2] for key, value in batch.items()}, {key: value[2:] for key, value in batch.items()}]
+    return [
+        {key: value[:2] for key, value in batch.items()},
+        {key: value[2:] for key, value in batch.items()},
+    ]
 
 
 def assert_close(name, ours, theirs):
     apart, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert ours.shape == theirs.shape and size > 0 and apart < TOLERANCE * size, f"{name}: {apart} apart, of {size}"
+    assert ours.shape == theirs.shape and size > 0 and apart < TOLERANCE * size, (
+        f"{name}: {apart} apart, of {size}"
+    )
 
 
 def step_config(**shape):
@@ -211,7 +297,13 @@ def plain_gpt(weights, model, tokens):
     """Logits [batch, sequence, vocabulary] as a textbook has them: no parallelism, no fused attention."""
     batch, length = tokens.shape
     heads, groups, size = model.num_attention_heads, model.query_groups, model.head_size
-    activation = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "swiglu": F.silu, "geglu": F.gelu}
+    activation = {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "relu": F.relu,
+        "swiglu": F.silu,
+        "geglu": F.gelu,
+    }
 
     def linear(x, name):
         y = x @ weights[name + ".weight"].T
@@ -220,14 +312,22 @@ def plain_gpt(weights, model, tokens):
     def norm(x, name):
         if model.normalization == "LayerNorm":
             x = x - x.mean(-1, keepdim=True)
-        y = x / (x.pow(2).mean(-1, keepdim=True) + model.norm_epsilon).sqrt() * weights[name + ".weight"]
+        y = (
+            x
+            / (x.pow(2).mean(-1, keepdim=True) + model.norm_epsilon).sqrt()
+            * weights[name + ".weight"]
+        )
         return y + weights[name + ".bias"] if model.normalization == "LayerNorm" else y
 
-    def turned(x):                                           # arXiv 2104.09864, halves paired as in Llama; x [b, heads, s, size]
+    def turned(x):  # arXiv 2104.09864, halves paired as in Llama; x [b, heads, s, size]
         width = int(size * model.rotary_percent)
-        angle = torch.outer(torch.arange(length), model.rotary_base ** -(torch.arange(0, width, 2) / width)).double()
-        a, b, rest = x[..., :width // 2], x[..., width // 2:width], x[..., width:]
-        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest], -1)
+        angle = torch.outer(
+            torch.arange(length), model.rotary_base ** -(torch.arange(0, width, 2) / width)
+        ).double()
+        a, b, rest = x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
+        return torch.cat(
+            [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest], -1
+        )
 
     x = weights["embedding.word_embeddings.weight"][tokens]
     if model.position_embedding == "learned_absolute":
@@ -235,19 +335,31 @@ def plain_gpt(weights, model, tokens):
     for i in range(model.num_layers):
         attention, mlp = f"decoder.layers.{i}.self_attention.", f"decoder.layers.{i}.mlp."
         qkv = linear(norm(x, f"decoder.layers.{i}.input_layernorm"), attention + "linear_qkv")
-        qkv = qkv.view(batch, length, groups, heads // groups + 2, size).transpose(1, 2)         # each group: queries, key, value
-        q, k, v = qkv[..., :-2, :].transpose(2, 3).reshape(batch, heads, length, size), qkv[..., -2, :], qkv[..., -1, :]
+        qkv = qkv.view(batch, length, groups, heads // groups + 2, size).transpose(
+            1, 2
+        )  # each group: queries, key, value
+        q, k, v = (
+            qkv[..., :-2, :].transpose(2, 3).reshape(batch, heads, length, size),
+            qkv[..., -2, :],
+            qkv[..., -1, :],
+        )
         if model.qk_layernorm:
             q, k = norm(q, attention + "q_layernorm"), norm(k, attention + "k_layernorm")
         if model.position_embedding == "rope":
             q, k = turned(q), turned(k)
         k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
-        scores = (q @ k.transpose(2, 3) / size**0.5).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
-        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), attention + "linear_proj")
+        scores = (q @ k.transpose(2, 3) / size**0.5).masked_fill(
+            torch.ones(length, length).triu(1).bool(), -torch.inf
+        )
+        x = x + linear(
+            (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), attention + "linear_proj"
+        )
         h = linear(norm(x, f"decoder.layers.{i}.pre_mlp_layernorm"), mlp + "linear_fc1")
         gate, up = h.chunk(2, -1) if model.gated else (h, 1)
         x = x + linear(activation[model.activation](gate) * up, mlp + "linear_fc2")
-    table = "embedding.word_embeddings.weight" if model.tie_word_embeddings else "output_layer.weight"
+    table = (
+        "embedding.word_embeddings.weight" if model.tie_word_embeddings else "output_layer.weight"
+    )
     return norm(x, "decoder.final_layernorm") @ weights[table].T
 
 
@@ -256,13 +368,17 @@ def test_the_single_process_computes_what_a_textbook_gpt_does(shape, pool):
     config = step_config(**SHAPES[shape])
     batch = hugging_face_batch()
     batch["input_ids"] %= config.model.vocab_size
-    batch["labels"] = batch["labels"].where(batch["labels"] == -100, batch["labels"] % config.model.vocab_size)
+    batch["labels"] = batch["labels"].where(
+        batch["labels"] == -100, batch["labels"] % config.model.vocab_size
+    )
     loss, weights, gradients = pool(1, one_step, config, halves(batch))[0]
     weights = {name: value.double().requires_grad_() for name, value in weights.items()}
     logits = plain_gpt(weights, config.model, batch["input_ids"])
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     expected.backward()
-    assert loss == pytest.approx(expected.item(), rel=TOLERANCE) and gradients.keys() == weights.keys()
+    assert (
+        loss == pytest.approx(expected.item(), rel=TOLERANCE) and gradients.keys() == weights.keys()
+    )
     for name, value in weights.items():
         assert_close(name, gradients[name], value.grad)
 
@@ -271,36 +387,64 @@ def as_gpt2(whole, model):
     """Weights (or gradients) under the names of transformers' GPT-2, whose linear layers are stored [in, out]."""
     heads, size = model.num_attention_heads, model.head_size
 
-    def qkv(value):                                          # [heads, (q, k, v), size] -> [(q, k, v), heads, size]
+    def qkv(value):  # [heads, (q, k, v), size] -> [(q, k, v), heads, size]
         return value.view(heads, 3, size, -1).transpose(0, 1).reshape(value.shape)
 
-    made = {"transformer.wte.weight": whole["embedding.word_embeddings.weight"], "lm_head.weight": whole["embedding.word_embeddings.weight"],
-            "transformer.wpe.weight": whole["embedding.position_embeddings.weight"]}
+    made = {
+        "transformer.wte.weight": whole["embedding.word_embeddings.weight"],
+        "lm_head.weight": whole["embedding.word_embeddings.weight"],
+        "transformer.wpe.weight": whole["embedding.position_embeddings.weight"],
+    }
     for kind in ("weight", "bias"):
         made[f"transformer.ln_f.{kind}"] = whole[f"decoder.final_layernorm.{kind}"]
         for i in range(model.num_layers):
-            layer = {theirs: whole[f"decoder.layers.{i}.{ours}.{kind}"] for ours, theirs in {
-                "input_layernorm": "ln_1", "self_attention.linear_qkv": "attn.c_attn", "self_attention.linear_proj": "attn.c_proj",
-                "pre_mlp_layernorm": "ln_2", "mlp.linear_fc1": "mlp.c_fc", "mlp.linear_fc2": "mlp.c_proj"}.items()}
+            layer = {
+                theirs: whole[f"decoder.layers.{i}.{ours}.{kind}"]
+                for ours, theirs in {
+                    "input_layernorm": "ln_1",
+                    "self_attention.linear_qkv": "attn.c_attn",
+                    "self_attention.linear_proj": "attn.c_proj",
+                    "pre_mlp_layernorm": "ln_2",
+                    "mlp.linear_fc1": "mlp.c_fc",
+                    "mlp.linear_fc2": "mlp.c_proj",
+                }.items()
+            }
             layer["attn.c_attn"] = qkv(layer["attn.c_attn"])
-            made |= {f"transformer.h.{i}.{name}.{kind}": value.T if value.dim() == 2 else value for name, value in layer.items()}
+            made |= {
+                f"transformer.h.{i}.{name}.{kind}": value.T if value.dim() == 2 else value
+                for name, value in layer.items()
+            }
     return made
 
 
 def as_llama(whole, model):
     """Weights (or gradients) under the names of transformers' Llama."""
     heads, groups, size = model.num_attention_heads, model.query_groups, model.head_size
-    made = {"model.embed_tokens.weight": whole["embedding.word_embeddings.weight"], "lm_head.weight": whole["output_layer.weight"],
-            "model.norm.weight": whole["decoder.final_layernorm.weight"]}
+    made = {
+        "model.embed_tokens.weight": whole["embedding.word_embeddings.weight"],
+        "lm_head.weight": whole["output_layer.weight"],
+        "model.norm.weight": whole["decoder.final_layernorm.weight"],
+    }
     for i in range(model.num_layers):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
-        qkv = whole[ours + "self_attention.linear_qkv.weight"].view(groups, heads // groups + 2, size, -1)
+        qkv = whole[ours + "self_attention.linear_qkv.weight"].view(
+            groups, heads // groups + 2, size, -1
+        )
         gate, up = whole[ours + "mlp.linear_fc1.weight"].chunk(2)
-        made |= {theirs + name + ".weight": value for name, value in {
-            "input_layernorm": whole[ours + "input_layernorm.weight"], "post_attention_layernorm": whole[ours + "pre_mlp_layernorm.weight"],
-            "self_attn.q_proj": qkv[:, :-2].flatten(0, 2), "self_attn.k_proj": qkv[:, -2].flatten(0, 1),
-            "self_attn.v_proj": qkv[:, -1].flatten(0, 1), "self_attn.o_proj": whole[ours + "self_attention.linear_proj.weight"],
-            "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": whole[ours + "mlp.linear_fc2.weight"]}.items()}
+        made |= {
+            theirs + name + ".weight": value
+            for name, value in {
+                "input_layernorm": whole[ours + "input_layernorm.weight"],
+                "post_attention_layernorm": whole[ours + "pre_mlp_layernorm.weight"],
+                "self_attn.q_proj": qkv[:, :-2].flatten(0, 2),
+                "self_attn.k_proj": qkv[:, -2].flatten(0, 1),
+                "self_attn.v_proj": qkv[:, -1].flatten(0, 1),
+                "self_attn.o_proj": whole[ours + "self_attention.linear_proj.weight"],
+                "mlp.gate_proj": gate,
+                "mlp.up_proj": up,
+                "mlp.down_proj": whole[ours + "mlp.linear_fc2.weight"],
+            }.items()
+        }
     return made
 
 
@@ -311,17 +455,39 @@ def test_loss_and_gradients_are_those_of_transformers(family, padded, pool):
     common = dict(vocab_size=97, attn_implementation="sdpa")
     if family == "gpt2":
         config, renamed = step_config(**GPT2 | dict(vocab_size=97)), as_gpt2
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            n_layer=4, n_embd=32, n_head=4, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common))
+        theirs = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                n_layer=4,
+                n_embd=32,
+                n_head=4,
+                n_positions=32,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                **common,
+            )
+        )
     else:
         config, renamed = step_config(**LLAMA), as_llama
-        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            num_hidden_layers=4, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-            max_position_embeddings=32, rms_norm_eps=1e-5, tie_word_embeddings=False, **common))
+        theirs = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                num_hidden_layers=4,
+                hidden_size=32,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                intermediate_size=48,
+                max_position_embeddings=32,
+                rms_norm_eps=1e-5,
+                tie_word_embeddings=False,
+                **common,
+            )
+        )
     batch = hugging_face_batch(padded=padded)
     loss, weights, gradients = pool(1, one_step, config, halves(batch))[0]
     told = theirs.load_state_dict(renamed(weights, config.model), strict=False)
-    assert not told.unexpected_keys and not [key for key in told.missing_keys if "inv_freq" not in key and ".attn.bias" not in key]
+    assert not told.unexpected_keys and not [
+        key for key in told.missing_keys if "inv_freq" not in key and ".attn.bias" not in key
+    ]
     expected = theirs.double()(**batch).loss
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=TOLERANCE)
@@ -334,13 +500,28 @@ def beside_megatron(config, tokens):
     """Logits of the built-in stage and of megatron-core's own GPTModel with the same weights, [s, b, vocabulary / tp] each."""
     from megatron.core.models.gpt import GPTModel  # warns that Apex is not there
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
     model = config.model
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg, megatron_context(pg, 1), torch.no_grad():
+    with (
+        mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg,
+        megatron_context(pg, 1),
+        torch.no_grad(),
+    ):
         stage = noisy(config, pg, pre_process=True, post_process=True, vp_stage=None)
-        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
-        theirs = GPTModel(mf.transformer_config(config, pg), spec, mf.padded_vocab_size(model.vocab_size, config.parallel.tp), model.seq_length,
-                          share_embeddings_and_output_weights=model.tie_word_embeddings, position_embedding_type=model.position_embedding,
-                          rotary_percent=model.rotary_percent, rotary_base=model.rotary_base, pg_collection=pg.collection)
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=model.qk_layernorm, normalization=model.normalization
+        )
+        theirs = GPTModel(
+            mf.transformer_config(config, pg),
+            spec,
+            mf.padded_vocab_size(model.vocab_size, config.parallel.tp),
+            model.seq_length,
+            share_embeddings_and_output_weights=model.tie_word_embeddings,
+            position_embedding_type=model.position_embedding,
+            rotary_percent=model.rotary_percent,
+            rotary_base=model.rotary_base,
+            pg_collection=pg.collection,
+        )
         theirs.load_state_dict(stage.state_dict())
         stage.eval(), theirs.eval()
         positions = torch.arange(tokens.size(1)).expand_as(tokens)
@@ -351,5 +532,7 @@ def beside_megatron(config, tokens):
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "qkv-bias", "rotary-half"])
 def test_logits_are_those_of_megatron_cores_own_model(shape, pool):
     tokens = torch.randint(0, 96, (2, 32), generator=torch.Generator().manual_seed(5))
-    for ours, theirs in pool(2, beside_megatron, tiny(tp=2, **SHAPES[shape] | dict(vocab_size=96)), tokens):
+    for ours, theirs in pool(
+        2, beside_megatron, tiny(tp=2, **SHAPES[shape] | dict(vocab_size=96)), tokens
+    ):
         assert_close("logits", ours, theirs)

@@ -1,4 +1,5 @@
 """What a step promises beside equal curves: masks, lengths, counts, dropout, evaluation, logits, and pieces of the user's own."""
+
 import gc
 import time
 from functools import partial
@@ -7,9 +8,9 @@ import attrs
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence import assert_equal, local_parts, run_layout, share, short, uneven
 
 import megafn as mf
+from equivalence import assert_equal, local_parts, run_layout, share, short, uneven
 from megafn.runtime.model.layers import Attention
 from megafn.runtime.parallel.megatron_context import megatron_context
 
@@ -18,10 +19,14 @@ ROPE = dict(position_embedding="rope")
 
 
 def obeys(pool, processes, base, layout, data):
-    assert_equal(pool(1, run_layout, short(**base), data)[0], pool(processes, run_layout, short(**base, **layout), data))
+    assert_equal(
+        pool(1, run_layout, short(**base), data)[0],
+        pool(processes, run_layout, short(**base, **layout), data),
+    )
 
 
 # --------------------------------------------------------------------------------------- masks, positions, lengths
+
 
 def padded_rows(config, iteration, *, positions=True):
     """Hugging Face rows, some padded on their left and some on their right; some labels -100."""
@@ -29,7 +34,7 @@ def padded_rows(config, iteration, *, positions=True):
     for i, row in enumerate(uneven(config, iteration)):
         s, left, right = config.model.seq_length, (0, 7, 0, 20)[i % 4], (0, 0, 5, 3)[i % 4]
         mask = torch.ones(s, dtype=torch.long)
-        mask[:left], mask[s - right:] = 0, 0
+        mask[:left], mask[s - right :] = 0, 0
         labels = row["tokens"].masked_fill((mask == 0) | (row["tokens"] % 5 == 0), -100)
         rows.append({"input_ids": row["tokens"], "labels": labels, "attention_mask": mask})
         if positions:
@@ -44,7 +49,9 @@ def document_rows(config, iteration):
         s = config.model.seq_length
         cut = torch.tensor([3 + i, 17 + i // 2])
         document = (torch.arange(s)[:, None] >= cut).sum(1)
-        row["attention_mask"] = ~((document[:, None] == document) & torch.ones(s, s).tril().bool())[None]
+        row["attention_mask"] = ~((document[:, None] == document) & torch.ones(s, s).tril().bool())[
+            None
+        ]
         row["position_ids"] = torch.arange(s) - F.pad(cut, (1, 0))[document]
     return rows
 
@@ -53,28 +60,65 @@ def key_rows(config, iteration):
     """Masks [1, 1, s] that hide keys alone; the first token is always seen."""
     rows = uneven(config, iteration)
     for i, row in enumerate(rows):
-        row["attention_mask"] = (torch.arange(config.model.seq_length) % (3 + i % 3) == 2)[None, None]
+        row["attention_mask"] = (torch.arange(config.model.seq_length) % (3 + i % 3) == 2)[
+            None, None
+        ]
     return rows
 
 
 def growing_rows(config, iteration):
     """Rows whose length changes from micro-batch to micro-batch, and from one data-parallel rank to the next."""
     lengths = (8, 32, 16, 24, 32, 8, 8, 16)
-    return [{key: value[:lengths[(i // config.micro_batch_size + iteration) % 8]] for key, value in row.items()}
-            | {"loss_mask": row["loss_mask"][:lengths[(i // config.micro_batch_size + iteration) % 8]].clone().index_fill_(0, torch.tensor(0), 1.)}
-            for i, row in enumerate(uneven(config, iteration))]
+    return [
+        {
+            key: value[: lengths[(i // config.micro_batch_size + iteration) % 8]]
+            for key, value in row.items()
+        }
+        | {
+            "loss_mask": row["loss_mask"][: lengths[(i // config.micro_batch_size + iteration) % 8]]
+            .clone()
+            .index_fill_(0, torch.tensor(0), 1.0)
+        }
+        for i, row in enumerate(uneven(config, iteration))
+    ]
 
 
-@pytest.mark.parametrize("processes, layout", [(2, dict(tp=2, **SP)), (2, dict(pp=2, vpp=2)), (2, dict(cp=2)), (8, dict(tp=2, cp=2, pp=2, **SP))],
-                         ids=["tp2-sp", "pp2-vpp2", "cp2", "tp2-cp2-pp2-sp"])
-@pytest.mark.parametrize("kind, base", [("padded", {}), ("padded", ROPE), ("documents", {}), ("documents", ROPE), ("keys", {})],
-                         ids=["padded", "padded-rope", "documents", "documents-rope", "keys"])
+@pytest.mark.parametrize(
+    "processes, layout",
+    [
+        (2, dict(tp=2, **SP)),
+        (2, dict(pp=2, vpp=2)),
+        (2, dict(cp=2)),
+        (8, dict(tp=2, cp=2, pp=2, **SP)),
+    ],
+    ids=["tp2-sp", "pp2-vpp2", "cp2", "tp2-cp2-pp2-sp"],
+)
+@pytest.mark.parametrize(
+    "kind, base",
+    [("padded", {}), ("padded", ROPE), ("documents", {}), ("documents", ROPE), ("keys", {})],
+    ids=["padded", "padded-rope", "documents", "documents-rope", "keys"],
+)
 def test_masks_and_positions_are_cut_as_the_sequence_is(kind, base, processes, layout, pool):
-    obeys(pool, processes, base, layout, {"padded": padded_rows, "documents": document_rows, "keys": key_rows}[kind])
+    obeys(
+        pool,
+        processes,
+        base,
+        layout,
+        {"padded": padded_rows, "documents": document_rows, "keys": key_rows}[kind],
+    )
 
 
-@pytest.mark.parametrize("processes, layout", [(2, dict(pp=2)), (2, dict(pp=2, vpp=2)), (4, dict(pp=2, tp=2, **SP)), (4, dict(pp=2, cp=2)), (4, dict(pp=2, **DIST))],
-                         ids=["pp2", "pp2-vpp2", "tp2-pp2-sp", "cp2-pp2", "pp2-dp2-dist"])
+@pytest.mark.parametrize(
+    "processes, layout",
+    [
+        (2, dict(pp=2)),
+        (2, dict(pp=2, vpp=2)),
+        (4, dict(pp=2, tp=2, **SP)),
+        (4, dict(pp=2, cp=2)),
+        (4, dict(pp=2, **DIST)),
+    ],
+    ids=["pp2", "pp2-vpp2", "tp2-pp2-sp", "cp2-pp2", "pp2-dp2-dist"],
+)
 def test_lengths_may_change_from_micro_batch_to_micro_batch(processes, layout, pool):
     obeys(pool, processes, {}, layout, growing_rows)
 
@@ -88,7 +132,11 @@ def alone_rows(config, iteration, *, row=-1, position=-1):
     return rows
 
 
-@pytest.mark.parametrize("processes, layout", [(4, DIST), (4, dict(cp=4)), (4, dict(tp=2, pp=2, **SP))], ids=["dp4-dist", "cp4", "tp2-pp2-sp"])
+@pytest.mark.parametrize(
+    "processes, layout",
+    [(4, DIST), (4, dict(cp=4)), (4, dict(tp=2, pp=2, **SP))],
+    ids=["dp4-dist", "cp4", "tp2-pp2-sp"],
+)
 def test_one_token_in_the_whole_global_batch_is_enough(processes, layout, pool):
     obeys(pool, processes, {}, layout, alone_rows)
 
@@ -119,50 +167,78 @@ def test_padding_changes_neither_logits_nor_loss(base, labels, pool):
         mask = F.pad(torch.ones_like(ids), (left, right))
         padded = {"input_ids": F.pad(ids, (left, right), value=13), "attention_mask": mask}
         if base == {}:
-            padded["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)      # a learned table must be told
+            padded["position_ids"] = (mask.cumsum(1) - 1).clamp(
+                min=0
+            )  # a learned table must be told
         if labels:
             padded["labels"] = F.pad(ids, (left, right), value=-100)
         loss2, count2, logits2 = pool(1, seen_logits, config, padded)[0]
         assert count2 == count and loss2 == pytest.approx(loss, abs=1e-6)
-        assert (logits2[:, left:left + 24] - logits).abs().max() < 1e-5
+        assert (logits2[:, left : left + 24] - logits).abs().max() < 1e-5
 
 
 # ------------------------------------------------------------------------------------------ counts, refusals, records
 
+
 def refused(config, batch, step):
     """What this rank raises on a bad global batch, whether weights moved, and loss and grad norm of a good step after it."""
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=20) as pg:
+    with mf.init_groups(
+        mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=20
+    ) as pg:
         state = mf.setup(config, pg)
         before = local_parts(state)
         with pytest.raises((ValueError, TypeError)) as told:
             mf.train_step(state, share(batch, config, pg), step)
-        moved = not all(torch.equal(a, b) for (_, a, *_), (_, b, *_) in zip(before, local_parts(state)))
-        state, metrics = mf.train_step(state, share(uneven(config, 0), config, pg), mf.step_fn("gpt"))
+        moved = not all(
+            torch.equal(a, b) for (_, a, *_), (_, b, *_) in zip(before, local_parts(state))
+        )
+        state, metrics = mf.train_step(
+            state, share(uneven(config, 0), config, pg), mf.step_fn("gpt")
+        )
         return str(told.value), moved, (metrics.loss, metrics.grad_norm)
 
 
-@pytest.mark.parametrize("processes, layout", [(1, {}), (4, dict(tp=2, pp=2)), (2, dict(pp=2, vpp=2)), (4, dict(cp=2, **DIST))],
-                         ids=["single", "tp2-pp2", "pp2-vpp2", "cp2-dp2-dist"])
-def test_a_global_batch_in_which_nothing_counts_is_refused_on_every_rank_and_changes_nothing(processes, layout, pool):
+@pytest.mark.parametrize(
+    "processes, layout",
+    [(1, {}), (4, dict(tp=2, pp=2)), (2, dict(pp=2, vpp=2)), (4, dict(cp=2, **DIST))],
+    ids=["single", "tp2-pp2", "pp2-vpp2", "cp2-dp2-dist"],
+)
+def test_a_global_batch_in_which_nothing_counts_is_refused_on_every_rank_and_changes_nothing(
+    processes, layout, pool
+):
     config = short(**layout)
     empty = [row | {"loss_mask": torch.zeros(32)} for row in uneven(config, 0)]
     curve, *_ = pool(processes, run_layout, config)[0]
     for told, moved, good in pool(processes, refused, config, empty, mf.step_fn("gpt")):
-        assert told.startswith("loss_mask: 0 tokens count in this whole global batch") and not moved and good == curve[0]
+        assert (
+            told.startswith("loss_mask: 0 tokens count in this whole global batch")
+            and not moved
+            and good == curve[0]
+        )
 
 
 def half_counts(logits, batch, pg):
-    return mf.Loss(sum=mf.token_loss(logits, batch, pg).sum, count=batch["loss_mask"].sum() / 2 + 0.25)
+    return mf.Loss(
+        sum=mf.token_loss(logits, batch, pg).sum, count=batch["loss_mask"].sum() / 2 + 0.25
+    )
 
 
 def no_loss(logits, batch, pg):
     return mf.token_loss(logits, batch, pg).sum
 
 
-@pytest.mark.parametrize("loss, told", [(half_counts, "not a whole number; count tokens or samples"), (no_loss, "step.loss returned Tensor: return megafn.Loss")])
+@pytest.mark.parametrize(
+    "loss, told",
+    [
+        (half_counts, "not a whole number; count tokens or samples"),
+        (no_loss, "step.loss returned Tensor: return megafn.Loss"),
+    ],
+)
 def test_a_loss_that_is_none_is_refused_on_every_rank_and_changes_nothing(loss, told, pool):
     config = short(tp=2)
-    for text, moved, _ in pool(2, refused, config, uneven(config, 0), attrs.evolve(mf.step_fn("gpt"), loss=loss)):
+    for text, moved, _ in pool(
+        2, refused, config, uneven(config, 0), attrs.evolve(mf.step_fn("gpt"), loss=loss)
+    ):
         assert told in text and not moved
 
 
@@ -173,7 +249,7 @@ def ends(config, step):
         run_layout(config, step=step)
     except Exception as error:
         told = type(error).__name__
-    gc.collect()                                             # its frames held the connections, as they do until a process ends
+    gc.collect()  # its frames held the connections, as they do until a process ends
     return told, time.monotonic() - start
 
 
@@ -185,7 +261,11 @@ def test_a_loss_that_fails_on_the_last_stage_ends_the_stages_before_it(pool):
 def own_batch(raw, config, pg):
     """The task: say the token again; counted from the eighth position on."""
     ids = raw["tokens"]
-    return {"tokens": ids, "labels": ids, "loss_mask": (torch.arange(ids.size(1)) >= 8).long().expand_as(ids)}
+    return {
+        "tokens": ids,
+        "labels": ids,
+        "loss_mask": (torch.arange(ids.size(1)) >= 8).long().expand_as(ids),
+    }
 
 
 def own_forward(model, batch):
@@ -193,10 +273,20 @@ def own_forward(model, batch):
 
 
 def own_loss(logits, batch, pg, *, weight):
-    losses, right = mf.cross_entropy(logits, batch["labels"], pg), mf.argmax(logits, pg) == batch["labels"]
+    losses, right = (
+        mf.cross_entropy(logits, batch["labels"], pg),
+        mf.argmax(logits, pg) == batch["labels"],
+    )
     squares, mask = mf.logsumexp(logits, pg) ** 2, batch["loss_mask"]
-    return mf.Loss(sum=((losses + weight * squares) * mask).sum(), count=mask.sum(),
-                   report={"accuracy": (right * mask).sum(), "squares": (squares * mask).sum(), "tokens": mask.sum()})
+    return mf.Loss(
+        sum=((losses + weight * squares) * mask).sum(),
+        count=mask.sum(),
+        report={
+            "accuracy": (right * mask).sum(),
+            "squares": (squares * mask).sum(),
+            "tokens": mask.sum(),
+        },
+    )
 
 
 OWN = mf.Step(batch=own_batch, forward=own_forward, loss=partial(own_loss, weight=1e-2))
@@ -208,22 +298,38 @@ def metrics_of(config, step):
         state = first = mf.setup(config, pg)
         fields, seen = attrs.asdict(first, recurse=False), []
         for iteration in range(config.train_iters):
-            state, metrics = mf.train_step(state, share(uneven(config, iteration), config, pg), step)
-            seen.append({key: value for key, value in attrs.asdict(metrics).items() if key not in ("seconds", "tokens_per_second")})
-        assert all(value is fields[key] for key, value in attrs.asdict(first, recurse=False).items()), "the old record changed"
-        assert (first.iteration, first.consumed_samples) == (0, 0) and (state.iteration, state.consumed_samples) == (4, 64)
+            state, metrics = mf.train_step(
+                state, share(uneven(config, iteration), config, pg), step
+            )
+            seen.append(
+                {
+                    key: value
+                    for key, value in attrs.asdict(metrics).items()
+                    if key not in ("seconds", "tokens_per_second")
+                }
+            )
+        assert all(
+            value is fields[key] for key, value in attrs.asdict(first, recurse=False).items()
+        ), "the old record changed"
+        assert (first.iteration, first.consumed_samples) == (0, 0) and (
+            state.iteration,
+            state.consumed_samples,
+        ) == (4, 64)
         with pytest.raises(attrs.exceptions.FrozenInstanceError):
             state.iteration = 7
         return seen
 
 
-@pytest.mark.parametrize("processes, layout", [(8, dict(tp=2, pp=2, **SP)), (4, dict(cp=2, **DIST)), (2, dict(pp=2, vpp=2))],
-                         ids=["tp2-pp2-dp2-sp", "cp2-dp2-dist", "pp2-vpp2"])
+@pytest.mark.parametrize(
+    "processes, layout",
+    [(8, dict(tp=2, pp=2, **SP)), (4, dict(cp=2, **DIST)), (2, dict(pp=2, vpp=2))],
+    ids=["tp2-pp2-dp2-sp", "cp2-dp2-dist", "pp2-vpp2"],
+)
 def test_a_step_of_ones_own_obeys_the_law_and_every_rank_is_told_the_same(processes, layout, pool):
     config = short(lr=5e-2, steps=4)
     alone, *_ = pool(1, metrics_of, config, OWN)
     first, *others = pool(processes, metrics_of, short(lr=5e-2, steps=4, **layout), OWN)
-    assert all(other == first for other in others)           # bit for bit, on the stages before the last too
+    assert all(other == first for other in others)  # bit for bit, on the stages before the last too
     assert all(0.1 < one["report"]["accuracy"] < 0.95 for one in alone)
     for one, many in zip(alone, first, strict=True):
         assert many["count"] == one["count"] == 16 * 24 and many["report"]["tokens"] == 1
@@ -258,7 +364,9 @@ def run_model(config, model):
         state, curve = mf.setup(config, pg, model=model), []
         before = local_parts(state)
         for iteration in range(config.train_iters):
-            state, metrics = mf.train_step(state, share(uneven(config, iteration), config, pg), mf.step_fn("gpt"))
+            state, metrics = mf.train_step(
+                state, share(uneven(config, iteration), config, pg), mf.step_fn("gpt")
+            )
             curve.append((metrics.loss, metrics.grad_norm))
         pairs = list(zip(before, local_parts(state)))
         moved = [(a, b) for a, b in pairs if not torch.equal(a[1], b[1])]
@@ -266,16 +374,23 @@ def run_model(config, model):
 
 
 @pytest.mark.parametrize("model", [louder, frozen])
-@pytest.mark.parametrize("processes, layout", [(4, dict(tp=2, pp=2, **SP)), (4, dict(pp=2, **DIST))], ids=["tp2-pp2-sp", "pp2-dp2-dist"])
+@pytest.mark.parametrize(
+    "processes, layout",
+    [(4, dict(tp=2, pp=2, **SP)), (4, dict(pp=2, **DIST))],
+    ids=["tp2-pp2-sp", "pp2-dp2-dist"],
+)
 def test_a_model_function_of_ones_own_obeys_the_law(model, processes, layout, pool):
     alone, still = pool(1, run_model, short(), model)[0]
     results = pool(processes, run_model, short(**layout), model)
     assert_equal(alone, [result for result, _ in results])
-    assert set().union(*(names for _, names in results)) == still and bool(still) == (model is frozen)
-    assert alone[0] != pool(1, run_layout, short())[0][0]    # it was this model indeed
+    assert set().union(*(names for _, names in results)) == still and bool(still) == (
+        model is frozen
+    )
+    assert alone[0] != pool(1, run_layout, short())[0][0]  # it was this model indeed
 
 
 # --------------------------------------------------------------------------------------------------- evaluation
+
 
 def evaluated(config):
     """(report before a step, the step's metrics) on one global batch, each step; with and without evaluations between."""
@@ -287,34 +402,57 @@ def evaluated(config):
             report = mf.evaluate(state, [batch], step)
             state, metrics = mf.train_step(state, batch, step)
             other, same = mf.train_step(other, batch, step)
-            assert (metrics.loss, metrics.grad_norm) == (same.loss, same.grad_norm), "evaluating changed the run"
+            assert (metrics.loss, metrics.grad_norm) == (same.loss, same.grad_norm), (
+                "evaluating changed the run"
+            )
             found.append((report.loss, report.count, metrics.loss, metrics.count))
         whole = mf.evaluate(state, [share(uneven(config, i), config, pg) for i in range(3)], step)
         parts = [mf.evaluate(state, [share(uneven(config, i), config, pg)], step) for i in range(3)]
         return found, whole, parts
 
 
-LAYOUTS = [(1, {}), (2, dict(tp=2, **SP)), (2, dict(pp=2)), (2, dict(pp=2, vpp=2)), (4, dict(cp=2, **DIST))]
+LAYOUTS = [
+    (1, {}),
+    (2, dict(tp=2, **SP)),
+    (2, dict(pp=2)),
+    (2, dict(pp=2, vpp=2)),
+    (4, dict(cp=2, **DIST)),
+]
 
 
-@pytest.mark.parametrize("processes, layout", LAYOUTS, ids=["single", "tp2-sp", "pp2", "pp2-vpp2", "cp2-dp2-dist"])
-def test_an_evaluation_is_the_training_loss_of_the_same_weights_and_leaves_the_run_alone(processes, layout, pool):
+@pytest.mark.parametrize(
+    "processes, layout", LAYOUTS, ids=["single", "tp2-sp", "pp2", "pp2-vpp2", "cp2-dp2-dist"]
+)
+def test_an_evaluation_is_the_training_loss_of_the_same_weights_and_leaves_the_run_alone(
+    processes, layout, pool
+):
     first, *others = pool(processes, evaluated, short(**layout))
     found, whole, parts = first
     assert all(other == first for other in others)
     for loss, count, trained, counted in found:
         assert loss == pytest.approx(trained, abs=1e-6) and count == counted
     assert whole.count == sum(part.count for part in parts)
-    assert whole.loss == pytest.approx(sum(part.loss * part.count for part in parts) / whole.count, abs=1e-6)
+    assert whole.loss == pytest.approx(
+        sum(part.loss * part.count for part in parts) / whole.count, abs=1e-6
+    )
 
 
 def dropped(config):
     """Losses of one batch, evaluated with and without dropout in the config, and trained with it."""
     step = mf.step_fn("gpt")
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
-        batch, dry = share(uneven(config, 0), config, pg), attrs.evolve(config, model=attrs.evolve(config.model, hidden_dropout=0.0, attention_dropout=0.0))
+        batch, dry = (
+            share(uneven(config, 0), config, pg),
+            attrs.evolve(
+                config, model=attrs.evolve(config.model, hidden_dropout=0.0, attention_dropout=0.0)
+            ),
+        )
         state = mf.setup(config, pg)
-        return [mf.evaluate(state, [batch], step).loss, mf.evaluate(mf.setup(dry, pg), [batch], step).loss, mf.train_step(state, batch, step)[1].loss]
+        return [
+            mf.evaluate(state, [batch], step).loss,
+            mf.evaluate(mf.setup(dry, pg), [batch], step).loss,
+            mf.train_step(state, batch, step)[1].loss,
+        ]
 
 
 def test_an_evaluation_drops_nothing(pool):
@@ -324,58 +462,94 @@ def test_an_evaluation_drops_nothing(pool):
 
 # ------------------------------------------------------------------------------------------------------ dropout
 
-DROPOUT = dict(hidden_dropout=0.1, attention_dropout=0.1, init_method_std=0.2)      # weights so large that a mask is felt
-FULL, BLOCK, SELECTIVE = (mf.RecomputeConfig(granularity=g, method=m) for g, m in (("full", "uniform"), ("full", "block"), ("selective", "uniform")))
+DROPOUT = dict(
+    hidden_dropout=0.1, attention_dropout=0.1, init_method_std=0.2
+)  # weights so large that a mask is felt
+FULL, BLOCK, SELECTIVE = (
+    mf.RecomputeConfig(granularity=g, method=m)
+    for g, m in (("full", "uniform"), ("full", "block"), ("selective", "uniform"))
+)
 
 
 def largest_difference(left, right):
     """Of loss, grad norm and weights over all ranks of two runs in the same layout."""
     worst = 0.0
     for (curve, _, after), (other, _, last) in zip(left, right, strict=True):
-        worst = max([worst, *(abs(a - b) for x, y in zip(curve, other, strict=True) for a, b in zip(x, y))])
-        worst = max([worst, *((a[1] - b[1]).abs().max().item() for a, b in zip(after, last, strict=True))])
+        worst = max(
+            [worst, *(abs(a - b) for x, y in zip(curve, other, strict=True) for a, b in zip(x, y))]
+        )
+        worst = max(
+            [worst, *((a[1] - b[1]).abs().max().item() for a, b in zip(after, last, strict=True))]
+        )
     return worst
 
 
 @pytest.mark.parametrize("recompute", [SELECTIVE, FULL, BLOCK], ids=["selective", "full", "block"])
-@pytest.mark.parametrize("processes, layout", [(1, {}), (4, dict(tp=2, pp=2, **SP)), (4, dict(tp=2, cp=2))], ids=["single", "tp2-pp2-sp", "tp2-cp2"])
+@pytest.mark.parametrize(
+    "processes, layout",
+    [(1, {}), (4, dict(tp=2, pp=2, **SP)), (4, dict(tp=2, cp=2))],
+    ids=["single", "tp2-pp2-sp", "tp2-cp2"],
+)
 def test_recomputation_draws_the_same_dropout_again(processes, layout, recompute, pool):
     kept = pool(processes, run_layout, short(**layout, **DROPOUT))
     again = pool(processes, run_layout, short(**layout, **DROPOUT, recompute=recompute))
     assert largest_difference(kept, again) == 0
-    assert abs(kept[0][0][0][0] - pool(processes, run_layout, short(steps=4, **layout, init_method_std=0.2))[0][0][0][0]) > 1e-3
+    assert (
+        abs(
+            kept[0][0][0][0]
+            - pool(processes, run_layout, short(steps=4, **layout, init_method_std=0.2))[0][0][0][0]
+        )
+        > 1e-3
+    )
 
 
 def test_the_distributed_optimizer_changes_no_dropout(pool):
     for layout in (dict(tp=2), dict(cp=2), dict(pp=2)):
         plain = pool(4, run_layout, short(**layout, **DROPOUT))
-        assert largest_difference(plain, pool(4, run_layout, short(**layout, **DROPOUT, **DIST))) < 1e-6
+        assert (
+            largest_difference(plain, pool(4, run_layout, short(**layout, **DROPOUT, **DIST)))
+            < 1e-6
+        )
 
 
-@pytest.mark.parametrize("processes, layout", [(4, dict(tp=2, pp=2)), (4, dict(tp=2, cp=2, **SP)), (4, dict(tp=2, **SP, **DIST))],
-                         ids=["tp2-pp2", "tp2-cp2-sp", "tp2-dp2-sp-dist"])
+@pytest.mark.parametrize(
+    "processes, layout",
+    [(4, dict(tp=2, pp=2)), (4, dict(tp=2, cp=2, **SP)), (4, dict(tp=2, **SP, **DIST))],
+    ids=["tp2-pp2", "tp2-cp2-sp", "tp2-dp2-sp-dist"],
+)
 def test_what_is_replicated_stays_equal_to_the_bit_under_dropout(processes, layout, pool):
     """Were a mask of the hidden state drawn twice, the copies of a norm's weight would part."""
     held = {}
     for _, _, after in pool(processes, run_layout, short(**layout, **DROPOUT)):
         for name, value, _, dim, _, _, tp_rank in after:
-            assert torch.equal(value, held.setdefault((name, dim is not None and tp_rank), value)), name
+            assert torch.equal(
+                value, held.setdefault((name, dim is not None and tp_rank), value)
+            ), name
 
 
 def masks(config):
     """Whether attention drops the same in each head of the heads of all tp ranks, and what the default random state drops."""
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg, megatron_context(pg, config.seed, "test"):
+    with (
+        mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg,
+        megatron_context(pg, config.seed, "test"),
+    ):
         mcore = mf.transformer_config(config, pg)
         attention = Attention(mcore, 1, None, "self", pg_collection=pg.collection)
         query, key = torch.zeros(2, 32, 1, 2, 8)
         value = torch.eye(32)[:, None, None, :8].expand(32, 1, 2, 8).contiguous()
-        return attention(query, key, value, None).view(32, 1, 2, 8).unbind(2), F.dropout(torch.ones(64), 0.5), pg.place
+        return (
+            attention(query, key, value, None).view(32, 1, 2, 8).unbind(2),
+            F.dropout(torch.ones(64), 0.5),
+            pg.place,
+        )
 
 
 def test_heads_have_masks_of_their_own_and_the_hidden_state_one_for_all_of_tp(pool):
     drawn = pool(4, masks, short(tp=2, attention_dropout=0.5))
     heads = [head for found, *_ in drawn for head in found]
-    assert not any(torch.equal(a, b) for i, a in enumerate(heads) for b in heads[:i])        # dp ranks differ as well
+    assert not any(
+        torch.equal(a, b) for i, a in enumerate(heads) for b in heads[:i]
+    )  # dp ranks differ as well
     for _, hidden, place in drawn:
         for _, other, elsewhere in drawn:
             assert torch.equal(hidden, other) == (place.dp == elsewhere.dp)
@@ -388,7 +562,7 @@ def carried_on(config, sample):
         state = mf.setup(config, pg)
         for iteration in range(2):
             state, _ = mf.train_step(state, share(uneven(config, iteration), config, pg), step)
-        torch.manual_seed(sample)                            # what else draws in the process is of no matter
+        torch.manual_seed(sample)  # what else draws in the process is of no matter
         losses = []
         for position in (state.consumed_samples, state.consumed_samples + 16, None):
             other = state
@@ -401,9 +575,13 @@ def carried_on(config, sample):
         return losses
 
 
-@pytest.mark.parametrize("processes, layout", [(1, {}), (4, dict(tp=2, pp=2, **SP))], ids=["single", "tp2-pp2-sp"])
+@pytest.mark.parametrize(
+    "processes, layout", [(1, {}), (4, dict(tp=2, pp=2, **SP))], ids=["single", "tp2-pp2-sp"]
+)
 def test_randomness_is_a_function_of_seed_and_consumed_samples_alone(processes, layout, pool):
-    for here, elsewhere, on in (pool(processes, carried_on, short(**layout, **DROPOUT), sample)[0] for sample in (1, 2)):
+    for here, elsewhere, on in (
+        pool(processes, carried_on, short(**layout, **DROPOUT), sample)[0] for sample in (1, 2)
+    ):
         assert here == on and abs(elsewhere - on) > 1e-4
     assert carried_seed(pool, processes, layout, 1) != carried_seed(pool, processes, layout, 2)
 
@@ -414,23 +592,40 @@ def carried_seed(pool, processes, layout, seed):
 
 # --------------------------------------------------------------------------------------------- logits and samples
 
+
 def spoken(config, tokens):
     """Logits, a greedy and a drawn continuation, after two steps."""
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
         state = mf.setup(config, pg)
         for iteration in range(2):
-            state, _ = mf.train_step(state, share(uneven(config, iteration), config, pg), mf.step_fn("gpt"))
+            state, _ = mf.train_step(
+                state, share(uneven(config, iteration), config, pg), mf.step_fn("gpt")
+            )
         numbers = torch.get_rng_state()
-        found = (*(mf.logits(state, tokens[:, :length]) for length in (1, 13, 32)), mf.generate(state, tokens[:, :29], count=6, temperature=0),
-                 mf.generate(state, tokens[:, :5], count=6, temperature=0.8, top_k=5, seed=3))
-        assert torch.equal(numbers, torch.get_rng_state()) and all(chunk.training for chunk in state.chunks)
+        found = (
+            *(mf.logits(state, tokens[:, :length]) for length in (1, 13, 32)),
+            mf.generate(state, tokens[:, :29], count=6, temperature=0),
+            mf.generate(state, tokens[:, :5], count=6, temperature=0.8, top_k=5, seed=3),
+        )
+        assert torch.equal(numbers, torch.get_rng_state()) and all(
+            chunk.training for chunk in state.chunks
+        )
         _, metrics = mf.train_step(state, share(uneven(config, 2), config, pg), mf.step_fn("gpt"))
         return found, metrics.loss
 
 
-@pytest.mark.parametrize("processes, layout", [
-    (4, dict(tp=2)), (2, dict(pp=2)), (2, dict(pp=2, vpp=2)), (2, dict(cp=2)), (2, dict(tp=2, **SP)), (8, dict(tp=2, pp=2, cp=2, **SP))],
-    ids=["tp2-dp2", "pp2", "pp2-vpp2", "cp2", "tp2-sp", "tp2-cp2-pp2-sp"])
+@pytest.mark.parametrize(
+    "processes, layout",
+    [
+        (4, dict(tp=2)),
+        (2, dict(pp=2)),
+        (2, dict(pp=2, vpp=2)),
+        (2, dict(cp=2)),
+        (2, dict(tp=2, **SP)),
+        (8, dict(tp=2, pp=2, cp=2, **SP)),
+    ],
+    ids=["tp2-dp2", "pp2", "pp2-vpp2", "cp2", "tp2-sp", "tp2-cp2-pp2-sp"],
+)
 def test_logits_and_samples_are_the_single_processs_on_every_rank(processes, layout, pool):
     tokens = torch.randint(0, 97, (3, 32), generator=torch.Generator().manual_seed(9))
     expected, loss = pool(1, spoken, short(init_method_std=0.2), tokens)[0]
@@ -438,26 +633,56 @@ def test_logits_and_samples_are_the_single_processs_on_every_rank(processes, lay
     for found, after in (first, *others):
         assert all(map(torch.equal, found, first[0])) and after == pytest.approx(loss, abs=1e-4)
     for ours, theirs in zip(first[0][:3], expected[:3]):
-        assert ours.shape == theirs.shape and ours.shape[-1] == 97 and (ours - theirs).abs().max() < 1e-3 * theirs.abs().max()
+        assert (
+            ours.shape == theirs.shape
+            and ours.shape[-1] == 97
+            and (ours - theirs).abs().max() < 1e-3 * theirs.abs().max()
+        )
     assert torch.equal(first[0][3], expected[3]) and torch.equal(first[0][4], expected[4])
 
 
 # ------------------------------------------------------------------------------------------ batches of one's own
 
+
 def agreeing(config, kind):
     """What `train` makes of batches that differ over ranks: the iterations it made, and what it raised."""
     from megafn.runtime.data.same_batches import check_same_batches
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=20) as pg:
-        of_rank = {"dp": pg.dp_rank, "tp": pg.place.tp, "pp": pg.place.pp, "last": pg.rank == 3, "late": 0}[kind]
-        batches = [[{"input_ids": torch.full((2, 8), i + (kind != "last" and 10 * of_rank))}] for i in range(3 if kind == "last" and of_rank else 5)]
+
+    with mf.init_groups(
+        mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=20
+    ) as pg:
+        of_rank = {
+            "dp": pg.dp_rank,
+            "tp": pg.place.tp,
+            "pp": pg.place.pp,
+            "last": pg.rank == 3,
+            "late": 0,
+        }[kind]
+        batches = [
+            [{"input_ids": torch.full((2, 8), i + (kind != "last" and 10 * of_rank))}]
+            for i in range(3 if kind == "last" and of_rank else 5)
+        ]
         try:
             return len(list(check_same_batches(iter(batches), pg, count=4))), None
         except ValueError as error:
             return 0, str(error)
 
 
-@pytest.mark.parametrize("kind, length, told", [("dp", 4, None), ("late", 4, None), ("last", 3, None), ("tp", 0, "read different batches"), ("pp", 0, "read different batches")],
-                         ids=["dp ranks differ", "all the same", "one ends early", "tp ranks differ", "pp ranks differ"])
-def test_ranks_of_one_data_parallel_position_must_read_the_same_and_end_together(kind, length, told, pool):
-    for found, text in pool(4, agreeing, short(**{"tp": dict(tp=2), "pp": dict(pp=2)}.get(kind, dict(tp=2))), kind):
+@pytest.mark.parametrize(
+    "kind, length, told",
+    [
+        ("dp", 4, None),
+        ("late", 4, None),
+        ("last", 3, None),
+        ("tp", 0, "read different batches"),
+        ("pp", 0, "read different batches"),
+    ],
+    ids=["dp ranks differ", "all the same", "one ends early", "tp ranks differ", "pp ranks differ"],
+)
+def test_ranks_of_one_data_parallel_position_must_read_the_same_and_end_together(
+    kind, length, told, pool
+):
+    for found, text in pool(
+        4, agreeing, short(**{"tp": dict(tp=2), "pp": dict(pp=2)}.get(kind, dict(tp=2))), kind
+    ):
         assert found == length and (told is None) == (text is None) and (told or "") in (text or "")

@@ -1,13 +1,15 @@
 """Random products of layout, model and features obey the law; and where a bug is planted, they show it."""
+
 import json
 from itertools import count
 
 import pytest
-from combinations import cases, hold
 from hypothesis import HealthCheck, Phase, given, settings
+
+from combinations import cases, hold
 from planted import NAMES
 
-KNOWN = {                                                    # for each planted bug a small case that shows it
+KNOWN = {  # for each planted bug a small case that shows it
     "tied table not summed over stages": dict(processes=2, pp=2, data="uneven"),
     "norms not summed over tp": dict(processes=2, tp=2, sequence_parallel=True, data="uneven"),
     "gradients times dp": dict(processes=2, data="uneven"),
@@ -23,7 +25,9 @@ KNOWN = {                                                    # for each planted 
     "mask cut elsewhere than queries": dict(processes=2, cp=2, data="documents"),
     "keys in the order of ranks": dict(processes=2, cp=2, data="uneven"),
     "angles of local positions": dict(processes=2, cp=2, position_embedding="rope", data="uneven"),
-    "recomputation draws other dropout": dict(processes=1, granularity="full", hidden_dropout=0.1, data="uneven"),
+    "recomputation draws other dropout": dict(
+        processes=1, granularity="full", hidden_dropout=0.1, data="uneven"
+    ),
 }
 
 
@@ -33,7 +37,9 @@ def references():
     return {}
 
 
-@pytest.mark.timeout(3600)                                    # many runs in one test: seconds each, more where other work shares the cores
+@pytest.mark.timeout(
+    3600
+)  # many runs in one test: seconds each, more where other work shares the cores
 def test_random_products_obey_the_law(pool, references, pytestconfig):
     @settings(max_examples=pytestconfig.getoption("cases"), suppress_health_check=list(HealthCheck))
     @given(cases())
@@ -62,14 +68,19 @@ def test_a_planted_bug_is_found_within_200_cases(bug, pool, references, pytestco
         pytest.skip("a search of minutes: --planted")
     tried, found = count(1), []
 
-    @settings(max_examples=200, suppress_health_check=list(HealthCheck), phases=[Phase.generate], report_multiple_bugs=False)
+    @settings(
+        max_examples=200,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+    )
     @given(cases(processes=(2, 4)))
     def obey(case):
         number = next(tried)
         try:
             hold(case, pool, references, bug)
         except AssertionError:
-            found.append((number, case))                          # hypothesis runs the case that failed once more
+            found.append((number, case))  # hypothesis runs the case that failed once more
             raise
 
     with pytest.raises(AssertionError):

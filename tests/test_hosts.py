@@ -1,15 +1,23 @@
 """Two hosts, played by network namespaces with a cable between them: the command of docs/cluster.md gives one machine's curve."""
+
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from megafn.runtime.checkpoint import checkpoint
 from pool import run_script
 from test_checkpoint import text_config, train
 
-from megafn.runtime.checkpoint import checkpoint
-
-UNSHARE = ["unshare", "--user", "--map-root-user", "--net", "--uts", "--mount"]     # needs no root, and all of it goes with the processes
+UNSHARE = [
+    "unshare",
+    "--user",
+    "--map-root-user",
+    "--net",
+    "--uts",
+    "--mount",
+]  # needs no root, and all of it goes with the processes
 
 # $1: a folder; then the command that each host runs, under its own name and address, with one /etc/hosts
 TWO_HOSTS = r"""
@@ -53,7 +61,16 @@ def config_of(directory=None):
 
 def two_hosts(folder, *command, **settings):
     """The CompletedProcess of `command`, run on host0 and on host1."""
-    unshared = ["-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])", *UNSHARE, "sh", "-c", TWO_HOSTS, "sh", folder]
+    unshared = [
+        "-c",
+        "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])",
+        *UNSHARE,
+        "sh",
+        "-c",
+        TWO_HOSTS,
+        "sh",
+        folder,
+    ]
     return run_script([*unshared, *command], **settings)
 
 
@@ -74,10 +91,30 @@ def test_two_hosts_give_one_machines_curve(namespaces, pool, tmp_path):
     """tp within a host, the two stages on a host each, and a checkpoint folder that both share."""
     directory, script = tmp_path / "there", tmp_path / "script.py"
     script.write_text(TRAIN)
-    done = two_hosts(tmp_path, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-                     "--rdzv-endpoint", "host0:29500", "--rdzv-id", "run1", script, directory, tmp_path / "rank", timeout=400)
+    done = two_hosts(
+        tmp_path,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "host0:29500",
+        "--rdzv-id",
+        "run1",
+        script,
+        directory,
+        tmp_path / "rank",
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
-    hosts, curves = zip(*((tmp_path / f"rank{rank}").read_text().split(" saw ") for rank in range(4)))
+    hosts, curves = zip(
+        *((tmp_path / f"rank{rank}").read_text().split(" saw ") for rank in range(4))
+    )
     assert hosts[0] == hosts[1] != hosts[2] == hosts[3], hosts
     (curve, *_), *_ = pool(4, train, config_of())
     assert set(curves) == {repr(curve)}

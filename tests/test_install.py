@@ -1,4 +1,5 @@
 """The installed package is found from wherever a user's script lies."""
+
 import subprocess
 import sys
 
@@ -31,7 +32,13 @@ def above_a_clone(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [["script.py"], ["-m", "megafn", "check", "config.toml", "--world-size", "1"]], ids=["script", "command"])
+@pytest.mark.parametrize(
+    "command",
+    [["script.py"], ["-m", "megafn", "check", "config.toml", "--world-size", "1"]],
+    ids=["script", "command"],
+)
 def test_a_clone_in_the_same_folder_does_not_hide_the_package(above_a_clone, command):
-    done = subprocess.run([sys.executable, *command], cwd=above_a_clone, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=above_a_clone, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr

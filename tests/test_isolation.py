@@ -1,4 +1,5 @@
 """No global state: layouts are values, several live in one process, and leaving one leaves nothing behind."""
+
 import ast
 import gc
 import os
@@ -7,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_t5
 import torch
-from equivalence import local_parts, run_layout, share, tiny, uneven
 
 import megafn as mf
+import test_t5
+from equivalence import local_parts, run_layout, share, tiny, uneven
 
 PACKAGE = Path(mf.__file__).parent
 
@@ -20,17 +21,28 @@ def left_behind():
     """What a layout could leave in a process: groups, random states, replaced functions, modes."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
+
     tracker = random._CUDA_RNG_STATE_TRACKER
     groups = torch.distributed.distributed_c10d._world.pg_map
-    return (torch.distributed.is_initialized(), len(groups), bytes(torch.get_rng_state().numpy()), tracker,
-            parallel_state._GLOBAL_MEMORY_BUFFER, parallel_state.model_parallel_is_initialized(),
-            torch.cuda.current_device, torch.cuda.get_rng_state, torch._C._len_torch_function_stack())
+    return (
+        torch.distributed.is_initialized(),
+        len(groups),
+        bytes(torch.get_rng_state().numpy()),
+        tracker,
+        parallel_state._GLOBAL_MEMORY_BUFFER,
+        parallel_state.model_parallel_is_initialized(),
+        torch.cuda.current_device,
+        torch.cuda.get_rng_state,
+        torch._C._len_torch_function_stack(),
+    )
 
 
 def steps(config, pg, state, count):
     curve = []
     for iteration in range(count):
-        state, metrics = mf.train_step(state, share(uneven(config, iteration), config, pg), mf.step_fn("gpt"))
+        state, metrics = mf.train_step(
+            state, share(uneven(config, iteration), config, pg), mf.step_fn("gpt")
+        )
         curve.append((metrics.loss, metrics.grad_norm))
     return state, curve
 
@@ -51,7 +63,15 @@ def train_and_leave(config):
     return True
 
 
-@pytest.mark.parametrize("n, layout", [(1, {}), (2, dict(tp=2, sequence_parallel=True)), (2, dict(pp=2)), (4, dict(tp=2, use_distributed_optimizer=True))])
+@pytest.mark.parametrize(
+    "n, layout",
+    [
+        (1, {}),
+        (2, dict(tp=2, sequence_parallel=True)),
+        (2, dict(pp=2)),
+        (4, dict(tp=2, use_distributed_optimizer=True)),
+    ],
+)
 def test_leaving_a_layout_leaves_nothing_behind(pool, n, layout):
     assert all(pool(n, train_and_leave, tiny(hidden_dropout=0.1, **layout)))
 
@@ -59,6 +79,7 @@ def test_leaving_a_layout_leaves_nothing_behind(pool, n, layout):
 def models_alive(config, rows):
     """How many wrapped models this process holds, behind each of three runs of a layout."""
     from megatron.core.distributed import DistributedDataParallel
+
     found = []
     for _ in range(3):
         run_layout(config, rows)
@@ -67,20 +88,33 @@ def models_alive(config, rows):
     return found
 
 
-@pytest.mark.parametrize("n, layout, rows", [
-    (1, {}, uneven), (2, dict(tp=2, sequence_parallel=True), uneven), (2, dict(pp=2, vpp=2), uneven), (2, dict(use_distributed_optimizer=True), uneven),
-    (2, dict(use_distributed_optimizer=True, dtype="bf16"), uneven), (4, test_t5.T5 | dict(pp=2, use_distributed_optimizer=True), test_t5.pairs)],
-    ids=["single", "tp2-sp", "pp2-vpp2", "dp2-dist", "dp2-dist-bf16", "t5-pp2-dp2-dist"])
+@pytest.mark.parametrize(
+    "n, layout, rows",
+    [
+        (1, {}, uneven),
+        (2, dict(tp=2, sequence_parallel=True), uneven),
+        (2, dict(pp=2, vpp=2), uneven),
+        (2, dict(use_distributed_optimizer=True), uneven),
+        (2, dict(use_distributed_optimizer=True, dtype="bf16"), uneven),
+        (4, test_t5.T5 | dict(pp=2, use_distributed_optimizer=True), test_t5.pairs),
+    ],
+    ids=["single", "tp2-sp", "pp2-vpp2", "dp2-dist", "dp2-dist-bf16", "t5-pp2-dp2-dist"],
+)
 def test_a_model_is_freed_when_nobody_holds_it(n, layout, rows, pool):
     """A cycle through autograd's nodes would be out of the garbage collector's sight: model, buffers and the threads of its groups would stay."""
-    for first, *others in pool(n, models_alive, tiny(**layout | dict(steps=3 if "family" in layout else 4)), rows):
+    for first, *others in pool(
+        n, models_alive, tiny(**layout | dict(steps=3 if "family" in layout else 4)), rows
+    ):
         assert others == [first] * 2
 
 
 def niceness():
     """Of every thread of this process while groups are open: name and niceness; and of the main one behind it."""
     with mf.init_groups(mf.build_groups(mf.ParallelConfig(), mf.world_size())):
-        threads = [(name.read_text().strip(), os.getpriority(os.PRIO_PROCESS, int(name.parent.name))) for name in Path("/proc/self/task").glob("*/comm")]
+        threads = [
+            (name.read_text().strip(), os.getpriority(os.PRIO_PROCESS, int(name.parent.name)))
+            for name in Path("/proc/self/task").glob("*/comm")
+        ]
     return threads, os.getpriority(os.PRIO_PROCESS, 0)
 
 
@@ -95,19 +129,29 @@ def test_only_gloo_s_watching_threads_are_held_back(pool):
 
 def alone(config):
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
-        return (*steps(config, pg, mf.setup(config, pg), 4)[1:], [], local_parts(mf.setup(config, pg)))
+        return (
+            *steps(config, pg, mf.setup(config, pg), 4)[1:],
+            [],
+            local_parts(mf.setup(config, pg)),
+        )
 
 
 def side_by_side(*configs):
     """The same layouts open at once, their steps interleaved."""
     import contextlib
+
     with contextlib.ExitStack() as stack:
-        groups = [stack.enter_context(mf.init_groups(mf.build_groups(config.parallel, mf.world_size()))) for config in configs]
+        groups = [
+            stack.enter_context(mf.init_groups(mf.build_groups(config.parallel, mf.world_size())))
+            for config in configs
+        ]
         states = [mf.setup(config, pg) for config, pg in zip(configs, groups)]
         curves = [[] for _ in configs]
         for iteration in range(4):
             for i, (config, pg) in enumerate(zip(configs, groups)):
-                states[i], metrics = mf.train_step(states[i], share(uneven(config, iteration), config, pg), mf.step_fn("gpt"))
+                states[i], metrics = mf.train_step(
+                    states[i], share(uneven(config, iteration), config, pg), mf.step_fn("gpt")
+                )
                 curves[i].append((metrics.loss, metrics.grad_norm))
     return curves
 
@@ -126,6 +170,7 @@ def group_without(config):
     from megatron.core.tensor_parallel import RowParallelLinear
 
     from megafn.runtime.model.layers import check_parallel_layers
+
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
         state = mf.setup(config, pg)
         layer = next(m for m in state.chunks[0].modules() if isinstance(m, RowParallelLinear))
@@ -140,7 +185,9 @@ def test_a_parallel_layer_without_its_group_is_named(pool):
 
 def test_importing_megafn_brings_no_torch():
     code = "import sys, megafn; megafn.TrainConfig; megafn.validate; megafn.draw_pipeline; megafn.make_schedule; print('torch' in sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=60
+    )
     assert ran.stdout == "False\n", ran.stderr
 
 
@@ -158,15 +205,25 @@ def imports(path):
 def test_what_is_pure_imports_nothing_that_is_not():
     for path in (PACKAGE / "pure").rglob("*.py"):
         for name in imports(path):
-            assert name.split(".")[0] not in ("torch", "megatron", "transformers"), f"{path.name} imports {name}"
-            assert not name.startswith("megafn") or name.startswith("megafn.pure"), f"{path.name} imports {name}"
+            assert name.split(".")[0] not in ("torch", "megatron", "transformers"), (
+                f"{path.name} imports {name}"
+            )
+            assert not name.startswith("megafn") or name.startswith("megafn.pure"), (
+                f"{path.name} imports {name}"
+            )
 
 
 def test_imports_run_one_way():
     """A module imports only modules that do not, through any chain, import it."""
-    files = {f"megafn.{path.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')}": path
-             for folder in ("pure", "runtime") for path in (PACKAGE / folder).rglob("*.py") if path.stem != "__init__"}
-    graph = {name: {other for other in imports(path) if other in files} for name, path in files.items()}
+    files = {
+        f"megafn.{path.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')}": path
+        for folder in ("pure", "runtime")
+        for path in (PACKAGE / folder).rglob("*.py")
+        if path.stem != "__init__"
+    }
+    graph = {
+        name: {other for other in imports(path) if other in files} for name, path in files.items()
+    }
 
     def reached(name, seen):
         for other in graph[name] - seen:

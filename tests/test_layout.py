@@ -1,4 +1,5 @@
 """The rank grid: equal to megatron-core's, and the laws that make it a grid."""
+
 from itertools import combinations
 
 import attrs
@@ -7,9 +8,22 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megafn.pure.config.records import ModelConfig, ParallelConfig
-from megafn.pure.layout import AXES, Coordinates, Groups, build_groups, coordinates, group_of, rank_of
+from megafn.pure.layout import (
+    AXES,
+    Coordinates,
+    Groups,
+    build_groups,
+    coordinates,
+    group_of,
+    rank_of,
+)
 
-TOKENS = {"mp": "tp-pp", "dp_cp": "dp-cp", "tp_cp": "tp-cp", "tp_dp_cp": "tp-dp-cp"}   # field: megatron-core's token
+TOKENS = {
+    "mp": "tp-pp",
+    "dp_cp": "dp-cp",
+    "tp_cp": "tp-cp",
+    "tp_dp_cp": "tp-dp-cp",
+}  # field: megatron-core's token
 PARTITIONS = (*AXES, *TOKENS)
 sizes = st.integers(1, 4)
 
@@ -22,7 +36,9 @@ def orders(draw):
 @st.composite
 def layouts(draw):
     tp, cp, dp, pp = (draw(sizes) for _ in range(4))
-    return build_groups(ParallelConfig(tp=tp, cp=cp, pp=pp, order=draw(orders())), tp * cp * dp * pp)
+    return build_groups(
+        ParallelConfig(tp=tp, cp=cp, pp=pp, order=draw(orders())), tp * cp * dp * pp
+    )
 
 
 @given(tp=sizes, cp=sizes, dp=sizes, pp=sizes, order=orders())
@@ -32,10 +48,14 @@ def test_groups_equal_megatron_cores_rank_generator_in_content_and_order(tp, cp,
     groups = build_groups(ParallelConfig(tp=tp, cp=cp, pp=pp, order=order), tp * cp * dp * pp)
     generator = mcore.RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order=order)
     for name in PARTITIONS:
-        assert getattr(groups, name) == tuple(map(tuple, generator.get_ranks(TOKENS.get(name, name)))), name
+        assert getattr(groups, name) == tuple(
+            map(tuple, generator.get_ranks(TOKENS.get(name, name)))
+        ), name
     pipelines = generator.get_ranks("pp")
     assert groups.embd == tuple(tuple(mcore.default_embedding_ranks(ranks)) for ranks in pipelines)
-    assert groups.pos_embd == tuple(tuple(mcore.default_position_embedding_ranks(ranks)) for ranks in pipelines)
+    assert groups.pos_embd == tuple(
+        tuple(mcore.default_position_embedding_ranks(ranks)) for ranks in pipelines
+    )
 
 
 @given(tp=sizes, dp=sizes, pp=sizes, cp=sizes)
@@ -45,7 +65,13 @@ def test_the_experts_generator_gives_the_same_groups_while_ep_is_1(tp, dp, pp, c
 
     groups = build_groups(ParallelConfig(tp=tp, cp=cp, pp=pp), tp * cp * dp * pp)
     experts = RankGenerator(tp=tp, ep=1, dp=dp * cp, pp=pp, cp=1, order=groups.parallel.order)
-    for name, token in {"tp": "tp", "ep": "ep", "mp": "tp-ep-pp", "dp_cp": "dp", "pp": "pp"}.items():
+    for name, token in {
+        "tp": "tp",
+        "ep": "ep",
+        "mp": "tp-ep-pp",
+        "dp_cp": "dp",
+        "pp": "pp",
+    }.items():
         assert getattr(groups, name) == tuple(map(tuple, experts.get_ranks(token))), name
 
 
@@ -80,7 +106,9 @@ def test_groups_of_two_axes_meet_in_exactly_one_rank(groups, data):
     rank = data.draw(st.integers(0, groups.world_size - 1))
     for one, other in combinations(AXES, 2):
         assert set(group_of(groups, one, rank)) & set(group_of(groups, other, rank)) == {rank}
-        assert all(len(set(a) & set(b)) <= 1 for a in getattr(groups, one) for b in getattr(groups, other))
+        assert all(
+            len(set(a) & set(b)) <= 1 for a in getattr(groups, one) for b in getattr(groups, other)
+        )
 
 
 @given(layouts())
@@ -92,40 +120,71 @@ def test_embedding_groups_hold_exactly_the_first_and_the_last_stages(groups):
     assert group_of(build_groups(ParallelConfig(pp=3), 3), "embd", 1) == ()
 
 
-@given(tp=sizes, dp=sizes, pp=sizes, order=st.sampled_from(["tp-dp-pp", "TP-DP-PP", "pp-dp-tp", "dp-tp-pp"]))
+@given(
+    tp=sizes,
+    dp=sizes,
+    pp=sizes,
+    order=st.sampled_from(["tp-dp-pp", "TP-DP-PP", "pp-dp-tp", "dp-tp-pp"]),
+)
 def test_an_axis_of_size_1_may_be_left_out_of_the_order(tp, dp, pp, order):
     from megatron.core.parallel_state import RankGenerator
 
     groups = build_groups(ParallelConfig(tp=tp, pp=pp, order=order), tp * dp * pp)
     generator = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=1, order=order)
     for name in PARTITIONS:
-        assert getattr(groups, name) == tuple(map(tuple, generator.get_ranks(TOKENS.get(name, name)))), name
+        assert getattr(groups, name) == tuple(
+            map(tuple, generator.get_ranks(TOKENS.get(name, name)))
+        ), name
 
 
 def test_a_layout_is_a_value():
     parallel = ParallelConfig(tp=2, pp=2)
     assert build_groups(parallel, 8) == build_groups(parallel, 8)
     assert hash(build_groups(parallel, 8)) == hash(build_groups(parallel, 8))
-    assert build_groups(parallel, 8) != build_groups(attrs.evolve(parallel, order="pp-tp-cp-ep-dp"), 8)
+    assert build_groups(parallel, 8) != build_groups(
+        attrs.evolve(parallel, order="pp-tp-cp-ep-dp"), 8
+    )
     assert isinstance(build_groups(parallel, 8), Groups)
 
 
 @given(tp=sizes, pp=sizes, cp=sizes, world_size=st.integers(1, 64))
 def test_a_world_size_is_refused_exactly_when_the_model_does_not_divide_it(tp, pp, cp, world_size):
     assume(world_size % (tp * pp * cp))
-    with pytest.raises(ValueError, match=rf"^world_size = {world_size} is not divisible by .* = {tp * pp * cp}: start "):
+    with pytest.raises(
+        ValueError,
+        match=rf"^world_size = {world_size} is not divisible by .* = {tp * pp * cp}: start ",
+    ):
         build_groups(ParallelConfig(tp=tp, pp=pp, cp=cp), world_size)
 
 
-@pytest.mark.parametrize(("parallel", "world_size", "says"), [
-    (ParallelConfig(tp=0), 1, "tp = 0 is no size: set it to 1 or more"),
-    (ParallelConfig(), 0, "world_size = 0 is no size"),
-    (ParallelConfig(ep=2), 2, "ep = 2 asks for expert parallelism, which is not built: set ep to 1"),
-    (ParallelConfig(order="tp-tp-cp-ep-dp-pp"), 1, "order = 'tp-tp-cp-ep-dp-pp' repeats an axis"),
-    (ParallelConfig(order="tp-xp-cp-ep-dp-pp"), 1, "has an unknown one: name each of tp, cp, ep, dp, pp once"),
-    (ParallelConfig(tp=2, order="cp-ep-dp-pp"), 2, "order = 'cp-ep-dp-pp' leaves out tp, of size 2: name each"),
-    (ParallelConfig(order="tp-pp"), 2, "order = 'tp-pp' leaves out dp, of size 2: name each"),
-])
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "says"),
+    [
+        (ParallelConfig(tp=0), 1, "tp = 0 is no size: set it to 1 or more"),
+        (ParallelConfig(), 0, "world_size = 0 is no size"),
+        (
+            ParallelConfig(ep=2),
+            2,
+            "ep = 2 asks for expert parallelism, which is not built: set ep to 1",
+        ),
+        (
+            ParallelConfig(order="tp-tp-cp-ep-dp-pp"),
+            1,
+            "order = 'tp-tp-cp-ep-dp-pp' repeats an axis",
+        ),
+        (
+            ParallelConfig(order="tp-xp-cp-ep-dp-pp"),
+            1,
+            "has an unknown one: name each of tp, cp, ep, dp, pp once",
+        ),
+        (
+            ParallelConfig(tp=2, order="cp-ep-dp-pp"),
+            2,
+            "order = 'cp-ep-dp-pp' leaves out tp, of size 2: name each",
+        ),
+        (ParallelConfig(order="tp-pp"), 2, "order = 'tp-pp' leaves out dp, of size 2: name each"),
+    ],
+)
 def test_a_layout_that_can_not_be_is_refused_by_field_value_and_remedy(parallel, world_size, says):
     with pytest.raises(ValueError) as error:
         build_groups(parallel, world_size)
@@ -136,34 +195,76 @@ def test_questions_about_ranks_and_axes_that_do_not_exist_are_refused():
     groups = build_groups(ParallelConfig(tp=2), 4)
     for rank in (-1, 4):
         for ask in (lambda: coordinates(groups, rank), lambda: group_of(groups, "tp", rank)):
-            with pytest.raises(ValueError, match=rf"^rank = {rank} is not in this layout: give a rank from 0 to 3$"):
+            with pytest.raises(
+                ValueError, match=rf"^rank = {rank} is not in this layout: give a rank from 0 to 3$"
+            ):
                 ask()
     for at in (-1, 2):
-        with pytest.raises(ValueError, match=rf"^tp = {at} lies outside the axis: give a coordinate from 0 to 1$"):
+        with pytest.raises(
+            ValueError, match=rf"^tp = {at} lies outside the axis: give a coordinate from 0 to 1$"
+        ):
             rank_of(groups, Coordinates(tp=at))
     for axis in ("world_size", "zz"):
-        with pytest.raises(ValueError, match=rf"^axis = '{axis}' is no axis of a layout: choose one of tp, pp, "):
+        with pytest.raises(
+            ValueError, match=rf"^axis = '{axis}' is no axis of a layout: choose one of tp, pp, "
+        ):
             group_of(groups, axis, 0)
 
 
-@given(tp=sizes, dp=sizes, pp=st.integers(2, 4), order=orders(), tied=st.booleans(), positions=st.sampled_from(["learned_absolute", "rope"]), data=st.data())
-def test_a_split_adds_its_stage_to_the_tables_and_halves_each_pipeline_and_changes_nothing_else(tp, dp, pp, order, tied, positions, data):
+@given(
+    tp=sizes,
+    dp=sizes,
+    pp=st.integers(2, 4),
+    order=orders(),
+    tied=st.booleans(),
+    positions=st.sampled_from(["learned_absolute", "rope"]),
+    data=st.data(),
+)
+def test_a_split_adds_its_stage_to_the_tables_and_halves_each_pipeline_and_changes_nothing_else(
+    tp, dp, pp, order, tied, positions, data
+):
     split = data.draw(st.integers(1, pp - 1))
     parallel = ParallelConfig(tp=tp, pp=pp, order=order, pipeline_model_parallel_split_rank=split)
-    model = ModelConfig(family="t5", num_layers=2, hidden_size=8, num_attention_heads=4, seq_length=8, tie_word_embeddings=tied,
-                        position_embedding=positions)
-    plain, groups = build_groups(parallel, tp * pp * dp), build_groups(parallel, tp * pp * dp, model=model)
-    assert all(getattr(plain, name) == getattr(groups, name) for name in PARTITIONS) and plain.half == plain.pp
+    model = ModelConfig(
+        family="t5",
+        num_layers=2,
+        hidden_size=8,
+        num_attention_heads=4,
+        seq_length=8,
+        tie_word_embeddings=tied,
+        position_embedding=positions,
+    )
+    plain, groups = (
+        build_groups(parallel, tp * pp * dp),
+        build_groups(parallel, tp * pp * dp, model=model),
+    )
+    assert (
+        all(getattr(plain, name) == getattr(groups, name) for name in PARTITIONS)
+        and plain.half == plain.pp
+    )
     assert plain == build_groups(parallel, tp * pp * dp, model=attrs.evolve(model, family="gpt"))
     for stages in groups.pp:
         assert stages[:split] in groups.half and stages[split:] in groups.half
-        assert group_of(groups, "embd", stages[0]) == tuple(sorted({stages[0], stages[split]} | ({stages[-1]} if tied else set())))
-        assert group_of(groups, "pos_embd", stages[0]) == ((stages[0], stages[split]) if positions == "learned_absolute" else stages[:1])
-    assert len(groups.half) == 2 * len(groups.pp) and len(groups.embd) == len(groups.pos_embd) == len(groups.pp)
+        assert group_of(groups, "embd", stages[0]) == tuple(
+            sorted({stages[0], stages[split]} | ({stages[-1]} if tied else set()))
+        )
+        assert group_of(groups, "pos_embd", stages[0]) == (
+            (stages[0], stages[split]) if positions == "learned_absolute" else stages[:1]
+        )
+    assert len(groups.half) == 2 * len(groups.pp) and len(groups.embd) == len(
+        groups.pos_embd
+    ) == len(groups.pp)
 
 
 def test_a_split_that_leaves_a_half_without_a_stage_is_refused():
-    model = ModelConfig(family="t5", num_layers=2, hidden_size=8, num_attention_heads=4, seq_length=8)
+    model = ModelConfig(
+        family="t5", num_layers=2, hidden_size=8, num_attention_heads=4, seq_length=8
+    )
     for split in (0, 2, -1):
-        with pytest.raises(ValueError, match=f"pipeline_model_parallel_split_rank = {split} leaves a half without a stage: give 1 to 1"):
-            build_groups(ParallelConfig(pp=2, pipeline_model_parallel_split_rank=split), 2, model=model)
+        with pytest.raises(
+            ValueError,
+            match=f"pipeline_model_parallel_split_rank = {split} leaves a half without a stage: give 1 to 1",
+        ):
+            build_groups(
+                ParallelConfig(pp=2, pipeline_model_parallel_split_rank=split), 2, model=model
+            )

@@ -1,4 +1,5 @@
 """The losses equal torch's own in double precision, for every way to cut the vocabulary, and hold no second copy of the logits."""
+
 import math
 from types import SimpleNamespace
 from unittest import mock
@@ -14,10 +15,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import megafn as mf
 from megafn.runtime.model import losses
 
-ALONE = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))        # what a group of one process answers
+ALONE = SimpleNamespace(
+    tp=SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+)  # what a group of one process answers
 
 
-def case(sequence=5, batch=3, vocab=24, *, seed=0, scale=3.0, shift=0.0, dtype=torch.float32, ignored=0.2, padded=0, empty=None):
+def case(
+    sequence=5,
+    batch=3,
+    vocab=24,
+    *,
+    seed=0,
+    scale=3.0,
+    shift=0.0,
+    dtype=torch.float32,
+    ignored=0.2,
+    padded=0,
+    empty=None,
+):
     """logits [s, b, vocab], labels [b, s] and two weights [b, s]; `padded` last columns hold the minimum, columns `empty` -inf."""
     draw = torch.Generator().manual_seed(seed)
     logits = (torch.randn(sequence, batch, vocab, generator=draw) * scale + shift).to(dtype)
@@ -25,7 +40,9 @@ def case(sequence=5, batch=3, vocab=24, *, seed=0, scale=3.0, shift=0.0, dtype=t
         logits[..., -padded:] = torch.finfo(dtype).min
     if empty:
         logits[..., empty] = -math.inf
-    allowed = torch.tensor([v for v in range(vocab - padded) if v not in range(vocab)[empty or slice(0, 0)]])
+    allowed = torch.tensor(
+        [v for v in range(vocab - padded) if v not in range(vocab)[empty or slice(0, 0)]]
+    )
     labels = allowed[torch.randint(0, len(allowed), (batch, sequence), generator=draw)]
     labels[torch.rand(batch, sequence, generator=draw) < ignored] = -100
     weights = torch.rand(2, batch, sequence, generator=draw)
@@ -36,23 +53,38 @@ def answers(logits, labels, weights, pg):
     """Losses, log-sum-exp, argmax and the gradient of each by itself."""
     logits = logits.clone().requires_grad_()
     found = mf.cross_entropy(logits, labels, pg), mf.logsumexp(logits, pg)
-    grads = [torch.autograd.grad((value * weight).sum(), logits)[0] for value, weight in zip(found, weights)]
+    grads = [
+        torch.autograd.grad((value * weight).sum(), logits)[0]
+        for value, weight in zip(found, weights)
+    ]
     return [value.detach() for value in found], grads, mf.argmax(logits, pg)
 
 
 def reference(logits, labels, weights):
     """The same by torch's own functions on the whole vocabulary in double precision."""
     logits = logits.double().requires_grad_()
-    found = (F.cross_entropy(logits.permute(1, 2, 0), labels, reduction="none", ignore_index=-100), logits.logsumexp(-1).t())
-    grads = [torch.autograd.grad((value * weight).sum(), logits)[0] for value, weight in zip(found, weights)]
+    found = (
+        F.cross_entropy(logits.permute(1, 2, 0), labels, reduction="none", ignore_index=-100),
+        logits.logsumexp(-1).t(),
+    )
+    grads = [
+        torch.autograd.grad((value * weight).sum(), logits)[0]
+        for value, weight in zip(found, weights)
+    ]
     return [value.detach() for value in found], grads, logits.argmax(-1).t()
 
 
 def answers_of_slices(cases, block):
     """In a worker: `answers` to each case where each rank holds its slice of the vocabulary."""
     tp = mf.world_size()
-    with mf.init_groups(mf.build_groups(mf.ParallelConfig(tp=tp), tp)) as pg, mock.patch.object(losses, "_CPU_BLOCK", block):
-        return [answers(logits.chunk(tp, -1)[pg.place.tp], labels, weights, pg) for logits, labels, weights in cases]
+    with (
+        mf.init_groups(mf.build_groups(mf.ParallelConfig(tp=tp), tp)) as pg,
+        mock.patch.object(losses, "_CPU_BLOCK", block),
+    ):
+        return [
+            answers(logits.chunk(tp, -1)[pg.place.tp], labels, weights, pg)
+            for logits, labels, weights in cases
+        ]
 
 
 def check(pool, tp, cases, *, rtol=1e-6, atol=1e-6, grad_rtol=1e-6, grad_atol=1e-6, block=100):
@@ -66,28 +98,39 @@ def check(pool, tp, cases, *, rtol=1e-6, atol=1e-6, grad_rtol=1e-6, grad_atol=1e
             assert ids.dtype == torch.int64 and torch.equal(ids, best)
         joined.append([torch.cat(slices, -1) for slices in zip(*(grad for _, grad, _ in ours))])
         assert all(grad.dtype == given[0].dtype for grad in joined[-1])
-        torch.testing.assert_close([x.double() for x in joined[-1]], grads, rtol=grad_rtol, atol=grad_atol)
+        torch.testing.assert_close(
+            [x.double() for x in joined[-1]], grads, rtol=grad_rtol, atol=grad_atol
+        )
     return joined
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_losses_and_gradients_equal_torchs_for_every_tp(pool, tp):
-    check(pool, tp, [case(), case(1, 1, 4), case(7, 1, 8), case(1, 9, 12), case(vocab=4096, scale=1.0)])
+    check(
+        pool,
+        tp,
+        [case(), case(1, 1, 4), case(7, 1, 8), case(1, 9, 12), case(vocab=4096, scale=1.0)],
+    )
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_extreme_logits_lose_nothing(pool, tp):
     """Logits far from 0 cost no digits of the loss: the largest is subtracted before anything is rounded."""
-    cases = [case(shift=shift, scale=scale) for shift, scale in ((4096.0, 2.0), (-4096.0, 2.0), (0.0, 300.0), (0.0, 1e-3), (-1e9, 0.0))]
+    cases = [
+        case(shift=shift, scale=scale)
+        for shift, scale in ((4096.0, 2.0), (-4096.0, 2.0), (0.0, 300.0), (0.0, 1e-3), (-1e9, 0.0))
+    ]
     for logits, labels, weights in cases:
         ours, _, _ = answers(logits, labels, weights, ALONE)
-        torch.testing.assert_close(ours[0].double(), reference(logits, labels, weights)[0][0], rtol=3e-7, atol=1e-6)
+        torch.testing.assert_close(
+            ours[0].double(), reference(logits, labels, weights)[0][0], rtol=3e-7, atol=1e-6
+        )
     check(pool, tp, cases)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_padded_columns_change_nothing_and_get_no_gradient(pool, tp):
-    for padded in (1, 7, 13):                         # 7 of 24: with tp = 4 the whole last slice and more is padding
+    for padded in (1, 7, 13):  # 7 of 24: with tp = 4 the whole last slice and more is padding
         whole = case(padded=padded)
         cut = whole[0][..., :-padded].contiguous(), *whole[1:]
         (grads,) = check(pool, tp, [whole])
@@ -106,16 +149,37 @@ def test_a_slice_of_minus_infinity_is_a_slice_without_probability(pool, tp):
 @pytest.mark.parametrize("dtype, exact", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_half_precision_rounds_only_the_gradient(pool, tp, dtype, exact):
     """Losses are those of the given logits in fp32; the gradient is the right one, rounded once (half a unit in the last place)."""
-    check(pool, tp, [case(dtype=dtype), case(dtype=dtype, padded=3)], grad_rtol=exact * 1.001, grad_atol=1e-7)
+    check(
+        pool,
+        tp,
+        [case(dtype=dtype), case(dtype=dtype, padded=3)],
+        grad_rtol=exact * 1.001,
+        grad_atol=1e-7,
+    )
     values, _, _ = answers(*case(dtype=dtype), ALONE)
     assert {value.dtype for value in values} == {torch.float32}
 
 
 @settings(max_examples=25)
-@given(st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(1, 5), st.integers(1, 30), st.integers(1, 600), st.integers(0, 10**6),
-       st.sampled_from([0.0, 1.0, 10.0, 100.0]), st.sampled_from([0.0, 0.5, 1.0]))
-def test_any_shape_and_any_block_size_give_the_same(pool, tp, sequence, batch, width, block, seed, scale, ignored):
-    check(pool, tp, [case(sequence, batch, 4 * width, seed=seed, scale=scale, ignored=ignored)], block=block)
+@given(
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(1, 30),
+    st.integers(1, 600),
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 1.0, 10.0, 100.0]),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_any_shape_and_any_block_size_give_the_same(
+    pool, tp, sequence, batch, width, block, seed, scale, ignored
+):
+    check(
+        pool,
+        tp,
+        [case(sequence, batch, 4 * width, seed=seed, scale=scale, ignored=ignored)],
+        block=block,
+    )
 
 
 def test_gradients_pass_gradcheck():
@@ -130,7 +194,9 @@ def test_ignored_labels_cost_nothing_and_teach_nothing():
     (found, _), (grad, _), _ = answers(logits, labels, weights, ALONE)
     ignored = labels == -100
     assert 0 < ignored.sum() < labels.numel()
-    assert torch.equal(found[ignored], torch.zeros(int(ignored.sum()))) and torch.equal(grad[ignored.t()], torch.zeros(int(ignored.sum()), 24))
+    assert torch.equal(found[ignored], torch.zeros(int(ignored.sum()))) and torch.equal(
+        grad[ignored.t()], torch.zeros(int(ignored.sum()), 24)
+    )
     assert (found[~ignored] > 0).all() and (grad[~ignored.t()] != 0).any(-1).all()
 
 
@@ -138,7 +204,13 @@ def test_logits_in_any_memory_layout_give_the_same():
     logits, labels, weights = case()
     turned = logits.transpose(0, 1).contiguous().transpose(0, 1)
     assert not turned.is_contiguous()
-    assert all(map(torch.equal, answers(logits, labels, weights, ALONE)[1], answers(turned, labels, weights, ALONE)[1]))
+    assert all(
+        map(
+            torch.equal,
+            answers(logits, labels, weights, ALONE)[1],
+            answers(turned, labels, weights, ALONE)[1],
+        )
+    )
 
 
 class Allocations(TorchDispatchMode):
@@ -146,7 +218,11 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self, *known):
         super().__init__()
-        self.kept, self.seen, self.sizes = list(known), {x.untyped_storage().data_ptr() for x in known}, []
+        self.kept, self.seen, self.sizes = (
+            list(known),
+            {x.untyped_storage().data_ptr() for x in known},
+            [],
+        )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -159,12 +235,18 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("function", [lambda x, labels: mf.cross_entropy(x, labels, ALONE), lambda x, labels: mf.logsumexp(x, ALONE)],
-                         ids=["cross_entropy", "logsumexp"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, labels: mf.cross_entropy(x, labels, ALONE),
+        lambda x, labels: mf.logsumexp(x, ALONE),
+    ],
+    ids=["cross_entropy", "logsumexp"],
+)
 def test_nothing_of_the_logits_size_exists_but_logits_and_gradient(monkeypatch, dtype, function):
     block = 4096
     monkeypatch.setattr(losses, "_CPU_BLOCK", block)
-    logits, labels, _ = case(32, 4, 1024, dtype=dtype)                            # 128 rows of 1024: 32 blocks
+    logits, labels, _ = case(32, 4, 1024, dtype=dtype)  # 128 rows of 1024: 32 blocks
     logits.requires_grad_()
     kept, small = [], 8 * labels.numel()
 
@@ -172,12 +254,19 @@ def test_nothing_of_the_logits_size_exists_but_logits_and_gradient(monkeypatch, 
         kept.append(x)
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Allocations(logits) as forward:
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        Allocations(logits) as forward,
+    ):
         found = function(logits, labels)
-    assert max(forward.sizes) == 4 * block                                        # equality: the probe sees what there is
+    assert max(forward.sizes) == 4 * block  # equality: the probe sees what there is
     pointer = logits.untyped_storage().data_ptr()
-    assert sum(x.untyped_storage().data_ptr() == pointer for x in kept) == 1      # kept by reference
-    assert all(x.untyped_storage().nbytes() <= small for x in kept if x.untyped_storage().data_ptr() != pointer)
+    assert sum(x.untyped_storage().data_ptr() == pointer for x in kept) == 1  # kept by reference
+    assert all(
+        x.untyped_storage().nbytes() <= small
+        for x in kept
+        if x.untyped_storage().data_ptr() != pointer
+    )
     with Allocations(logits, *kept, *forward.kept) as backward:
         torch.autograd.grad(found.sum(), logits)
     whole = logits.untyped_storage().nbytes()
@@ -191,14 +280,18 @@ def test_the_callers_tensors_are_left_alone():
     version = leaf._version
     (mf.cross_entropy(leaf, labels, ALONE) + mf.logsumexp(leaf, ALONE)).sum().backward()
     mf.argmax(leaf, ALONE)
-    assert torch.equal(leaf, before[0]) and torch.equal(labels, before[1]) and leaf._version == version
+    assert (
+        torch.equal(leaf, before[0]) and torch.equal(labels, before[1]) and leaf._version == version
+    )
 
 
 @pytest.mark.parametrize("bad", [24, -1, -99, 10**9])
 def test_a_label_outside_the_vocabulary_is_named(bad):
     logits, labels, _ = case()
     labels[1, 2] = bad
-    with pytest.raises(ValueError, match=f"label {bad} is outside the vocabulary of 24 ids; use 0 to 23, or -100"):
+    with pytest.raises(
+        ValueError, match=f"label {bad} is outside the vocabulary of 24 ids; use 0 to 23, or -100"
+    ):
         mf.cross_entropy(logits, labels, ALONE)
 
 
@@ -211,7 +304,10 @@ def test_where_labels_cannot_be_looked_at_a_bad_one_makes_its_loss_nan(monkeypat
     assert found.isnan().nonzero().tolist() == [[1, 2]]
 
 
-@pytest.mark.parametrize("labels", [torch.zeros(5, 3, dtype=torch.long), torch.zeros(3, dtype=torch.long), torch.zeros(3, 5)])
+@pytest.mark.parametrize(
+    "labels",
+    [torch.zeros(5, 3, dtype=torch.long), torch.zeros(3, dtype=torch.long), torch.zeros(3, 5)],
+)
 def test_labels_that_do_not_fit_are_refused(labels):
     with pytest.raises(ValueError, match="labels of (shape|dtype)"):
         mf.cross_entropy(case()[0], labels, ALONE)
@@ -235,17 +331,32 @@ def test_argmax_gives_ties_to_the_lowest_id_for_every_tp(pool, dtype):
 def over_data_ranks(losses_of, tree_of):
     with mf.init_groups(mf.build_groups(mf.ParallelConfig(), mf.world_size())) as pg:
         given = [torch.tensor(x, requires_grad=True) for x in losses_of[pg.rank]]
-        return mf.avg_losses(given, pg.dp), mf.gather(tree_of[pg.rank], pg.dp), [x.item() for x in given]
+        return (
+            mf.avg_losses(given, pg.dp),
+            mf.gather(tree_of[pg.rank], pg.dp),
+            [x.item() for x in given],
+        )
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_avg_losses_and_gather_do_what_accelerates_do(pool, n):
     draw = np.random.default_rng(0)
     given = draw.random((n, 4)).astype(np.float32)
-    arrays, ids, flags = draw.random((n, 2, 3)).astype(np.float32), draw.integers(0, 9, (n, 5)), draw.random((n, 2)) < 0.5
-    trees = [{"a": [torch.tensor(arrays[r]).t(), torch.tensor(float(r))], "b": (torch.tensor(ids[r]), {"c": torch.tensor(flags[r])})}
-             for r in range(n)]
-    given_losses = [[row[0], [row[1]], [[row[2]]], row[3]] for row in given.tolist()]         # scalars and one-element tensors
+    arrays, ids, flags = (
+        draw.random((n, 2, 3)).astype(np.float32),
+        draw.integers(0, 9, (n, 5)),
+        draw.random((n, 2)) < 0.5,
+    )
+    trees = [
+        {
+            "a": [torch.tensor(arrays[r]).t(), torch.tensor(float(r))],
+            "b": (torch.tensor(ids[r]), {"c": torch.tensor(flags[r])}),
+        }
+        for r in range(n)
+    ]
+    given_losses = [
+        [row[0], [row[1]], [[row[2]]], row[3]] for row in given.tolist()
+    ]  # scalars and one-element tensors
     for rank, (means, tree, kept) in enumerate(pool(n, over_data_ranks, given_losses, trees)):
         np.testing.assert_allclose(means.numpy(), given.mean(0), rtol=1e-6)
         assert means.shape == (4,) and not means.requires_grad and kept == given[rank].tolist()
@@ -258,7 +369,10 @@ def test_avg_losses_and_gather_do_what_accelerates_do(pool, n):
 
 def gather_unequal():
     with mf.init_groups(mf.build_groups(mf.ParallelConfig(), 2), timeout_seconds=30) as pg:
-        for tensor in (torch.ones(3 + pg.rank), torch.ones(2, dtype=(torch.float32, torch.float64)[pg.rank])):
+        for tensor in (
+            torch.ones(3 + pg.rank),
+            torch.ones(2, dtype=(torch.float32, torch.float64)[pg.rank]),
+        ):
             with pytest.raises(ValueError, match="gather: shapes .* differ over the ranks"):
                 mf.gather(tensor, pg.dp)
 
@@ -274,15 +388,29 @@ def test_gather_refuses_what_is_no_tensor():
 
 def test_token_loss_is_a_sum_over_the_mask_and_its_size():
     logits, labels, _ = case(ignored=0)
-    for mask in (torch.rand(3, 5) < 0.3, (torch.rand(3, 5) < 0.3).long(), (torch.rand(3, 5) < 0.3).float()):
+    for mask in (
+        torch.rand(3, 5) < 0.3,
+        (torch.rand(3, 5) < 0.3).long(),
+        (torch.rand(3, 5) < 0.3).float(),
+    ):
         loss = mf.token_loss(logits, {"labels": labels, "loss_mask": mask}, ALONE)
         each = F.cross_entropy(logits.permute(1, 2, 0), labels, reduction="none")
         torch.testing.assert_close(loss.sum, (each * mask).sum(), rtol=1e-6, atol=1e-6)
         assert loss.count.dtype == torch.int64 and loss.count == (mask != 0).sum()
 
 
-@pytest.mark.parametrize("count", [3, 3.0, np.int64(3), torch.tensor(3, dtype=torch.int32), torch.tensor([True, True, True]).sum(),
-                                   torch.tensor(3.0), torch.tensor([3.0], dtype=torch.bfloat16)])
+@pytest.mark.parametrize(
+    "count",
+    [
+        3,
+        3.0,
+        np.int64(3),
+        torch.tensor(3, dtype=torch.int32),
+        torch.tensor([True, True, True]).sum(),
+        torch.tensor(3.0),
+        torch.tensor([3.0], dtype=torch.bfloat16),
+    ],
+)
 def test_a_whole_count_is_taken(count):
     taken = mf.Loss(sum=torch.tensor(1.0), count=count).count
     assert taken == 3 and taken.shape == () and not taken.is_floating_point()
@@ -296,10 +424,18 @@ def test_a_fractional_count_is_refused(count):
 
 def test_loss_holds_scalars_and_reports_hold_no_graph():
     x = torch.ones(3, requires_grad=True)
-    loss = mf.Loss((x * 2).sum(), 3, {"z": (x ** 2).sum(), "n": 2})
-    assert loss.sum.requires_grad and not loss.report["z"].requires_grad and loss.report["z"] == 3 and loss.report["n"] == 2
-    for wrong, name in (({"sum": x, "count": 3}, "Loss.sum"), ({"sum": x.sum(), "count": x.long()}, "Loss.count"),
-                        ({"sum": x.sum(), "count": 3, "report": {"z": x}}, r"Loss.report\['z'\]"),
-                        ({"sum": torch.tensor(3), "count": 3}, "Loss.sum: dtype")):
+    loss = mf.Loss((x * 2).sum(), 3, {"z": (x**2).sum(), "n": 2})
+    assert (
+        loss.sum.requires_grad
+        and not loss.report["z"].requires_grad
+        and loss.report["z"] == 3
+        and loss.report["n"] == 2
+    )
+    for wrong, name in (
+        ({"sum": x, "count": 3}, "Loss.sum"),
+        ({"sum": x.sum(), "count": x.long()}, "Loss.count"),
+        ({"sum": x.sum(), "count": 3, "report": {"z": x}}, r"Loss.report\['z'\]"),
+        ({"sum": torch.tensor(3), "count": 3}, "Loss.sum: dtype"),
+    ):
         with pytest.raises(ValueError, match=name):
             mf.Loss(**wrong)

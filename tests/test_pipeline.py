@@ -1,4 +1,5 @@
 """The order of a pipeline: equal to what megatron-core's own schedules run, and the laws that follow from it."""
+
 import re
 from concurrent.futures import ThreadPoolExecutor
 from threading import Condition
@@ -8,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megafn.pure.pipeline import Op, bubble, check_order, draw_pipeline, peak_activations, pipeline_order, timeline
+from megafn.pure.pipeline import (
+    Op,
+    bubble,
+    check_order,
+    draw_pipeline,
+    peak_activations,
+    pipeline_order,
+    timeline,
+)
 
 
 @st.composite
@@ -21,6 +30,7 @@ def pipelines(draw, max_pp=6, max_vpp=4):
 
 # The oracle: megatron-core's own schedule functions run, one thread a stage. Their forward and backward are recorded
 # instead of computed, and their communicator hands over labels, so that what arrives where is theirs too.
+
 
 class Channel:
     """What one stage sends to the next in one direction; receives are posted and answered in order."""
@@ -46,7 +56,9 @@ class Arriving:
 
     def wait(self):
         with self.channel.change:
-            assert self.channel.change.wait_for(lambda: len(self.channel.sent) > self.number, timeout=20)
+            assert self.channel.change.wait_for(
+                lambda: len(self.channel.sent) > self.number, timeout=20
+            )
         self.label = self.channel.sent[self.number]
         return self
 
@@ -88,18 +100,40 @@ class FakeCommunicator:
         arriving = channel.post() if receive else None
         if overlap:
             done = SimpleNamespace(wait=lambda: None)
-            return arriving, {name: h for name, h in zip(names, (done if sent is not None else None, arriving)) if h}
+            return arriving, {
+                name: h
+                for name, h in zip(names, (done if sent is not None else None, arriving))
+                if h
+            }
         return arriving and arriving.wait()
 
-    def send_forward_recv_forward(self, output_tensor, recv_prev, tensor_shape, overlap_p2p_comm=False):
-        return self.exchange(self.to_next, output_tensor, recv_prev, self.from_prev, ("send_next", "recv_prev"),
-                             overlap_p2p_comm)
+    def send_forward_recv_forward(
+        self, output_tensor, recv_prev, tensor_shape, overlap_p2p_comm=False
+    ):
+        return self.exchange(
+            self.to_next,
+            output_tensor,
+            recv_prev,
+            self.from_prev,
+            ("send_next", "recv_prev"),
+            overlap_p2p_comm,
+        )
 
-    def send_backward_recv_backward(self, input_tensor_grad, recv_next, tensor_shape, overlap_p2p_comm=False):
-        return self.exchange(self.to_prev, input_tensor_grad, recv_next, self.from_next, ("send_prev", "recv_next"),
-                             overlap_p2p_comm)
+    def send_backward_recv_backward(
+        self, input_tensor_grad, recv_next, tensor_shape, overlap_p2p_comm=False
+    ):
+        return self.exchange(
+            self.to_prev,
+            input_tensor_grad,
+            recv_next,
+            self.from_next,
+            ("send_prev", "recv_next"),
+            overlap_p2p_comm,
+        )
 
-    def send_forward_backward_recv_forward_backward(self, output, grad, recv_prev, recv_next, tensor_shape):
+    def send_forward_backward_recv_forward_backward(
+        self, output, grad, recv_prev, recv_next, tensor_shape
+    ):
         if output is not None:
             self.to_next.send(output)
         if grad is not None:
@@ -116,9 +150,16 @@ def megatron_cores(pp, vpp, num_micro_batches, overlap=False):
     from megatron.core.transformer import TransformerConfig
 
     config = TransformerConfig(
-        num_layers=pp * vpp, hidden_size=4, num_attention_heads=1, pipeline_dtype=torch.float32,
-        pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
-        overlap_p2p_comm=overlap, batch_p2p_comm=not overlap, deallocate_pipeline_outputs=False)
+        num_layers=pp * vpp,
+        hidden_size=4,
+        num_attention_heads=1,
+        pipeline_dtype=torch.float32,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        overlap_p2p_comm=overlap,
+        batch_p2p_comm=not overlap,
+        deallocate_pipeline_outputs=False,
+    )
     rows, arrivals = [[] for _ in range(pp)], {}
 
     def record(stage, op, arrived):
@@ -126,7 +167,9 @@ def megatron_cores(pp, vpp, num_micro_batches, overlap=False):
         arrivals[stage, op] = arrived and arrived.label
         return stage, op
 
-    def forward_step(func, data, model, m, input_tensor, store, config, *, current_microbatch, vp_stage=None, **_):
+    def forward_step(
+        func, data, model, m, input_tensor, store, config, *, current_microbatch, vp_stage=None, **_
+    ):
         return record(data, Op("F", current_microbatch, vp_stage or 0), input_tensor), 0
 
     def backward_step(input_tensor, output_tensor, output_tensor_grad, model_type, config):
@@ -140,11 +183,23 @@ def megatron_cores(pp, vpp, num_micro_batches, overlap=False):
     def run(stage):
         model = [torch.nn.Module() for _ in range(vpp)]
         for chunk in model:
-            chunk.config, chunk.model_type, chunk.set_input_tensor = config, ModelType.encoder_or_decoder, None
+            chunk.config, chunk.model_type, chunk.set_input_tensor = (
+                config,
+                ModelType.encoder_or_decoder,
+                None,
+            )
         communicator = FakeCommunicator(stage, pp, vpp, config, forward, backward)
         schedule = schedules.get_forward_backward_func(pp_size=pp, vp_size=vpp if vpp > 1 else None)
-        schedule(forward_step_func=None, data_iterator=[stage] * vpp, model=model, num_microbatches=num_micro_batches,
-                 seq_length=1, micro_batch_size=1, p2p_communicator=communicator, pg_collection=groups)
+        schedule(
+            forward_step_func=None,
+            data_iterator=[stage] * vpp,
+            model=model,
+            num_microbatches=num_micro_batches,
+            seq_length=1,
+            micro_batch_size=1,
+            p2p_communicator=communicator,
+            pg_collection=groups,
+        )
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(pp) as threads:
         patch.setattr(schedules, "forward_step", forward_step)
@@ -152,7 +207,11 @@ def megatron_cores(pp, vpp, num_micro_batches, overlap=False):
         patch.setattr(schedules, "is_pp_first_stage", lambda group: group.rank() == 0)
         patch.setattr(schedules, "is_pp_last_stage", lambda group: group.rank() == group.size() - 1)
         # their token counter wants a CUDA device
-        patch.setattr(schedules, "torch", SimpleNamespace(nn=torch.nn, int=torch.int, zeros=lambda *_, **__: 0))
+        patch.setattr(
+            schedules,
+            "torch",
+            SimpleNamespace(nn=torch.nn, int=torch.int, zeros=lambda *_, **__: 0),
+        )
         list(threads.map(run, range(pp)))
     return tuple(map(tuple, rows)), arrivals
 
@@ -169,7 +228,11 @@ def test_the_order_equals_what_megatron_cores_schedules_run(pipeline, overlap):
 def test_the_timeline_waits_for_exactly_the_tensors_that_megatron_core_hands_over(pipeline, tf, tb):
     order, arrivals = megatron_cores(*pipeline)
     slots = timeline(order, tf, tb)
-    ends = {(stage, op): end for stage, ops in enumerate(order) for op, (_, end) in zip(ops, slots[stage])}
+    ends = {
+        (stage, op): end
+        for stage, ops in enumerate(order)
+        for op, (_, end) in zip(ops, slots[stage])
+    }
     for stage, ops in enumerate(order):
         free = 0
         for op, (start, end) in zip(ops, slots[stage], strict=True):
@@ -191,7 +254,8 @@ def test_every_op_runs_once_on_every_stage_and_no_backward_before_its_forward(pi
     assert len(order) == pp
     for ops in order:
         assert sorted((op.kind, op.micro_batch, op.chunk) for op in ops) == sorted(
-            (kind, i, chunk) for kind in "FB" for i in range(m) for chunk in range(vpp))
+            (kind, i, chunk) for kind in "FB" for i in range(m) for chunk in range(vpp)
+        )
         for op in ops:
             assert ops.index(Op("F", op.micro_batch, op.chunk)) <= ops.index(op)
     check_order(order)
@@ -201,7 +265,9 @@ def test_every_op_runs_once_on_every_stage_and_no_backward_before_its_forward(pi
 def test_peak_activations_equal_the_formula(pipeline):
     pp, vpp, m = pipeline
     assert peak_activations(pp, vpp, m) == tuple(
-        min(pp - rank, m) if vpp == 1 else min(2 * (pp - rank - 1) + (vpp - 1) * pp + 1, m * vpp) for rank in range(pp))
+        min(pp - rank, m) if vpp == 1 else min(2 * (pp - rank - 1) + (vpp - 1) * pp + 1, m * vpp)
+        for rank in range(pp)
+    )
 
 
 @given(pipelines(), st.integers(0, 9), st.integers(0, 9))
@@ -216,7 +282,9 @@ def test_bubble_is_the_share_of_the_makespan_in_which_each_stage_idles(pipeline,
     slots = timeline(pipeline_order(*pipeline), tf, tb)
     makespan = max(end for row in slots for _, end in row)
     for row in slots:
-        assert bubble(*pipeline) == pytest.approx(1 - sum(end - start for start, end in row) / makespan, abs=1e-12)
+        assert bubble(*pipeline) == pytest.approx(
+            1 - sum(end - start for start, end in row) / makespan, abs=1e-12
+        )
 
 
 @given(pipelines())
@@ -227,14 +295,23 @@ def test_interleaving_divides_the_bubbles_time_by_the_number_of_chunks(pipeline)
     assert share / (1 - share) == pytest.approx((pp - 1) / (m * vpp), abs=1e-12)
 
 
-@pytest.mark.parametrize(("pipeline", "says"), [
-    ((0, 1, 4), "pp = 0 is no size: set it to 1 or more"),
-    ((2, 0, 4), "vpp = 0 is no size: set it to 1 or more"),
-    ((2, 1, 0), "num_micro_batches = 0 is no size: set it to 1 or more"),
-    ((1, 2, 4), "vpp = 2 interleaves the chunks of a pipeline, but pp = 1: set vpp to 1 or pp to 2 or more"),
-    ((4, 2, 6), "num_micro_batches = 6 is not divisible by pp = 4, which interleaving (vpp = 2) needs: "
-                "set it to a multiple of 4, or vpp to 1"),
-])
+@pytest.mark.parametrize(
+    ("pipeline", "says"),
+    [
+        ((0, 1, 4), "pp = 0 is no size: set it to 1 or more"),
+        ((2, 0, 4), "vpp = 0 is no size: set it to 1 or more"),
+        ((2, 1, 0), "num_micro_batches = 0 is no size: set it to 1 or more"),
+        (
+            (1, 2, 4),
+            "vpp = 2 interleaves the chunks of a pipeline, but pp = 1: set vpp to 1 or pp to 2 or more",
+        ),
+        (
+            (4, 2, 6),
+            "num_micro_batches = 6 is not divisible by pp = 4, which interleaving (vpp = 2) needs: "
+            "set it to a multiple of 4, or vpp to 1",
+        ),
+    ],
+)
 @pytest.mark.parametrize("ask", [pipeline_order, bubble, peak_activations, draw_pipeline])
 def test_a_pipeline_that_can_not_be_is_refused_by_field_value_and_remedy(ask, pipeline, says):
     with pytest.raises(ValueError) as error:
@@ -244,14 +321,17 @@ def test_a_pipeline_that_can_not_be_is_refused_by_field_value_and_remedy(ask, pi
 
 @pytest.mark.parametrize("times", [(-1, 1), (1, -1)])
 def test_a_negative_time_is_refused(times):
-    with pytest.raises(ValueError, match=r"^(for|back)ward_time = -1 is no duration: set it to 0 or more$"):
+    with pytest.raises(
+        ValueError, match=r"^(for|back)ward_time = -1 is no duration: set it to 0 or more$"
+    ):
         timeline(pipeline_order(2, 1, 2), *times)
 
 
 # check_order points at the wrong cell
 
+
 def changed(order, stage, ops):
-    return (*order[:stage], tuple(ops), *order[stage + 1:])
+    return (*order[:stage], tuple(ops), *order[stage + 1 :])
 
 
 def refusal(order):
@@ -266,13 +346,19 @@ def test_a_missing_op_is_pointed_at(pipeline, data):
     stage = data.draw(st.integers(0, len(order) - 1))
     index = data.draw(st.integers(0, len(order[stage]) - 1))
     lost = order[stage][index]
-    says = refusal(changed(order, stage, order[stage][:index] + order[stage][index + 1:]))
+    says = refusal(changed(order, stage, order[stage][:index] + order[stage][index + 1 :]))
     if lost.kind == "B":
-        assert says == f"stage {stage}, index {len(order[stage]) - 1}: the ops end without {lost}; add it"
+        assert (
+            says
+            == f"stage {stage}, index {len(order[stage]) - 1}: the ops end without {lost}; add it"
+        )
     else:
         backward = Op("B", lost.micro_batch, lost.chunk)
         at = order[stage].index(backward) - 1
-        assert says == f"stage {stage}, index {at}: {backward} stands before its forward; put {lost} before it"
+        assert (
+            says
+            == f"stage {stage}, index {at}: {backward} stands before its forward; put {lost} before it"
+        )
 
 
 @given(pipelines(max_pp=3).filter(lambda p: p[0] > 1), st.data())
@@ -282,7 +368,9 @@ def test_a_micro_batch_that_one_stage_leaves_out_is_pointed_at(pipeline, data):
     stage, i, chunk = (data.draw(st.integers(0, most - 1)) for most in (pp, m, vpp))
     ops = [op for op in order[stage] if (op.micro_batch, op.chunk) != (i, chunk)]
     says = refusal(changed(order, stage, ops))
-    assert says == f"stage {stage}, index {len(ops)}: the ops end without {Op('F', i, chunk)}; add it"
+    assert (
+        says == f"stage {stage}, index {len(ops)}: the ops end without {Op('F', i, chunk)}; add it"
+    )
 
 
 @given(pipelines(), st.data())
@@ -293,7 +381,10 @@ def test_a_repeated_op_is_pointed_at(pipeline, data):
     again = data.draw(st.integers(index + 1, len(order[stage])))
     op = order[stage][index]
     says = refusal(changed(order, stage, (*order[stage][:again], op, *order[stage][again:])))
-    assert says == f"stage {stage}, index {again}: {op} has run before, at index {index}; remove one of them"
+    assert (
+        says
+        == f"stage {stage}, index {again}: {op} has run before, at index {index}; remove one of them"
+    )
 
 
 @given(pipelines(), st.data())
@@ -305,44 +396,61 @@ def test_a_backward_before_its_forward_is_pointed_at(pipeline, data):
     forward, behind = ops[index], ops.index(Op("B", ops[index].micro_batch, ops[index].chunk))
     ops[index], ops[behind] = ops[behind], ops[index]
     says = refusal(changed(order, stage, ops))
-    assert says == f"stage {stage}, index {index}: {ops[index]} stands before its forward; put {forward} before it"
+    assert (
+        says
+        == f"stage {stage}, index {index}: {ops[index]} stands before its forward; put {forward} before it"
+    )
 
 
 @pytest.mark.parametrize("op", [Op("W", 0), Op("F", -1), Op("B", 0, -1)])
 def test_what_is_no_op_is_pointed_at(op):
-    assert refusal(changed(pipeline_order(2, 1, 2), 1, [Op("F", 0), op])).startswith(f"stage 1, index 1: {op!r} is no op")
+    assert refusal(changed(pipeline_order(2, 1, 2), 1, [Op("F", 0), op])).startswith(
+        f"stage 1, index 1: {op!r} is no op"
+    )
 
 
 def test_a_deadlock_between_stages_is_pointed_at_by_the_whole_cycle():
     """Complete, each once, forwards first: but stage 0 wants B0 before it sends F1, for which stage 1 waits with B0."""
     F, B = (lambda i: Op("F", i)), (lambda i: Op("B", i))
     assert refusal(((F(0), B(0), F(1), B(1)), (F(0), F(1), B(0), B(1)))) == (
-        "deadlock: stage 0, index 1: B0 waits for B0 of stage 1, while stage 1, index 1: F1 waits for F1 of stage 0")
+        "deadlock: stage 0, index 1: B0 waits for B0 of stage 1, while stage 1, index 1: F1 waits for F1 of stage 0"
+    )
 
 
 def test_a_stage_outside_the_cycle_is_not_blamed_for_it():
     F, B = (lambda i: Op("F", i)), (lambda i: Op("B", i))
     order = ((F(0), F(1), B(0), B(1)), (F(0), B(0), F(1), B(1)), (F(0), F(1), B(0), B(1)))
     assert refusal(order) == (
-        "deadlock: stage 1, index 1: B0 waits for B0 of stage 2, while stage 2, index 1: F1 waits for F1 of stage 1")
+        "deadlock: stage 1, index 1: B0 waits for B0 of stage 2, while stage 2, index 1: F1 waits for F1 of stage 1"
+    )
 
 
 @given(pipelines().filter(lambda p: p[1] > 1), st.data())
 def test_a_chunk_before_the_one_that_feeds_it_is_a_deadlock(pipeline, data):
     """Forwards are fed from the last stage's chunk before to stage 0, backwards from stage 0's chunk behind to the last."""
     pp, vpp, m = pipeline
-    kind, i, chunk = data.draw(st.sampled_from("FB")), data.draw(st.integers(0, m - 1)), data.draw(st.integers(0, vpp - 2))
-    stage, feeder, fed, feeding = (0, pp - 1, chunk + 1, chunk) if kind == "F" else (pp - 1, 0, chunk, chunk + 1)
+    kind, i, chunk = (
+        data.draw(st.sampled_from("FB")),
+        data.draw(st.integers(0, m - 1)),
+        data.draw(st.integers(0, vpp - 2)),
+    )
+    stage, feeder, fed, feeding = (
+        (0, pp - 1, chunk + 1, chunk) if kind == "F" else (pp - 1, 0, chunk, chunk + 1)
+    )
     ops = list(pipeline_order(*pipeline)[stage])
     early, late = ops.index(Op(kind, i, feeding)), ops.index(Op(kind, i, fed))
     ops[early], ops[late] = ops[late], ops[early]
     says = refusal(changed(pipeline_order(*pipeline), stage, ops))
     assert says.startswith("deadlock: ")
-    assert (f"stage {stage}, index {early}: {Op(kind, i, fed)} waits for {Op(kind, i, feeding)} of stage {feeder}") in says
+    assert (
+        f"stage {stage}, index {early}: {Op(kind, i, fed)} waits for {Op(kind, i, feeding)} of stage {feeder}"
+    ) in says
 
 
 @given(pipelines(max_pp=4, max_vpp=3), st.randoms(use_true_random=False))
-def test_an_order_is_accepted_exactly_when_some_interleaving_of_the_stages_finishes_it(pipeline, random):
+def test_an_order_is_accepted_exactly_when_some_interleaving_of_the_stages_finishes_it(
+    pipeline, random
+):
     """A second opinion on the dependencies: repeatedly take any op at the head of its stage whose inputs have run."""
     pp, vpp, m = pipeline
     order = []
@@ -352,13 +460,23 @@ def test_an_order_is_accepted_exactly_when_some_interleaving_of_the_stages_finis
             i = random.randrange(len(ops) - 1)
             ops[i], ops[i + 1] = ops[i + 1], ops[i]
         order.append(ops)
-    piece = {(stage, chunk): chunk * pp + stage for stage in range(pp) for chunk in range(vpp)}   # on a micro-batch's way
+    piece = {
+        (stage, chunk): chunk * pp + stage for stage in range(pp) for chunk in range(vpp)
+    }  # on a micro-batch's way
     ran, heads = set(), [0] * pp
-    while ready := [s for s in range(pp) if heads[s] < len(order[s])
-                    for op in [order[s][heads[s]]] for way in [piece[s, op.chunk]]
-                    if (op.kind == "F" and (way == 0 or ("F", op.micro_batch, way - 1) in ran))
-                    or (op.kind == "B" and ("F", op.micro_batch, way) in ran
-                        and (way == pp * vpp - 1 or ("B", op.micro_batch, way + 1) in ran))]:
+    while ready := [
+        s
+        for s in range(pp)
+        if heads[s] < len(order[s])
+        for op in [order[s][heads[s]]]
+        for way in [piece[s, op.chunk]]
+        if (op.kind == "F" and (way == 0 or ("F", op.micro_batch, way - 1) in ran))
+        or (
+            op.kind == "B"
+            and ("F", op.micro_batch, way) in ran
+            and (way == pp * vpp - 1 or ("B", op.micro_batch, way + 1) in ran)
+        )
+    ]:
         stage = random.choice(ready)
         op = order[stage][heads[stage]]
         ran.add((op.kind, op.micro_batch, piece[stage, op.chunk]))
@@ -371,6 +489,7 @@ def test_an_order_is_accepted_exactly_when_some_interleaving_of_the_stages_finis
 
 # the picture
 
+
 @given(pipelines())
 def test_the_picture_shows_every_op_in_its_turn_and_every_row_over_the_whole_step(pipeline):
     pp, vpp, m = pipeline
@@ -379,17 +498,22 @@ def test_the_picture_shows_every_op_in_its_turn_and_every_row_over_the_whole_ste
     superscripts = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
     for row, ops in zip(rows, pipeline_order(*pipeline)):
         drawn = re.findall(r"(\[?) *(\d+)([⁰¹²³⁴⁵⁶⁷⁸⁹]*)", row.split("|")[1])
-        assert ops == tuple(Op("B" if bracket else "F", int(number), int(chunk.translate(superscripts) or 0))
-                            for bracket, number, chunk in drawn)
-        idle = 3 * (pp - 1)                            # a forward counts 1, a backward 2
+        assert ops == tuple(
+            Op("B" if bracket else "F", int(number), int(chunk.translate(superscripts) or 0))
+            for bracket, number, chunk in drawn
+        )
+        idle = 3 * (pp - 1)  # a forward counts 1, a backward 2
         assert row.count("·") == idle
     assert f"bubble {idle / (3 * m * vpp + idle):.1%} " in closing
     assert f" {' '.join(map(str, peak_activations(*pipeline)))} (" in closing
 
 
 def test_the_picture_of_interleaving_marks_the_chunk():
-    assert draw_pipeline(pp=2, vpp=2, num_micro_batches=2) == "\n".join([
-        "stage 0 |0 1 0¹1¹· · [0¹]· [1¹][0 ][1 ]|",
-        "stage 1 |· 0 1 0¹[0¹]1¹[1¹][0 ][1 ]· · |",
-        "n forward of micro-batch n, [n] its backward, n¹ in chunk 1, · idle",
-        "bubble 20.0% of the step; peak activations by stage 4 3 (micro-batches of one chunk, 1/2 of a stage)"])
+    assert draw_pipeline(pp=2, vpp=2, num_micro_batches=2) == "\n".join(
+        [
+            "stage 0 |0 1 0¹1¹· · [0¹]· [1¹][0 ][1 ]|",
+            "stage 1 |· 0 1 0¹[0¹]1¹[1¹][0 ][1 ]· · |",
+            "n forward of micro-batch n, [n] its backward, n¹ in chunk 1, · idle",
+            "bubble 20.0% of the step; peak activations by stage 4 3 (micro-batches of one chunk, 1/2 of a stage)",
+        ]
+    )

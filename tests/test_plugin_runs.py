@@ -1,4 +1,5 @@
 """What the plugin's fields do in real runs: each test fails where its field is merely stored."""
+
 import math
 import re
 from functools import partial
@@ -8,19 +9,31 @@ import attrs
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence import assert_equal, run_layout, share, tiny, uneven
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import megafn as mf
+from equivalence import assert_equal, run_layout, share, tiny, uneven
 from megafn.runtime.families.build import build_chunk
 from megafn.runtime.model.weights import whole_parameters
 
 PAGE = Path(__file__).parent.parent / "docs" / "accelerate.md"
-MODEL = mf.ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=16, vocab_size=64)
+MODEL = mf.ModelConfig(
+    num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=16, vocab_size=64
+)
 
 
 def plugin(**fields):
-    return mf.from_plugin(**dict(model=MODEL, micro_batch_size=2, lr=1e-2, train_iters=3, num_micro_batches=2, other_megatron_args={"log_interval": 1}) | fields)
+    return mf.from_plugin(
+        **dict(
+            model=MODEL,
+            micro_batch_size=2,
+            lr=1e-2,
+            train_iters=3,
+            num_micro_batches=2,
+            other_megatron_args={"log_interval": 1},
+        )
+        | fields
+    )
 
 
 def micro_batches(dp_rank=0):
@@ -33,43 +46,84 @@ def micro_batches(dp_rank=0):
 def run(config, *, valid=False, **arguments):
     """Trains on `micro_batches`: (metrics, whole parameters of this stage)."""
     config = attrs.evolve(config, log=attrs.evolve(config.log, progress=False))
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=60) as pg:
+    with mf.init_groups(
+        mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=60
+    ) as pg:
         state, step, seen = mf.setup(config, pg, **arguments), mf.step_of(config), []
-        mf.fit(state, step, batches=micro_batches(pg.dp_rank), valid_batches=[next(micro_batches()) for _ in range(8)] if valid else None,
-               on_metrics=[seen.append])
+        mf.fit(
+            state,
+            step,
+            batches=micro_batches(pg.dp_rank),
+            valid_batches=[next(micro_batches()) for _ in range(8)] if valid else None,
+            on_metrics=[seen.append],
+        )
         return seen, whole_parameters(state.chunks, config.model, pg)
 
 
 # ------------------------------------------------------------------------------- which parameters decay, and how fast
+
 
 def late(name, parameter):
     return "layers.2." in name or "layers.3.mlp" in name or name.startswith("embedding.word")
 
 
 def no_decay(name, parameter):
-    return "layers.3." in name or name.startswith("embedding")          # norms elsewhere decay: the condition is all there is
+    return "layers.3." in name or name.startswith(
+        "embedding"
+    )  # norms elsewhere decay: the condition is all there is
 
 
 def conditions(**layout):
-    return tiny(steps=4, weight_decay=0.5, lr=3e-2, no_weight_decay_cond=no_decay, lr_scale_cond=late, lr_mult=0.25, **layout)
+    return tiny(
+        steps=4,
+        weight_decay=0.5,
+        lr=3e-2,
+        no_weight_decay_cond=no_decay,
+        lr_scale_cond=late,
+        lr_mult=0.25,
+        **layout,
+    )
 
 
-@pytest.mark.parametrize("n, layout", [(4, dict(pp=2, tp=2)), (4, dict(pp=2, use_distributed_optimizer=True)), (2, dict(pp=2, vpp=2, num_layers=4))])
+@pytest.mark.parametrize(
+    "n, layout",
+    [
+        (4, dict(pp=2, tp=2)),
+        (4, dict(pp=2, use_distributed_optimizer=True)),
+        (2, dict(pp=2, vpp=2, num_layers=4)),
+    ],
+)
 def test_conditions_name_the_same_parameters_in_every_layout(pool, n, layout):
     assert_equal(pool(1, run_layout, conditions())[0], pool(n, run_layout, conditions(**layout)))
 
 
 def test_conditions_slow_and_spare_exactly_what_they_name(pool):
     """After one step of SGD with gradients clipped to nothing, all that moves a parameter is its decay, lr * weight decay of it."""
+
     def after(**fields):
-        base = plugin(optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.0, weight_decay=0.5), lr=None,
-                      gradient_clipping=1e-12, train_iters=1, lr_decay_style="constant", **fields)
+        base = plugin(
+            optimizer=torch.optim.SGD(
+                [torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.0, weight_decay=0.5
+            ),
+            lr=None,
+            gradient_clipping=1e-12,
+            train_iters=1,
+            lr_decay_style="constant",
+            **fields,
+        )
         return pool(1, run, base)[0][1]
 
     start = pool(1, initial, plugin())[0]
-    for fields, decays in ((dict(no_wd_decay_cond=no_decay, scale_lr_cond=late, lr_mult=0.25), no_decay), ({}, lambda name, p: p.dim() == 1)):
+    for fields, decays in (
+        (dict(no_wd_decay_cond=no_decay, scale_lr_cond=late, lr_mult=0.25), no_decay),
+        ({}, lambda name, p: p.dim() == 1),
+    ):
         for name, value in after(**fields).items():
-            rate = 0.0 if decays(name, value) else 0.1 * 0.5 * (0.25 if fields and late(name, value) else 1.0)
+            rate = (
+                0.0
+                if decays(name, value)
+                else 0.1 * 0.5 * (0.25 if fields and late(name, value) else 1.0)
+            )
             assert torch.allclose(value, start[name] * (1 - rate), rtol=1e-5, atol=1e-8), name
 
 
@@ -79,7 +133,9 @@ def initial(config):
 
 
 def test_sgd_subtracts_the_gradient(pool):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.5, weight_decay=0.0)
+    optimizer = torch.optim.SGD(
+        [torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.5, weight_decay=0.0
+    )
     config = plugin(optimizer=optimizer, lr=None, gradient_clipping=0.0, lr_decay_style="constant")
     for moved, expected in pool(1, sgd_steps, config)[0]:
         assert torch.allclose(moved, expected, rtol=1e-4, atol=1e-7)
@@ -89,7 +145,9 @@ def sgd_steps(config):
     found, velocity = [], 0.0
     with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg:
         state, batches = mf.setup(config, pg), mf.group_batches(micro_batches(), 2)
-        parameter = dict(state.chunks[0].named_parameters())["module.decoder.layers.1.mlp.linear_fc1.weight"]
+        parameter = dict(state.chunks[0].named_parameters())[
+            "module.decoder.layers.1.mlp.linear_fc1.weight"
+        ]
         for _ in range(3):
             before = parameter.detach().clone()
             state, _ = mf.train_step(state, next(batches), mf.step_fn("gpt"))
@@ -100,18 +158,30 @@ def sgd_steps(config):
 
 # ------------------------------------------------------------------------------------------------- logits come back
 
+
 def logits_of(config, every_stage):
     """One step and one evaluation on this rank's share: (metrics, loss by hand of its logits or None, evaluation's logits)."""
     config = attrs.evolve(config, return_logits="every_stage" if every_stage else "last_stage")
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=60) as pg:
+    with mf.init_groups(
+        mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=60
+    ) as pg:
         state, batch = mf.setup(config, pg), share(uneven(config, 0), config, pg)
         report = mf.evaluate(state, [batch], mf.step_fn("gpt"))
         state, metrics = mf.train_step(state, batch, mf.step_fn("gpt"))
         return pg.dp_rank, pg.is_last_stage, metrics.logits, report.logits
 
 
-@pytest.mark.parametrize("n, layout, every_stage", [(4, dict(tp=2, pp=2, sequence_parallel=True), False), (4, dict(pp=2, vpp=2), True), (2, dict(cp=2), False)])
-def test_logits_are_those_of_the_single_process_and_lie_where_they_are_asked_for(pool, n, layout, every_stage):
+@pytest.mark.parametrize(
+    "n, layout, every_stage",
+    [
+        (4, dict(tp=2, pp=2, sequence_parallel=True), False),
+        (4, dict(pp=2, vpp=2), True),
+        (2, dict(cp=2), False),
+    ],
+)
+def test_logits_are_those_of_the_single_process_and_lie_where_they_are_asked_for(
+    pool, n, layout, every_stage
+):
     whole = pool(1, logits_of, tiny(), False)[0][2]
     assert len(whole) == 8 and whole[0].shape == (2, 32, 97)
     for dp_rank, last, logits, evaluated in pool(n, logits_of, tiny(**layout), every_stage):
@@ -125,15 +195,21 @@ def test_logits_are_those_of_the_single_process_and_lie_where_they_are_asked_for
 
 def test_the_loss_can_be_computed_from_the_returned_logits(pool):
     seen, _ = pool(1, run, plugin(return_logits=True), valid=True)[0]
-    assert all(metrics.valid is None or metrics.valid.logits is None for metrics in seen)          # eval_iters of them would fill the memory
+    assert all(
+        metrics.valid is None or metrics.valid.logits is None for metrics in seen
+    )  # eval_iters of them would fill the memory
     batches = mf.group_batches(micro_batches(), 2)
     for metrics in seen:
-        losses = [F.cross_entropy(logits[:, :-1].flatten(0, 1), raw["input_ids"][:, 1:].flatten()) for logits, raw in zip(metrics.logits, next(batches))]
+        losses = [
+            F.cross_entropy(logits[:, :-1].flatten(0, 1), raw["input_ids"][:, 1:].flatten())
+            for logits, raw in zip(metrics.logits, next(batches))
+        ]
         assert metrics.loss == pytest.approx(sum(losses).item() / 2, abs=1e-5)
     assert pool(1, run, plugin())[0][0][0].logits is None
 
 
 # ------------------------------------------------------------------------------------------- steps and models of one's own
+
 
 class Methods:
     """A train step as accelerate's users write it."""
@@ -152,6 +228,7 @@ class Methods:
             mask = torch.ones_like(ids)
             mask[:, -1] = 0
             return ids, labels, mask
+
         return from_text if megatron_dataset_flag else from_loader
 
     def get_loss_func(self, accelerator):
@@ -160,24 +237,30 @@ class Methods:
             if self.sums:
                 return total, mask.sum(), {"twice": 2 * total.detach()}
             return total / mask.sum(), {"twice": 2 * total.detach() / mask.sum()}
+
         return loss
 
     def get_forward_step_func(self):
         def forward_step(iterator, model):
             tokens, labels, mask = self.get_batch(iterator)
             return model(tokens, None, None, labels=labels), partial(self.loss_func, mask)
+
         return forward_step
 
 
 def compared(reference, other, scale=1.0):
     for a, b in zip(reference, other, strict=True):
-        assert b.loss == pytest.approx(scale * a.loss, abs=1e-5) and b.grad_norm == pytest.approx(scale * a.grad_norm, abs=1e-5)
+        assert b.loss == pytest.approx(scale * a.loss, abs=1e-5) and b.grad_norm == pytest.approx(
+            scale * a.grad_norm, abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("sums", [False, True])
 def test_a_train_step_of_three_methods_trains_as_the_built_in_one(pool, sums):
     reference = pool(1, run, plugin())[0]
-    fields = dict(custom_train_step_class=Methods, custom_train_step_kwargs={"sums": sums}, return_logits=True)
+    fields = dict(
+        custom_train_step_class=Methods, custom_train_step_kwargs={"sums": sums}, return_logits=True
+    )
     for seen, parameters in pool(4, run, plugin(**fields, tp_degree=2, pp_degree=2, world_size=4)):
         compared(reference[0], seen)
         assert all(m.report["twice"] == pytest.approx(2 * m.loss, abs=1e-5) for m in seen)
@@ -188,25 +271,52 @@ def test_a_train_step_of_three_methods_trains_as_the_built_in_one(pool, sums):
 
 def test_its_keyword_arguments_reach_it(pool):
     reference = pool(1, run, plugin(train_iters=1))[0][0]
-    compared(reference, pool(1, run, plugin(train_iters=1, custom_train_step_class=Methods, custom_train_step_kwargs={"scale": 3.0}))[0][0], scale=3.0)
+    compared(
+        reference,
+        pool(
+            1,
+            run,
+            plugin(
+                train_iters=1,
+                custom_train_step_class=Methods,
+                custom_train_step_kwargs={"scale": 3.0},
+            ),
+        )[0][0],
+        scale=3.0,
+    )
 
 
 def trained(config, **arguments):
     seen = []
-    mf.train(attrs.evolve(config, log=attrs.evolve(config.log, progress=False)), on_metrics=[seen.append], **arguments)
+    mf.train(
+        attrs.evolve(config, log=attrs.evolve(config.log, progress=False)),
+        on_metrics=[seen.append],
+        **arguments,
+    )
     return seen
 
 
 def corpus(folder):
     text = folder / "text.txt"
-    text.write_text("\f".join(f"Document {i} speaks of {'one and the same thing, ' * 9}and ends." for i in range(30)))
+    text.write_text(
+        "\f".join(
+            f"Document {i} speaks of {'one and the same thing, ' * 9}and ends." for i in range(30)
+        )
+    )
     return mf.DataConfig(train=str(text), split=(8, 2, 0), cache=str(folder / "cache"))
 
 
 def test_a_train_step_of_three_methods_reads_indexed_data(pool, tmp_path):
     fields = dict(model=attrs.evolve(MODEL, vocab_size=256), data=corpus(tmp_path), eval_iters=1)
     reference = pool(1, trained, plugin(**fields))[0]
-    compared(reference, pool(1, trained, plugin(**fields, megatron_dataset_flag=True, custom_train_step_class=Methods))[0])
+    compared(
+        reference,
+        pool(
+            1,
+            trained,
+            plugin(**fields, megatron_dataset_flag=True, custom_train_step_class=Methods),
+        )[0],
+    )
 
 
 def test_a_thing_that_is_no_step_is_refused_by_name():
@@ -214,10 +324,21 @@ def test_a_thing_that_is_no_step_is_refused_by_name():
         def __init__(self, config): ...
         def get_batch_func(self): ...
 
-    with pytest.raises(mf.ConfigError, match="a Half without get_loss_func, get_forward_step_func|a Half without get_forward_step_func, get_loss_func"):
+    with pytest.raises(
+        mf.ConfigError,
+        match="a Half without get_loss_func, get_forward_step_func|a Half without get_forward_step_func, get_loss_func",
+    ):
         mf.step_of(plugin(custom_train_step_class=Half))
-    with pytest.raises(mf.ConfigError, match="parallel.cp = 2: Methods's methods see whole sequences"):
-        mf.step_of(plugin(custom_train_step_class=Methods, other_megatron_args={"context_parallel_size": 2}, world_size=2))
+    with pytest.raises(
+        mf.ConfigError, match="parallel.cp = 2: Methods's methods see whole sequences"
+    ):
+        mf.step_of(
+            plugin(
+                custom_train_step_class=Methods,
+                other_megatron_args={"context_parallel_size": 2},
+                world_size=2,
+            )
+        )
 
 
 def weighted(logits, batch, pg, *, weight):
@@ -227,7 +348,11 @@ def weighted(logits, batch, pg, *, weight):
 
 def test_a_step_record_with_bound_parameters_is_used(pool):
     step = attrs.evolve(mf.step_fn("gpt"), loss=partial(weighted, weight=2.0))
-    compared(pool(1, run, plugin(train_iters=1))[0][0], pool(1, run, plugin(train_iters=1, custom_train_step_class=step))[0][0], scale=2.0)
+    compared(
+        pool(1, run, plugin(train_iters=1))[0][0],
+        pool(1, run, plugin(train_iters=1, custom_train_step_class=step))[0][0],
+        scale=2.0,
+    )
 
 
 def zeroed(config, pg, **cut):
@@ -251,11 +376,26 @@ def broken(provider):
 
 
 def test_a_model_function_alone_and_a_prepare_function_alone_take_effect(pool):
-    before, zero = pool(1, initial, plugin())[0], pool(1, initial, plugin(custom_model_provider_function=zeroed))[0]
+    before, zero = (
+        pool(1, initial, plugin())[0],
+        pool(1, initial, plugin(custom_model_provider_function=zeroed))[0],
+    )
     for name in before:
-        assert torch.equal(zero[name], torch.zeros_like(zero[name])) if "linear_fc2" in name else torch.equal(zero[name], before[name])
-    for fields, start in ((dict(custom_prepare_model_function=frozen_but_norms), before),
-                          (dict(custom_prepare_model_function=frozen_but_norms, custom_model_provider_function=zeroed), zero)):
+        assert (
+            torch.equal(zero[name], torch.zeros_like(zero[name]))
+            if "linear_fc2" in name
+            else torch.equal(zero[name], before[name])
+        )
+    for fields, start in (
+        (dict(custom_prepare_model_function=frozen_but_norms), before),
+        (
+            dict(
+                custom_prepare_model_function=frozen_but_norms,
+                custom_model_provider_function=zeroed,
+            ),
+            zero,
+        ),
+    ):
         after = pool(2, run, plugin(**fields, pp_degree=2, world_size=2))
         for name, value in {**after[0][1], **after[1][1]}.items():
             assert torch.equal(value, start[name]) != ("norm" in name or "linear_fc2" in name), name
@@ -265,21 +405,38 @@ def test_a_model_function_alone_and_a_prepare_function_alone_take_effect(pool):
 
 # ---------------------------------------------------------------------------------------- where it starts, what it evaluates
 
+
 def read(config):
     with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg:
-        return [[micro["tokens"] for batch in mf.batches(config, pg, split=split) for micro in batch] for split in ("train", "valid", "test")]
+        return [
+            [micro["tokens"] for batch in mf.batches(config, pg, split=split) for micro in batch]
+            for split in ("train", "valid", "test")
+        ]
 
 
 def test_a_run_begins_behind_the_consumed_samples_of_each_split(pool, tmp_path):
     data = attrs.evolve(corpus(tmp_path), split=(8, 1, 1))
-    fields = dict(model=attrs.evolve(MODEL, vocab_size=256), data=data, eval_iters=2, train_iters=4, eval_interval=1)
-    whole, later = pool(1, read, plugin(**fields))[0], pool(1, read, plugin(**fields, consumed_samples=[8, 4, 2]))[0]
-    for (all_of_it, rest), skipped in zip(zip(whole, later), (4, 2, 1)):           # micro-batches of 2
-        assert all(torch.equal(a, b) for a, b in zip(all_of_it[skipped:], rest)) and not torch.equal(all_of_it[0], rest[0])
+    fields = dict(
+        model=attrs.evolve(MODEL, vocab_size=256),
+        data=data,
+        eval_iters=2,
+        train_iters=4,
+        eval_interval=1,
+    )
+    whole, later = (
+        pool(1, read, plugin(**fields))[0],
+        pool(1, read, plugin(**fields, consumed_samples=[8, 4, 2]))[0],
+    )
+    for (all_of_it, rest), skipped in zip(zip(whole, later), (4, 2, 1)):  # micro-batches of 2
+        assert all(
+            torch.equal(a, b) for a, b in zip(all_of_it[skipped:], rest)
+        ) and not torch.equal(all_of_it[0], rest[0])
     assert len(whole[0]) == 8 and len(later[0]) == 4 and len(later[1]) == len(later[2]) == 4
     seen = pool(1, trained, plugin(**fields, consumed_samples=[8, 4, 2]))[0]
     full = pool(1, trained, plugin(**fields))[0]
-    assert [(m.iteration, m.consumed_samples) for m in seen] == [(3, 12), (4, 16)] and [m.lr for m in seen] == [m.lr for m in full[2:]]
+    assert [(m.iteration, m.consumed_samples) for m in seen] == [(3, 12), (4, 16)] and [
+        m.lr for m in seen
+    ] == [m.lr for m in full[2:]]
 
 
 def test_evaluations_come_at_their_interval_and_are_as_long_as_they_should(pool, tmp_path):
@@ -290,7 +447,9 @@ def test_evaluations_come_at_their_interval_and_are_as_long_as_they_should(pool,
 
 
 def test_recomputation_computes_attention_twice(pool):
-    plain, again = (pool(1, attentions, plugin(recompute_activations=on))[0] for on in (False, True))
+    plain, again = (
+        pool(1, attentions, plugin(recompute_activations=on))[0] for on in (False, True)
+    )
     assert plain == 3 * 2 * 4 and again == 2 * plain
 
 
@@ -306,64 +465,141 @@ def attentions(config):
 
 # ------------------------------------------------------------------------------------------------------------- logging
 
+
 def test_all_that_can_be_logged_is_logged_and_tensorboard_reads_it(pool, tmp_path):
-    untied = attrs.evolve(MODEL, tie_word_embeddings=False)           # then a token that never comes has a row of zeros
-    fields = dict(model=untied, set_all_logging_options=True, tensorboard_dir=str(tmp_path / "logs"), eval_interval=2, eval_iters=1)
+    untied = attrs.evolve(
+        MODEL, tie_word_embeddings=False
+    )  # then a token that never comes has a row of zeros
+    fields = dict(
+        model=untied,
+        set_all_logging_options=True,
+        tensorboard_dir=str(tmp_path / "logs"),
+        eval_interval=2,
+        eval_iters=1,
+    )
     config = plugin(**fields, tp_degree=2, pp_degree=2, world_size=4)
     config = attrs.evolve(config, log=attrs.evolve(config.log, peak_tflops=0.5))
     ranks = pool(4, run, config, valid=True)
     seen = ranks[0][0]
     scalars = EventAccumulator(str(tmp_path / "logs")).Reload()
-    told = {name: [(event.step, event.value) for event in scalars.Scalars(name)] for name in scalars.Tags()["scalars"]}
-    for name in ("loss", "lr", "loss_scale", "grad_norm", "batch_size", "params_norm", "zeros_in_grad", "tokens_per_second_per_device", "tflops_per_device",
-                 "mfu", "memory_gib", "forward_backward_seconds", "optimizer_seconds", "seconds_left", "seconds", "weight_decay"):
+    told = {
+        name: [(event.step, event.value) for event in scalars.Scalars(name)]
+        for name in scalars.Tags()["scalars"]
+    }
+    for name in (
+        "loss",
+        "lr",
+        "loss_scale",
+        "grad_norm",
+        "batch_size",
+        "params_norm",
+        "zeros_in_grad",
+        "tokens_per_second_per_device",
+        "tflops_per_device",
+        "mfu",
+        "memory_gib",
+        "forward_backward_seconds",
+        "optimizer_seconds",
+        "seconds_left",
+        "seconds",
+        "weight_decay",
+    ):
         values = [getattr(m, name) if hasattr(m, name) else m.details[name] for m in seen]
-        assert told[f"train/{name}"] == [(m.iteration, pytest.approx(value, rel=1e-6)) for m, value in zip(seen, values)], name
+        assert told[f"train/{name}"] == [
+            (m.iteration, pytest.approx(value, rel=1e-6)) for m, value in zip(seen, values)
+        ], name
     assert [step for step, _ in told["valid/perplexity"]] == [2, 3]
     for m in seen:
         d = m.details
-        assert d["mfu"] == pytest.approx(d["tflops_per_device"] / 0.5) and d["seconds_left"] == pytest.approx(m.seconds * (3 - m.iteration))
-        assert d["tflops_per_device"] == pytest.approx(mf.training_flops(config.model, 4) / m.seconds / 4 / 1e12) and d["batch_size"] == 4
-        assert d["optimizer_seconds"] + d["forward_backward_seconds"] == pytest.approx(m.seconds) and 0.05 < d["memory_gib"] < 100
-    single, parameters = pool(1, run, plugin(model=untied, set_all_logging_options=True, tensorboard_dir=str(tmp_path / "single")))[0]
+        assert d["mfu"] == pytest.approx(d["tflops_per_device"] / 0.5) and d[
+            "seconds_left"
+        ] == pytest.approx(m.seconds * (3 - m.iteration))
+        assert (
+            d["tflops_per_device"]
+            == pytest.approx(mf.training_flops(config.model, 4) / m.seconds / 4 / 1e12)
+            and d["batch_size"] == 4
+        )
+        assert (
+            d["optimizer_seconds"] + d["forward_backward_seconds"] == pytest.approx(m.seconds)
+            and 0.05 < d["memory_gib"] < 100
+        )
+    single, parameters = pool(
+        1,
+        run,
+        plugin(
+            model=untied, set_all_logging_options=True, tensorboard_dir=str(tmp_path / "single")
+        ),
+    )[0]
     assert single[-1].details["mfu"] is None and single[-1].details["tflops_per_device"] > 0
     norm = math.sqrt(sum(value.double().square().sum() for value in parameters.values()))
     assert single[-1].details["params_norm"] == pytest.approx(norm, rel=1e-6)
     for rank in ranks:
-        assert [m.details["params_norm"] for m in rank[0]] == pytest.approx([m.details["params_norm"] for m in single], rel=1e-4)
-        assert [m.details["zeros_in_grad"] for m in rank[0]] == pytest.approx([m.details["zeros_in_grad"] for m in single], abs=6)   # some by rounding
-        rows = 64 - len(torch.cat([raw["input_ids"][:, :-1] for raw, _ in zip(micro_batches(), range(2))]).unique())
-        assert rows > 0 and rank[0][0].details["zeros_in_grad"] == pytest.approx((rows + 1) * 32, abs=6)     # and the last position's row
+        assert [m.details["params_norm"] for m in rank[0]] == pytest.approx(
+            [m.details["params_norm"] for m in single], rel=1e-4
+        )
+        assert [m.details["zeros_in_grad"] for m in rank[0]] == pytest.approx(
+            [m.details["zeros_in_grad"] for m in single], abs=6
+        )  # some by rounding
+        rows = 64 - len(
+            torch.cat(
+                [raw["input_ids"][:, :-1] for raw, _ in zip(micro_batches(), range(2))]
+            ).unique()
+        )
+        assert rows > 0 and rank[0][0].details["zeros_in_grad"] == pytest.approx(
+            (rows + 1) * 32, abs=6
+        )  # and the last position's row
     assert pool(1, run, plugin())[0][0][0].details == {}
 
 
 def test_a_tied_table_counts_once_though_two_stages_hold_it(pool):
     single = [m.details for m in pool(1, run, plugin(set_all_logging_options=True))[0][0]]
     for seen, _ in pool(2, run, plugin(set_all_logging_options=True, pp_degree=2, world_size=2)):
-        assert [m.details["params_norm"] for m in seen] == pytest.approx([one["params_norm"] for one in single], rel=1e-5)
+        assert [m.details["params_norm"] for m in seen] == pytest.approx(
+            [one["params_norm"] for one in single], rel=1e-5
+        )
 
 
 def test_norms_and_zeros_are_the_whole_models_under_the_distributed_optimizer(pool):
-    fields = dict(model=attrs.evolve(MODEL, tie_word_embeddings=False), set_all_logging_options=True, world_size=2)
+    fields = dict(
+        model=attrs.evolve(MODEL, tie_word_embeddings=False),
+        set_all_logging_options=True,
+        world_size=2,
+    )
     plain = [m.details for m in pool(2, run, plugin(**fields))[0][0]]
     for seen, _ in pool(2, run, plugin(**fields, use_distributed_optimizer=True)):
-        assert [m.details["zeros_in_grad"] for m in seen] == pytest.approx([one["zeros_in_grad"] for one in plain], abs=6)
-        assert [m.details["params_norm"] for m in seen] == pytest.approx([one["params_norm"] for one in plain], rel=1e-5)
+        assert [m.details["zeros_in_grad"] for m in seen] == pytest.approx(
+            [one["zeros_in_grad"] for one in plain], abs=6
+        )
+        assert [m.details["params_norm"] for m in seen] == pytest.approx(
+            [one["params_norm"] for one in plain], rel=1e-5
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- the page itself
+
 
 def executed(code):
     transformers = pytest.importorskip("transformers")
     model = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=64, vocab_size=64)
     draw = torch.Generator().manual_seed(1)
-    loader = torch.utils.data.DataLoader([{"input_ids": torch.randint(0, 64, (64,), generator=draw)} for _ in range(48)], batch_size=2)
-    names = {"model": model, "loader": loader, "optimizer": torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)}
+    loader = torch.utils.data.DataLoader(
+        [{"input_ids": torch.randint(0, 64, (64,), generator=draw)} for _ in range(48)],
+        batch_size=2,
+    )
+    names = {
+        "model": model,
+        "loader": loader,
+        "optimizer": torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3),
+    }
     exec(code, names)
     state = names["state"]
     return state.iteration, state.consumed_samples, state.config.precision.dtype
 
 
 def test_the_five_lines_of_the_page_run(pool):
-    code = re.search(r"<!-- executed by tests/test_plugin_runs.py -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    code = re.search(
+        r"<!-- executed by tests/test_plugin_runs.py -->\n```python\n(.*?)```",
+        PAGE.read_text(),
+        re.DOTALL,
+    )[1]
     assert pool(2, executed, code) == [(10, 40, "bf16")] * 2

@@ -1,13 +1,27 @@
 """The scripts that users start from run as they stand, each in real processes."""
+
 import re
 import time
 
 import pytest
+
 from pool import ROOT, run_script
 
 SCRIPTS = ROOT / "docs" / "scripts"
-NPROC = {"pure": None, "quickstart": 4, "custom_loop": 4, "custom_loss": 2, "custom_step": 2, "two_layouts": 2, "from_accelerate": 2}
-SAYS = {"pure": r"stage 3 \|.*\n.*\nbubble 27\.3%", "quickstart": r"40/40\|.*loss \d", "custom_loop": r"^  20  loss \d"}
+NPROC = {
+    "pure": None,
+    "quickstart": 4,
+    "custom_loop": 4,
+    "custom_loss": 2,
+    "custom_step": 2,
+    "two_layouts": 2,
+    "from_accelerate": 2,
+}
+SAYS = {
+    "pure": r"stage 3 \|.*\n.*\nbubble 27\.3%",
+    "quickstart": r"40/40\|.*loss \d",
+    "custom_loop": r"^  20  loss \d",
+}
 
 
 def test_every_script_is_run():
@@ -18,9 +32,15 @@ def test_every_script_is_run():
 def test_a_script_runs_as_it_stands(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     started = time.monotonic()
-    done = run_script([SCRIPTS / f"{name}.py"], nproc=NPROC[name], timeout=240)     # < 60 s on a quiet machine
-    assert done.returncode == 0, f"after {time.monotonic() - started:.0f} s\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    done = run_script(
+        [SCRIPTS / f"{name}.py"], nproc=NPROC[name], timeout=240
+    )  # < 60 s on a quiet machine
+    assert done.returncode == 0, (
+        f"after {time.monotonic() - started:.0f} s\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    )
     assert re.search(SAYS.get(name, ""), done.stdout + done.stderr, re.M)
-    assert not any(tmp_path.iterdir())                                               # nothing is left lying about
-    command = f"torchrun --nproc-per-node {NPROC[name]} {name}.py" if NPROC[name] else f"python {name}.py"
+    assert not any(tmp_path.iterdir())  # nothing is left lying about
+    command = (
+        f"torchrun --nproc-per-node {NPROC[name]} {name}.py" if NPROC[name] else f"python {name}.py"
+    )
     assert command in (SCRIPTS / f"{name}.py").read_text().split('"""')[1]

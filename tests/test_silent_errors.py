@@ -32,35 +32,48 @@ What cannot be had here: a router's count of masked tokens (7452, 10) and norms 
 ep > 1; a gated delta net's norm (7452, 11), since there is no linear attention; multi-token prediction (2417), images
 (LLaVA in 7452, 7), fully sharded parameters (6660, and 7452, 12 as it was), packed rows without padding, FP8.
 """
+
 from unittest import mock
 
 import attrs
 import pytest
+
+import megafn as mf
 import test_checkpoint
 from combinations import hold
 from equivalence import assert_equal, run_layout, short, uneven
 from test_features import metrics_of, refused
 
-import megafn as mf
-
 CP = dict(position_embedding="rope", num_query_groups=2, data="documents")
 QK = dict(qk_layernorm=True, position_embedding="rope", clip_grad=0.05, data="uneven")
-APART = dict(processes=4, tp=2, sequence_parallel=True, order="pp-dp-cp-ep-tp")          # tp of ranks 0 and 2, of 1 and 3
+APART = dict(
+    processes=4, tp=2, sequence_parallel=True, order="pp-dp-cp-ep-tp"
+)  # tp of ranks 0 and 2, of 1 and 3
 CASES = {
     "label_smoothing_over_tp": dict(processes=2, tp=2, smoothing=True, data="uneven"),
-    "label_smoothing_over_tp_of_an_untied_table_and_a_pipeline": dict(processes=4, tp=2, pp=2, smoothing=True, tie_word_embeddings=False, data="uneven"),
+    "label_smoothing_over_tp_of_an_untied_table_and_a_pipeline": dict(
+        processes=4, tp=2, pp=2, smoothing=True, tie_word_embeddings=False, data="uneven"
+    ),
     "uneven_counts_over_dp": dict(processes=4, data="alone"),
-    "uneven_counts_over_dp_of_a_pipeline_with_shards": dict(processes=4, pp=2, use_distributed_optimizer=True, data="uneven"),
-    "tp_of_ranks_that_are_not_neighbours_and_recomputation": dict(granularity="full", data="uneven", **APART),
+    "uneven_counts_over_dp_of_a_pipeline_with_shards": dict(
+        processes=4, pp=2, use_distributed_optimizer=True, data="uneven"
+    ),
+    "tp_of_ranks_that_are_not_neighbours_and_recomputation": dict(
+        granularity="full", data="uneven", **APART
+    ),
     "tp_of_ranks_that_are_not_neighbours_of_an_encoder_decoder": dict(data="t5", **APART),
     "uneven_counts_over_cp": dict(processes=2, cp=2, data="lopsided"),
     "uneven_counts_over_cp_and_dp": dict(processes=4, cp=2, data="uneven"),
     "replicated_parameters_in_the_norm_of_tp": dict(processes=2, tp=2, **QK),
-    "replicated_parameters_in_the_norm_of_sequence_parallelism": dict(processes=4, tp=4, sequence_parallel=True, **QK),
+    "replicated_parameters_in_the_norm_of_sequence_parallelism": dict(
+        processes=4, tp=4, sequence_parallel=True, **QK
+    ),
     "attention_over_cp": dict(processes=4, cp=4, **CP),
     "attention_over_cp_and_tp": dict(processes=4, cp=2, tp=2, sequence_parallel=True, **CP),
     "norm_over_shards": dict(processes=4, tp=2, use_distributed_optimizer=True, **QK),
-    "norm_over_shards_of_cp": dict(processes=4, cp=2, use_distributed_optimizer=True, clip_grad=0.05, data="uneven"),
+    "norm_over_shards_of_cp": dict(
+        processes=4, cp=2, use_distributed_optimizer=True, clip_grad=0.05, data="uneven"
+    ),
 }
 
 
@@ -77,14 +90,24 @@ def test_what_was_wrong_upstream_is_right_here(name, pool, references):
 def of_gathered_logits(logits, batch, pg):
     """The built-in loss of logits that hold the whole vocabulary on every rank."""
     from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+
     return mf.token_loss(gather_from_tensor_model_parallel_region(logits, group=pg.tp), batch, pg)
 
 
 def test_logits_gathered_over_tp_are_refused(pool):
     """7452, 2: the loss counted every logit tp times. It fits every shape, so only the logits themselves, alike on all ranks, tell."""
     config = short(tp=2)
-    for told, moved, _ in pool(2, refused, config, uneven(config, 0), attrs.evolve(mf.step_fn("gpt"), loss=of_gathered_logits)):
-        assert told.startswith("logits of shape (32, 2, 98) are the same on all 2 ranks of tp") and not moved
+    for told, moved, _ in pool(
+        2,
+        refused,
+        config,
+        uneven(config, 0),
+        attrs.evolve(mf.step_fn("gpt"), loss=of_gathered_logits),
+    ):
+        assert (
+            told.startswith("logits of shape (32, 2, 98) are the same on all 2 ranks of tp")
+            and not moved
+        )
 
 
 def rows_first(model, batch):
@@ -99,6 +122,7 @@ def loss_of_rows(logits, batch, pg):
 def watched(config, step):
     """As `run_layout`; and of each tensor that megatron-core summed over tp, whether it lay in one piece."""
     from megatron.core.tensor_parallel import mappings
+
     whole, reduce = [], mappings._reduce
 
     def sum_over(tensor, group):
@@ -114,7 +138,10 @@ def test_gradients_in_strides_of_memory_are_summed_over_tp(pool):
 
     megatron-core 0.16.1 still has it, so no tensor that comes to its `_reduce` may lie so.
     """
-    step, base = attrs.evolve(mf.step_fn("gpt"), forward=rows_first, loss=loss_of_rows), dict(num_attention_heads=2)
+    step, base = (
+        attrs.evolve(mf.step_fn("gpt"), forward=rows_first, loss=loss_of_rows),
+        dict(num_attention_heads=2),
+    )
     results, whole = zip(*pool(2, watched, short(tp=2, **base), step))
     assert all(whole) and all(map(all, whole))
     assert_equal(pool(1, run_layout, short(**base))[0], results)
@@ -127,19 +154,31 @@ def twice_told(logits, batch, pg):
     return mf.Loss(sum=total, count=loss.count, report={"again": total})
 
 
-@pytest.mark.parametrize("processes, layout", [(2, dict(pp=2)), (4, dict(cp=2, use_distributed_optimizer=True))], ids=["pp2", "cp2-dp2-dist"])
+@pytest.mark.parametrize(
+    "processes, layout",
+    [(2, dict(pp=2)), (4, dict(cp=2, use_distributed_optimizer=True))],
+    ids=["pp2", "cp2-dp2-dist"],
+)
 def test_a_report_that_shares_the_loss_s_memory(processes, layout, pool):
     """7513: the schedule divides the loss in place, by tokens and micro-batches, and what was reported with it."""
     plain = pool(1, metrics_of, short(), mf.step_fn("gpt"))[0]
-    for seen in pool(processes, metrics_of, short(**layout), attrs.evolve(mf.step_fn("gpt"), loss=twice_told)):
+    for seen in pool(
+        processes, metrics_of, short(**layout), attrs.evolve(mf.step_fn("gpt"), loss=twice_told)
+    ):
         for one, expected in zip(seen, plain, strict=True):
-            assert one["report"]["again"] == one["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+            assert (
+                one["report"]["again"] == one["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+            )
             assert one["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-4)
 
 
 def test_the_first_step_after_a_resume_has_its_own_weight_decay(pool, tmp_path):
     """7468: loading set the learning rate anew but left the decay that the new optimizer began with. On a ramp the next step is off."""
-    config = test_checkpoint.config_of(weight_decay_incr_style="linear", start_weight_decay=0.0, end_weight_decay=1.0)
-    (curve, start, end, _), = pool(1, test_checkpoint.run, config, tmp_path, test_checkpoint.SAVED)
-    (after, _, last, _), = pool(1, test_checkpoint.run, config, tmp_path)
-    assert_equal((curve[test_checkpoint.SAVED:], start, end), [(after, start, last)])
+    config = test_checkpoint.config_of(
+        weight_decay_incr_style="linear", start_weight_decay=0.0, end_weight_decay=1.0
+    )
+    ((curve, start, end, _),) = pool(
+        1, test_checkpoint.run, config, tmp_path, test_checkpoint.SAVED
+    )
+    ((after, _, last, _),) = pool(1, test_checkpoint.run, config, tmp_path)
+    assert_equal((curve[test_checkpoint.SAVED :], start, end), [(after, start, last)])

@@ -1,16 +1,17 @@
 """T5: every layout trains as the single process does; and that one computes what megatron-core's and transformers' T5 do."""
+
 from functools import cache, partial
 from unittest import mock
 
 import attrs
 import pytest
 import torch
-from equivalence import assert_equal, assert_obeys, local_parts, run_layout, share, tiny
-from test_equivalence import assert_close, halves, noisy, recomputation
 
 import megafn as mf
+from equivalence import assert_equal, assert_obeys, local_parts, run_layout, share, tiny
 from megafn.runtime.model.weights import local_parameters
 from megafn.runtime.parallel.megatron_context import megatron_context
+from test_equivalence import assert_close, halves, noisy, recomputation
 
 SP, DIST = dict(sequence_parallel=True), dict(use_distributed_optimizer=True)
 T5 = dict(family="t5", num_layers=4, seq_length=24, decoder_seq_length=16, steps=6)
@@ -30,9 +31,15 @@ def pairs(config, iteration, lengths=None):
         ids, labels = (torch.randint(0, model.vocab_size, (n,), generator=draw) for n in (s, t))
         mask, decoder_mask = torch.arange(s) < read, torch.arange(t) < write
         if row % 3 == 0:
-            mask = mask.flip(0)                                 # padded on the left
-        rows.append({"input_ids": ids, "attention_mask": mask.long(), "labels": labels.where(decoder_mask, -100),
-                     "decoder_attention_mask": decoder_mask.long()})
+            mask = mask.flip(0)  # padded on the left
+        rows.append(
+            {
+                "input_ids": ids,
+                "attention_mask": mask.long(),
+                "labels": labels.where(decoder_mask, -100),
+                "decoder_attention_mask": decoder_mask.long(),
+            }
+        )
     return rows
 
 
@@ -53,7 +60,11 @@ def single(pool):
 
 
 def obeys(pool, single, processes, base, layout, data=pairs):
-    assert_obeys(partial(single, data=data), tiny(**T5 | base), pool(processes, run_layout, tiny(**T5 | base | layout), data))
+    assert_obeys(
+        partial(single, data=data),
+        tiny(**T5 | base),
+        pool(processes, run_layout, tiny(**T5 | base | layout), data),
+    )
 
 
 def split(rank):
@@ -62,7 +73,7 @@ def split(rank):
 
 # ------------------------------------------------------------------------------------------------------ layouts
 
-LAYOUTS = {                                                     # name: (processes, layout, what it asks of the model)
+LAYOUTS = {  # name: (processes, layout, what it asks of the model)
     "tp2": (2, dict(tp=2)),
     "tp2-sp": (2, dict(tp=2, **SP)),
     "tp2-dp2-dist": (4, dict(tp=2, **DIST)),
@@ -89,14 +100,25 @@ def test_a_layout_trains_as_the_single_process_does(name, pool, single):
     obeys(pool, single, processes, *(base or [{}]), layout | recomputation(layout))
 
 
-LLAMA = dict(position_embedding="rope", activation="swiglu", normalization="RMSNorm", ffn_hidden_size=48, add_bias_linear=False)
-RELATIVE = dict(position_embedding="relative", relative_attention_num_buckets=8, relative_attention_max_distance=12)
+LLAMA = dict(
+    position_embedding="rope",
+    activation="swiglu",
+    normalization="RMSNorm",
+    ffn_hidden_size=48,
+    add_bias_linear=False,
+)
+RELATIVE = dict(
+    position_embedding="relative",
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=12,
+)
 UNTIED = dict(tie_word_embeddings=False)
 SHAPES = {
     "untied": UNTIED,
     "rope": LLAMA,
     "rope-untied": LLAMA | UNTIED,
-    "relative": RELATIVE | dict(normalization="RMSNorm", activation="gelu_tanh", add_bias_linear=False),
+    "relative": RELATIVE
+    | dict(normalization="RMSNorm", activation="gelu_tanh", add_bias_linear=False),
     "relative-untied": RELATIVE | UNTIED | dict(activation="geglu_tanh"),
     "no-positions": dict(position_embedding="none"),
     "qk-layernorm": dict(qk_layernorm=True, position_embedding="rope"),
@@ -118,7 +140,9 @@ def test_a_relative_table_on_every_stage_is_learnt_in_shards(pool, single):
 
 @pytest.mark.parametrize("granularity", ["selective", "full"])
 def test_relative_positions_learn_alike_under_recomputation(granularity, pool, single):
-    obeys(pool, single, 2, RELATIVE, dict(pp=2, recompute=mf.RecomputeConfig(granularity=granularity)))
+    obeys(
+        pool, single, 2, RELATIVE, dict(pp=2, recompute=mf.RecomputeConfig(granularity=granularity))
+    )
 
 
 @pytest.mark.parametrize("data", [of_many_lengths, of_one_sum])
@@ -127,27 +151,47 @@ def test_lengths_that_differ_between_micro_batches_obey_the_law(shape, data, poo
     obeys(pool, single, 4, SHAPES[shape], dict(pp=4), data)
 
 
-@pytest.mark.parametrize("processes, layout", [(2, dict(pp=2)), (4, dict(tp=2, **DIST)), (4, dict(tp=2, pp=2, **SP))],
-                         ids=["pp2", "tp2-dp2-dist", "tp2-pp2-sp"])
+@pytest.mark.parametrize(
+    "processes, layout",
+    [(2, dict(pp=2)), (4, dict(tp=2, **DIST)), (4, dict(tp=2, pp=2, **SP))],
+    ids=["pp2", "tp2-dp2-dist", "tp2-pp2-sp"],
+)
 def test_bf16_errs_in_a_layout_as_in_one_process(processes, layout, pool, single):
     """Weights five times as large as elsewhere: at 0.02 the layers hardly count beside the embedding."""
     obeys(pool, single, processes, RELATIVE | dict(dtype="bf16", init_method_std=0.1), layout)
 
 
-@pytest.mark.parametrize("processes, layout", [(1, {}), (4, dict(tp=2, pp=2, **SP))], ids=["single", "tp2-pp2-sp"])
+@pytest.mark.parametrize(
+    "processes, layout", [(1, {}), (4, dict(tp=2, pp=2, **SP))], ids=["single", "tp2-pp2-sp"]
+)
 def test_recomputation_with_dropout_changes_no_bit(processes, layout, pool):
     base = T5 | RELATIVE | dict(hidden_dropout=0.1, attention_dropout=0.1, steps=3) | layout
     plain = pool(processes, run_layout, tiny(**base), pairs)
-    assert plain[0][0] != pool(processes, run_layout, tiny(**base | dict(hidden_dropout=0.0)), pairs)[0][0]
+    assert (
+        plain[0][0]
+        != pool(processes, run_layout, tiny(**base | dict(hidden_dropout=0.0)), pairs)[0][0]
+    )
     for granularity in ("selective", "full"):
-        again = pool(processes, run_layout, tiny(**base, recompute=mf.RecomputeConfig(granularity=granularity)), pairs)
+        again = pool(
+            processes,
+            run_layout,
+            tiny(**base, recompute=mf.RecomputeConfig(granularity=granularity)),
+            pairs,
+        )
         for (curve, _, end), (other, _, others) in zip(plain, again):
-            assert curve == other and all(torch.equal(a, b) for (_, a, *_), (_, b, *_) in zip(end, others, strict=True))
+            assert curve == other and all(
+                torch.equal(a, b) for (_, a, *_), (_, b, *_) in zip(end, others, strict=True)
+            )
 
 
 def own_batch(raw, config, pg):
     """Texts of one's own under names of one's own; `decoder_tokens` is what stages must know of, see `Step`."""
-    return {"tokens": raw["input_ids"], "decoder_tokens": raw["written"], "wanted": raw["labels"], "counted": (raw["labels"] >= 0).float()}
+    return {
+        "tokens": raw["input_ids"],
+        "decoder_tokens": raw["written"],
+        "wanted": raw["labels"],
+        "counted": (raw["labels"] >= 0).float(),
+    }
 
 
 def own_forward(model, batch):
@@ -155,9 +199,16 @@ def own_forward(model, batch):
 
 
 def own_loss(logits, batch, pg, *, weight):
-    losses = mf.cross_entropy(logits, batch["wanted"].clamp(min=0), pg) + weight * mf.logsumexp(logits, pg) ** 2
+    losses = (
+        mf.cross_entropy(logits, batch["wanted"].clamp(min=0), pg)
+        + weight * mf.logsumexp(logits, pg) ** 2
+    )
     right = mf.argmax(logits, pg) == batch["wanted"]
-    return mf.Loss(sum=(losses * batch["counted"]).sum(), count=batch["counted"].sum(), report={"accuracy": (right * batch["counted"]).sum()})
+    return mf.Loss(
+        sum=(losses * batch["counted"]).sum(),
+        count=batch["counted"].sum(),
+        report={"accuracy": (right * batch["counted"]).sum()},
+    )
 
 
 OWN = mf.Step(batch=own_batch, forward=own_forward, loss=partial(own_loss, weight=1e-2))
@@ -166,23 +217,36 @@ OWN = mf.Step(batch=own_batch, forward=own_forward, loss=partial(own_loss, weigh
 def own_pairs(config, iteration):
     """Rows of `pairs` without masks, with the decoder's inputs drawn freely."""
     draw = torch.Generator().manual_seed(iteration)
-    return [{"input_ids": row["input_ids"], "labels": row["labels"], "written": torch.randint(0, 97, row["labels"].shape, generator=draw)}
-            for row in pairs(config, iteration)]
+    return [
+        {
+            "input_ids": row["input_ids"],
+            "labels": row["labels"],
+            "written": torch.randint(0, 97, row["labels"].shape, generator=draw),
+        }
+        for row in pairs(config, iteration)
+    ]
 
 
-@pytest.mark.parametrize("processes, layout", [(2, dict(pp=2)), (4, dict(tp=2, pp=2, **SP)), (4, split(1)), (4, dict(tp=2, **DIST))],
-                         ids=["pp2", "tp2-pp2-sp", "pp4-split1", "tp2-dp2-dist"])
+@pytest.mark.parametrize(
+    "processes, layout",
+    [(2, dict(pp=2)), (4, dict(tp=2, pp=2, **SP)), (4, split(1)), (4, dict(tp=2, **DIST))],
+    ids=["pp2", "tp2-pp2-sp", "pp4-split1", "tp2-dp2-dist"],
+)
 def test_a_step_of_ones_own_obeys_the_law(processes, layout, pool):
     base = dict(T5, num_decoder_layers=3)
-    alone, = pool(1, run_layout, tiny(**base), own_pairs, OWN)
+    (alone,) = pool(1, run_layout, tiny(**base), own_pairs, OWN)
     assert_equal(alone, pool(processes, run_layout, tiny(**base | layout), own_pairs, OWN))
-    assert abs(alone[0][0][0] - pool(1, run_layout, tiny(**base), own_pairs)[0][0][0][0]) > 1e-2, "the weight of its own counts"
+    assert abs(alone[0][0][0] - pool(1, run_layout, tiny(**base), own_pairs)[0][0][0][0]) > 1e-2, (
+        "the weight of its own counts"
+    )
 
 
 # ------------------------------------------------------------------------------ the single process itself is right
 
+
 def one_step(config, batch):
     """Loss, weights before and gradients of one step of one process, by name; the output layer's bias is 0."""
+
     def without_bias(*arguments, **flags):
         stage = noisy(*arguments, **flags)
         if stage.output_layer.bias is not None:
@@ -193,7 +257,14 @@ def one_step(config, batch):
         state = mf.setup(config, pg, model=without_bias)
         weights = mf.whole_parameters(state.chunks, config.model, pg)
         _, metrics = mf.train_step(state, batch, mf.step_fn("t5"))
-        return metrics.loss, weights, {part.name: part.parameter.main_grad.clone() for part in local_parameters(state.chunks[0], config.model, pg)}
+        return (
+            metrics.loss,
+            weights,
+            {
+                part.name: part.parameter.main_grad.clone()
+                for part in local_parameters(state.chunks[0], config.model, pg)
+            },
+        )
 
 
 def step_config(**shape):
@@ -204,11 +275,18 @@ def step_config(**shape):
 def hugging_face_batch():
     """Four pairs; rows of both sides end early, and a label in the middle does not count."""
     draw = torch.Generator().manual_seed(3)
-    ids, labels = torch.randint(1, 97, (4, 24), generator=draw), torch.randint(1, 97, (4, 16), generator=draw)
+    ids, labels = (
+        torch.randint(1, 97, (4, 24), generator=draw),
+        torch.randint(1, 97, (4, 16), generator=draw),
+    )
     read, write = torch.tensor([24, 7, 1, 20])[:, None], torch.tensor([16, 3, 12, 1])[:, None]
     labels = labels.masked_fill(torch.arange(16)[None] >= write, -100)
     labels[0, 5] = -100
-    return {"input_ids": ids, "attention_mask": (torch.arange(24)[None] < read).long(), "labels": labels}
+    return {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(24)[None] < read).long(),
+        "labels": labels,
+    }
 
 
 def as_transformers(whole, model, scaled):
@@ -216,29 +294,66 @@ def as_transformers(whole, model, scaled):
     that ours has not: queries are not divided by sqrt(head size) there, and a tied output layer's input is by sqrt(hidden size)."""
     heads, size = model.num_attention_heads, model.head_size
     words = whole["embedding.word_embeddings.weight"]
-    made = {"shared.weight": words, "encoder.embed_tokens.weight": words, "decoder.embed_tokens.weight": words,
-            "lm_head.weight": words if model.tie_word_embeddings else whole["output_layer.weight"]}
+    made = {
+        "shared.weight": words,
+        "encoder.embed_tokens.weight": words,
+        "decoder.embed_tokens.weight": words,
+        "lm_head.weight": words if model.tie_word_embeddings else whole["output_layer.weight"],
+    }
     for half, layers in (("encoder", model.num_layers), ("decoder", model.decoder_layers)):
         final = whole[f"{half}.final_layernorm.weight"]
-        made[f"{half}.final_layer_norm.weight"] = scaled(final, model.hidden_size**0.5) if half == "decoder" and model.tie_word_embeddings else final
-        made[f"{half}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = whole[f"{half}_relative_pos_emb.relative_attention_bias.weight"]
+        made[f"{half}.final_layer_norm.weight"] = (
+            scaled(final, model.hidden_size**0.5)
+            if half == "decoder" and model.tie_word_embeddings
+            else final
+        )
+        made[f"{half}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = whole[
+            f"{half}_relative_pos_emb.relative_attention_bias.weight"
+        ]
         for i in range(layers):
             ours, theirs = f"{half}.layers.{i}.", f"{half}.block.{i}.layer."
             last = 2 if half == "decoder" else 1
-            q, k, v = whole[ours + "self_attention.linear_qkv.weight"].view(heads, 3, size, -1).transpose(0, 1).flatten(1, 2)
-            made |= {f"{theirs}0.SelfAttention.q.weight": scaled(q, size**-0.5), f"{theirs}0.SelfAttention.k.weight": k,
-                     f"{theirs}0.SelfAttention.v.weight": v, f"{theirs}0.SelfAttention.o.weight": whole[ours + "self_attention.linear_proj.weight"],
-                     f"{theirs}0.layer_norm.weight": whole[ours + "input_layernorm.weight"],
-                     f"{theirs}{last}.layer_norm.weight": whole[ours + "pre_mlp_layernorm.weight"]}
+            q, k, v = (
+                whole[ours + "self_attention.linear_qkv.weight"]
+                .view(heads, 3, size, -1)
+                .transpose(0, 1)
+                .flatten(1, 2)
+            )
+            made |= {
+                f"{theirs}0.SelfAttention.q.weight": scaled(q, size**-0.5),
+                f"{theirs}0.SelfAttention.k.weight": k,
+                f"{theirs}0.SelfAttention.v.weight": v,
+                f"{theirs}0.SelfAttention.o.weight": whole[
+                    ours + "self_attention.linear_proj.weight"
+                ],
+                f"{theirs}0.layer_norm.weight": whole[ours + "input_layernorm.weight"],
+                f"{theirs}{last}.layer_norm.weight": whole[ours + "pre_mlp_layernorm.weight"],
+            }
             if half == "decoder":
-                k, v = whole[ours + "cross_attention.linear_kv.weight"].view(heads, 2, size, -1).transpose(0, 1).flatten(1, 2)
-                made |= {f"{theirs}1.EncDecAttention.q.weight": scaled(whole[ours + "cross_attention.linear_q.weight"], size**-0.5),
-                         f"{theirs}1.EncDecAttention.k.weight": k, f"{theirs}1.EncDecAttention.v.weight": v,
-                         f"{theirs}1.EncDecAttention.o.weight": whole[ours + "cross_attention.linear_proj.weight"],
-                         f"{theirs}1.layer_norm.weight": whole[ours + "pre_cross_attn_layernorm.weight"]}
+                k, v = (
+                    whole[ours + "cross_attention.linear_kv.weight"]
+                    .view(heads, 2, size, -1)
+                    .transpose(0, 1)
+                    .flatten(1, 2)
+                )
+                made |= {
+                    f"{theirs}1.EncDecAttention.q.weight": scaled(
+                        whole[ours + "cross_attention.linear_q.weight"], size**-0.5
+                    ),
+                    f"{theirs}1.EncDecAttention.k.weight": k,
+                    f"{theirs}1.EncDecAttention.v.weight": v,
+                    f"{theirs}1.EncDecAttention.o.weight": whole[
+                        ours + "cross_attention.linear_proj.weight"
+                    ],
+                    f"{theirs}1.layer_norm.weight": whole[ours + "pre_cross_attn_layernorm.weight"],
+                }
             fc1 = whole[ours + "mlp.linear_fc1.weight"]
-            made |= {f"{theirs}{last}.DenseReluDense.{name}.weight": value for name, value in
-                     (zip(("wi_0", "wi_1"), fc1.chunk(2)) if model.gated else [("wi", fc1)])}
+            made |= {
+                f"{theirs}{last}.DenseReluDense.{name}.weight": value
+                for name, value in (
+                    zip(("wi_0", "wi_1"), fc1.chunk(2)) if model.gated else [("wi", fc1)]
+                )
+            }
             made[f"{theirs}{last}.DenseReluDense.wo.weight"] = whole[ours + "mlp.linear_fc2.weight"]
     return made
 
@@ -251,17 +366,46 @@ def test_loss_and_gradients_are_those_of_transformers(tied, activation, theirs, 
     whose gradient is not compared), and it does not divide that layer's input by the root of the hidden size. It has biases
     and LayerNorm too, which are left out by the config. Labels that shift right behind token 0 are transformers' own."""
     transformers = pytest.importorskip("transformers")
-    config = step_config(activation=activation, tie_word_embeddings=tied, normalization="RMSNorm", add_bias_linear=False, kv_channels=12,
-                         ffn_hidden_size=48, norm_epsilon=1e-5, num_layers=3, num_decoder_layers=2, **RELATIVE)
-    reference = transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=97, d_model=32, d_kv=12, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4, relative_attention_num_buckets=8,
-        relative_attention_max_distance=12, dropout_rate=0.0, layer_norm_epsilon=1e-5, feed_forward_proj=theirs, tie_word_embeddings=tied,
-        decoder_start_token_id=0, pad_token_id=0))
-    if not tied:                                   # from version 5 on it ties them whatever the config says, and only does not divide
+    config = step_config(
+        activation=activation,
+        tie_word_embeddings=tied,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        kv_channels=12,
+        ffn_hidden_size=48,
+        norm_epsilon=1e-5,
+        num_layers=3,
+        num_decoder_layers=2,
+        **RELATIVE,
+    )
+    reference = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=97,
+            d_model=32,
+            d_kv=12,
+            d_ff=48,
+            num_layers=3,
+            num_decoder_layers=2,
+            num_heads=4,
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=12,
+            dropout_rate=0.0,
+            layer_norm_epsilon=1e-5,
+            feed_forward_proj=theirs,
+            tie_word_embeddings=tied,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+        )
+    )
+    if (
+        not tied
+    ):  # from version 5 on it ties them whatever the config says, and only does not divide
         reference.lm_head.weight = torch.nn.Parameter(torch.empty_like(reference.lm_head.weight))
     batch = hugging_face_batch()
     loss, weights, gradients = pool(1, one_step, config, halves(batch))[0]
-    told = reference.load_state_dict(as_transformers(weights, config.model, lambda value, factor: value * factor), strict=False)
+    told = reference.load_state_dict(
+        as_transformers(weights, config.model, lambda value, factor: value * factor), strict=False
+    )
     assert not told.unexpected_keys and not told.missing_keys
     expected = reference.double()(**batch).loss
     expected.backward()
@@ -277,7 +421,10 @@ def beside_megatron(config):
     """Logits and gradients of the built-in stage and of megatron-core's own T5Model with the same weights, on sequences padded with 0."""
     from megatron.core.datasets.t5_dataset import T5MaskedWordPieceDataset
     from megatron.core.models.T5 import T5Model  # warns that Apex is not there
-    from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec, encoder_model_with_local_spec
+    from megatron.core.models.T5.t5_spec import (
+        decoder_model_with_local_spec,
+        encoder_model_with_local_spec,
+    )
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megafn.runtime.model.layers import Attention
@@ -291,37 +438,87 @@ def beside_megatron(config):
             return super().forward(query, key, value, attention_mask, **options)
 
     model, draw = config.model, torch.Generator().manual_seed(5)
-    tokens, decoder_tokens = torch.randint(1, 96, (2, 24), generator=draw), torch.randint(1, 96, (2, 16), generator=draw)
+    tokens, decoder_tokens = (
+        torch.randint(1, 96, (2, 24), generator=draw),
+        torch.randint(1, 96, (2, 16), generator=draw),
+    )
     tokens[0, 9:], decoder_tokens[1, 4:] = 0, 0
-    masks = T5MaskedWordPieceDataset.config_attention_mask(tokens, decoder_tokens, tokens > 0, decoder_tokens > 0, use_local=True)
-    with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg, megatron_context(pg, 1), \
-            mock.patch.object(ProcessGroupCollection, "use_mpu_process_groups", lambda *_, **__: pg.collection):
+    masks = T5MaskedWordPieceDataset.config_attention_mask(
+        tokens, decoder_tokens, tokens > 0, decoder_tokens > 0, use_local=True
+    )
+    with (
+        mf.init_groups(mf.build_groups(config.parallel, 1)) as pg,
+        megatron_context(pg, 1),
+        mock.patch.object(
+            ProcessGroupCollection, "use_mpu_process_groups", lambda *_, **__: pg.collection
+        ),
+    ):
         stage = noisy(config, pg, pre_process=True, post_process=True, vp_stage=None)
         encoder, decoder = encoder_model_with_local_spec(), decoder_model_with_local_spec()
         cross = decoder.submodules.cross_attention.submodules
-        cross.linear_q = cross.linear_kv = partial(cross.linear_q, tp_group=pg.tp)        # it hands them none
+        cross.linear_q = cross.linear_kv = partial(
+            cross.linear_q, tp_group=pg.tp
+        )  # it hands them none
         if model.position_embedding == "relative":
             for layer in (encoder, decoder):
                 layer.submodules.self_attention.submodules.core_attention = Biased
-        mcore = [attrs.evolve(config, model=attrs.evolve(model, num_layers=layers)) for layers in (model.decoder_layers, model.num_layers)]
-        theirs = T5Model(*(mf.transformer_config(one, pg) for one in mcore), encoder, decoder, model.vocab_size, model.position_rows,
-                         share_embeddings_and_output_weights=model.tie_word_embeddings, position_embedding_type=model.position_embedding,
-                         relative_attention_num_buckets=8, relative_attention_max_distance=12, pg_collection=pg.collection)
+        mcore = [
+            attrs.evolve(config, model=attrs.evolve(model, num_layers=layers))
+            for layers in (model.decoder_layers, model.num_layers)
+        ]
+        theirs = T5Model(
+            *(mf.transformer_config(one, pg) for one in mcore),
+            encoder,
+            decoder,
+            model.vocab_size,
+            model.position_rows,
+            share_embeddings_and_output_weights=model.tie_word_embeddings,
+            position_embedding_type=model.position_embedding,
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=12,
+            pg_collection=pg.collection,
+        )
         own = stage.state_dict()
-        own |= {"lm_head." + name: value for name, value in own.items() if name.startswith("output_layer.")}
-        own |= {"position_embeddings.weight": value for name, value in own.items() if name == "embedding.position_embeddings.weight"}
+        own |= {
+            "lm_head." + name: value
+            for name, value in own.items()
+            if name.startswith("output_layer.")
+        }
+        own |= {
+            "position_embeddings.weight": value
+            for name, value in own.items()
+            if name == "embedding.position_embeddings.weight"
+        }
         theirs.load_state_dict(own)
-        batch = mf.step_fn("t5").batch({"text_enc": tokens, "text_dec": decoder_tokens, "labels": decoder_tokens, "enc_mask": (tokens > 0).long(),
-                                        "dec_mask": (decoder_tokens > 0).long()}, config, pg)
+        batch = mf.step_fn("t5").batch(
+            {
+                "text_enc": tokens,
+                "text_dec": decoder_tokens,
+                "labels": decoder_tokens,
+                "enc_mask": (tokens > 0).long(),
+                "dec_mask": (decoder_tokens > 0).long(),
+            },
+            config,
+            pg,
+        )
         real, found = (decoder_tokens > 0)[..., None], []
-        for net, logits in ((stage, mf.step_fn("t5").forward(stage, batch).transpose(0, 1)), (theirs, theirs(tokens, decoder_tokens, *masks))):
+        for net, logits in (
+            (stage, mf.step_fn("t5").forward(stage, batch).transpose(0, 1)),
+            (theirs, theirs(tokens, decoder_tokens, *masks)),
+        ):
             (logits * real * torch.linspace(-1, 1, logits.size(-1))).sum().backward()
-            found.append({"logits": (logits * real).detach()} | {name.removeprefix("lm_head."): p.grad for name, p in net.named_parameters()})
+            found.append(
+                {"logits": (logits * real).detach()}
+                | {name.removeprefix("lm_head."): p.grad for name, p in net.named_parameters()}
+            )
         return found
 
 
-@pytest.mark.parametrize("shape", [{}, UNTIED, dict(position_embedding="rope", num_decoder_layers=2), RELATIVE],
-                         ids=["learned", "untied", "rope", "relative"])
+@pytest.mark.parametrize(
+    "shape",
+    [{}, UNTIED, dict(position_embedding="rope", num_decoder_layers=2), RELATIVE],
+    ids=["learned", "untied", "rope", "relative"],
+)
 def test_logits_and_gradients_are_those_of_megatron_cores_own_model(shape, pool):
     ours, theirs = pool(1, beside_megatron, tiny(**T5 | dict(vocab_size=96) | shape))[0]
     assert ours.keys() == theirs.keys()
@@ -331,42 +528,90 @@ def test_logits_and_gradients_are_those_of_megatron_cores_own_model(shape, pool)
 
 # ---------------------------------------------------------------------------------------------- batches and masks
 
+
 def batch_of(raw, config):
     with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg:
         return mf.step_fn("t5").batch(raw, config, pg)
 
 
 CONFIG = tiny(**T5)
-RAW = {"input_ids": torch.arange(8).view(2, 4), "labels": torch.tensor([[5, 6, -100], [7, -100, 9]])}
+RAW = {
+    "input_ids": torch.arange(8).view(2, 4),
+    "labels": torch.tensor([[5, 6, -100], [7, -100, 9]]),
+}
 
 
 def test_labels_shift_right_behind_the_start_token():
     batch = batch_of(RAW, tiny(**T5, decoder_start_token_id=3))
-    assert batch["decoder_tokens"].tolist() == [[3, 5, 6], [3, 7, 3]] and batch["labels"].tolist() == RAW["labels"].tolist()
-    assert batch["loss_mask"].tolist() == [[1, 1, 0], [1, 0, 1]] and not [key for key in batch if key.endswith("attention_mask")]
+    assert (
+        batch["decoder_tokens"].tolist() == [[3, 5, 6], [3, 7, 3]]
+        and batch["labels"].tolist() == RAW["labels"].tolist()
+    )
+    assert batch["loss_mask"].tolist() == [[1, 1, 0], [1, 0, 1]] and not [
+        key for key in batch if key.endswith("attention_mask")
+    ]
     given = batch_of(RAW | {"decoder_input_ids": torch.ones(2, 3, dtype=torch.long)}, CONFIG)
     assert given["decoder_tokens"].tolist() == [[1, 1, 1]] * 2
 
 
 def test_masks_hide_padding_on_both_sides_and_what_comes_later():
-    batch = batch_of(RAW | {"attention_mask": torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]), "decoder_attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}, CONFIG)
-    assert batch["attention_mask"].tolist() == batch["cross_attention_mask"].tolist() == [[[[False, False, True, True]]], [[[True, False, False, False]]]]
-    assert batch["decoder_attention_mask"][1, 0].tolist() == [[False, True, True], [False, False, True], [False] * 3]
-    assert batch["decoder_attention_mask"][0, 0, :2].tolist() == [[False, True, True], [False, False, True]]
-    assert batch["loss_mask"].tolist() == [[1, 1, 0], [1, 0, 1]]                # padding predicts nothing
+    batch = batch_of(
+        RAW
+        | {
+            "attention_mask": torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]),
+            "decoder_attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        },
+        CONFIG,
+    )
+    assert (
+        batch["attention_mask"].tolist()
+        == batch["cross_attention_mask"].tolist()
+        == [[[[False, False, True, True]]], [[[True, False, False, False]]]]
+    )
+    assert batch["decoder_attention_mask"][1, 0].tolist() == [
+        [False, True, True],
+        [False, False, True],
+        [False] * 3,
+    ]
+    assert batch["decoder_attention_mask"][0, 0, :2].tolist() == [
+        [False, True, True],
+        [False, False, True],
+    ]
+    assert batch["loss_mask"].tolist() == [[1, 1, 0], [1, 0, 1]]  # padding predicts nothing
 
 
-@pytest.mark.parametrize("changes, told", [
-    ({"labels": None}, "'input_ids' and 'labels', are wanted"),
-    ({"labels": torch.ones(3, 3, dtype=torch.long)}, "2 rows, as batch['input_ids'] has, are wanted"),
-    ({"labels": torch.full((2, 3), 97)}, "batch['labels']: token id 97 is outside the vocabulary"),
-    ({"input_ids": torch.full((2, 4), -1)}, "batch['input_ids']: token id -1 is outside the vocabulary"),
-    ({"decoder_input_ids": torch.ones(2, 4, dtype=torch.long)}, "batch['decoder_input_ids']"),
-    ({"attention_mask": torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])}, "batch['attention_mask'] hides every token of row 0"),
-    ({"attention_mask": torch.full((2, 4), 2)}, "batch['attention_mask'] holds 2"),
-    ({"decoder_attention_mask": torch.ones(2, 4)}, "batch['decoder_attention_mask'] of shape [2, 4]"),
-    ({"labels": torch.ones(2, 30, dtype=torch.long)}, "sequences of 30 tokens, and the position table has 24 rows"),
-])
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"labels": None}, "'input_ids' and 'labels', are wanted"),
+        (
+            {"labels": torch.ones(3, 3, dtype=torch.long)},
+            "2 rows, as batch['input_ids'] has, are wanted",
+        ),
+        (
+            {"labels": torch.full((2, 3), 97)},
+            "batch['labels']: token id 97 is outside the vocabulary",
+        ),
+        (
+            {"input_ids": torch.full((2, 4), -1)},
+            "batch['input_ids']: token id -1 is outside the vocabulary",
+        ),
+        ({"decoder_input_ids": torch.ones(2, 4, dtype=torch.long)}, "batch['decoder_input_ids']"),
+        (
+            {"attention_mask": torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])},
+            "batch['attention_mask'] hides every token of row 0",
+        ),
+        ({"attention_mask": torch.full((2, 4), 2)}, "batch['attention_mask'] holds 2"),
+        (
+            {"decoder_attention_mask": torch.ones(2, 4)},
+            "batch['decoder_attention_mask'] of shape [2, 4]",
+        ),
+        (
+            {"labels": torch.ones(2, 30, dtype=torch.long)},
+            "sequences of 30 tokens, and the position table has 24 rows",
+        ),
+    ],
+)
 def test_a_bad_batch_is_refused_with_a_sentence(changes, told):
     with pytest.raises(ValueError) as raised:
         batch_of(RAW | changes, CONFIG)
@@ -375,9 +620,12 @@ def test_a_bad_batch_is_refused_with_a_sentence(changes, told):
 
 # ------------------------------------------------------------------------------------------------------- features
 
+
 def through_logits(config):
     """The loss of a step, as it says and as its logits have it; None on stages that get none."""
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size(), model=config.model)) as pg:
+    with mf.init_groups(
+        mf.build_groups(config.parallel, mf.world_size(), model=config.model)
+    ) as pg:
         state = mf.setup(config, pg)
         batch = share(pairs(config, 0), config, pg)
         with pytest.raises(mf.ConfigError, match="its decoder wants an input of its own"):
@@ -385,19 +633,30 @@ def through_logits(config):
         _, metrics = mf.train_step(state, batch, mf.step_fn("t5"))
         if metrics.logits is None:
             return metrics.loss, None
-        losses = [torch.nn.functional.cross_entropy(one.flatten(0, 1), raw["labels"].flatten(), reduction="sum") for one, raw in zip(metrics.logits, batch, strict=True)]
-        return metrics.loss, (sum(losses) / sum((raw["labels"] != -100).sum() for raw in batch)).item()
+        losses = [
+            torch.nn.functional.cross_entropy(
+                one.flatten(0, 1), raw["labels"].flatten(), reduction="sum"
+            )
+            for one, raw in zip(metrics.logits, batch, strict=True)
+        ]
+        return metrics.loss, (
+            sum(losses) / sum((raw["labels"] != -100).sum() for raw in batch)
+        ).item()
 
 
 def test_logits_are_returned_whole_and_give_the_loss(pool):
     for where in ("last_stage", "every_stage"):
         results = pool(4, through_logits, tiny(**T5 | dict(tp=2, pp=2, return_logits=where)))
         given = [found for _, found in results if found is not None]
-        assert len(given) == (2 if where == "last_stage" else 4) and given == pytest.approx([results[0][0]] * len(given), rel=1e-5)
+        assert len(given) == (2 if where == "last_stage" else 4) and given == pytest.approx(
+            [results[0][0]] * len(given), rel=1e-5
+        )
 
 
 def with_groups_of_a_gpt(config):
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=20) as pg:
+    with mf.init_groups(
+        mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=20
+    ) as pg:
         with pytest.raises(mf.ConfigError, match="make them from mf.build_groups"):
             mf.setup(config, pg)
 
@@ -408,13 +667,17 @@ def test_groups_that_know_nothing_of_the_split_are_refused(pool):
 
 def goes_on_elsewhere(config, folder, reading):
     """Three steps of a layout, and a checkpoint; or the three behind it, in another: curve, parameters before all steps and after."""
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size(), model=config.model)) as pg:
+    with mf.init_groups(
+        mf.build_groups(config.parallel, mf.world_size(), model=config.model)
+    ) as pg:
         state, curve = mf.setup(config, pg), []
         start = local_parts(state)
         if reading:
             state = mf.load(state, folder)
         for iteration in range(state.iteration, state.iteration + 3):
-            state, metrics = mf.train_step(state, share(pairs(config, iteration), config, pg), mf.step_fn("t5"))
+            state, metrics = mf.train_step(
+                state, share(pairs(config, iteration), config, pg), mf.step_fn("t5")
+            )
             curve.append((metrics.loss, metrics.grad_norm))
         if not reading:
             mf.save(state, folder)
@@ -424,15 +687,24 @@ def goes_on_elsewhere(config, folder, reading):
 def test_a_checkpoint_goes_on_in_another_layout(pool, single, tmp_path):
     pool(8, goes_on_elsewhere, tiny(**T5 | RELATIVE | dict(pp=4, **DIST)), str(tmp_path), False)
     curve, before, after = single(tiny(**T5 | RELATIVE), data=pairs)
-    assert_equal((curve[3:], before, after), pool(4, goes_on_elsewhere, tiny(**T5 | RELATIVE | dict(tp=2, pp=2)), str(tmp_path), True))
+    assert_equal(
+        (curve[3:], before, after),
+        pool(4, goes_on_elsewhere, tiny(**T5 | RELATIVE | dict(tp=2, pp=2)), str(tmp_path), True),
+    )
 
 
 def counted(config):
     """Operations of one forward pass over two pairs, as torch counts them."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg, megatron_context(pg, 1), torch.no_grad(), \
-            sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:       # the CPU's fused kernel is not counted
+
+    with (
+        mf.init_groups(mf.build_groups(config.parallel, 1)) as pg,
+        megatron_context(pg, 1),
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):  # the CPU's fused kernel is not counted
         stage = mf.build_chunk(config, pg, pre_process=True, post_process=True, vp_stage=None)
         stage(torch.zeros(2, 24, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long))
         return counter.get_total_flops()

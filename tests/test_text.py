@@ -1,4 +1,5 @@
 """Text: nothing of it is lost on the way into token ids, into splits and into files."""
+
 import json
 import os
 import sys
@@ -14,7 +15,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megafn.pure.config.problems import ConfigError
 from megafn.runtime.text import indexing as text_module
-from megafn.runtime.text.indexing import PARTS, demo_text, index_text, indexed_text, read_documents, split_documents
+from megafn.runtime.text.indexing import (
+    PARTS,
+    demo_text,
+    index_text,
+    indexed_text,
+    read_documents,
+    split_documents,
+)
 from megafn.runtime.text.tokenizer import byte_tokenizer, load_tokenizer
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
@@ -31,12 +39,22 @@ def pieces(prefix, tokenizer=byte_tokenizer()):
 
 # ------------------------------------------------------------------------------------------------- tokenizers
 
+
 @given(texts)
 def test_bytes_give_the_text_back_and_no_text_holds_a_special_id(text):
     tokenizer = byte_tokenizer()
     ids = tokenizer.encode(text)
-    special = {tokenizer.eod, tokenizer.pad, tokenizer.cls, tokenizer.sep, tokenizer.mask, tokenizer.bos, tokenizer.eos,
-               tokenizer.unk, *tokenizer.additional_special_tokens_ids}
+    special = {
+        tokenizer.eod,
+        tokenizer.pad,
+        tokenizer.cls,
+        tokenizer.sep,
+        tokenizer.mask,
+        tokenizer.bos,
+        tokenizer.eos,
+        tokenizer.unk,
+        *tokenizer.additional_special_tokens_ids,
+    }
     assert len(special) == 14 and special == {0, 0xC0, 0xC1, *range(0xF5, 0x100)}
     assert not special & set(ids.tolist())
     with_specials = np.concatenate([[tokenizer.bos], ids, sorted(special)])
@@ -62,25 +80,45 @@ def hugging_face(tmp_path):
     def write(*special, name="tokenizer.json"):
         made = tokenizers.Tokenizer(tokenizers.models.BPE())
         level = tokenizers.pre_tokenizers.ByteLevel
-        made.pre_tokenizer, made.decoder = level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-        made.train_from_iterator(["hello world " * 10], tokenizers.trainers.BpeTrainer(
-            vocab_size=280, special_tokens=list(special), initial_alphabet=level.alphabet(), show_progress=False))
+        made.pre_tokenizer, made.decoder = (
+            level(add_prefix_space=False),
+            tokenizers.decoders.ByteLevel(),
+        )
+        made.train_from_iterator(
+            ["hello world " * 10],
+            tokenizers.trainers.BpeTrainer(
+                vocab_size=280,
+                special_tokens=list(special),
+                initial_alphabet=level.alphabet(),
+                show_progress=False,
+            ),
+        )
         made.enable_truncation(4)
         made.enable_padding(length=8)
         made.save(str(tmp_path / name))
         return str(tmp_path / name)
+
     return write
 
 
-def test_a_hugging_face_tokenizer_keeps_the_whole_text_and_lets_no_text_end_a_document(hugging_face):
+def test_a_hugging_face_tokenizer_keeps_the_whole_text_and_lets_no_text_end_a_document(
+    hugging_face,
+):
     tokenizer = load_tokenizer(hugging_face("[SEP]", "</s>", "<pad>"))
-    assert (tokenizer.eod, tokenizer.sep, tokenizer.pad, tokenizer.eos, tokenizer.mask) == (1, 0, 2, 1, None)
+    assert (tokenizer.eod, tokenizer.sep, tokenizer.pad, tokenizer.eos, tokenizer.mask) == (
+        1,
+        0,
+        2,
+        1,
+        None,
+    )
     text = "hello world, hello </s> né\n" * 3
     ids = tokenizer.encode(text)
     assert tokenizer.decode([*ids, tokenizer.eod]) == text and tokenizer.eod not in ids
     assert max(ids) < tokenizer.vocab_size and len(ids) < len(text.encode())
     assert json.dumps(dict(tokenizer.unique_identifiers)) != json.dumps(
-        dict(load_tokenizer(hugging_face("<|endoftext|>", name="b.json")).unique_identifiers))
+        dict(load_tokenizer(hugging_face("<|endoftext|>", name="b.json")).unique_identifiers)
+    )
 
 
 def test_a_tokenizer_that_cannot_serve_is_refused(hugging_face, tmp_path, monkeypatch):
@@ -98,8 +136,14 @@ def test_a_tokenizer_that_cannot_serve_is_refused(hugging_face, tmp_path, monkey
 
 # -------------------------------------------------------------------------------------------------- documents
 
-@given(st.lists(texts.filter(lambda t: t.strip() and "\f" not in t), min_size=1, max_size=5), st.integers(1, 9))
-def test_documents_come_back_whatever_the_block_they_are_read_in(tmp_path_factory, documents, block):
+
+@given(
+    st.lists(texts.filter(lambda t: t.strip() and "\f" not in t), min_size=1, max_size=5),
+    st.integers(1, 9),
+)
+def test_documents_come_back_whatever_the_block_they_are_read_in(
+    tmp_path_factory, documents, block
+):
     path = tmp_path_factory.mktemp("documents") / "a.txt"
     path.write_bytes("\f".join(documents).encode())
     assert list(read_documents(path)) == documents
@@ -110,18 +154,21 @@ def test_documents_come_back_whatever_the_block_they_are_read_in(tmp_path_factor
     assert list(read_documents(path)) == documents
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.txt", None, "can't be read: No such file"),
-    ("a.txt", b"", "holds no text"),
-    ("a.txt", b" \n\f\n ", "holds no text"),
-    ("a.txt", b"ab\fc\xff", "byte 4 is not UTF-8"),
-    ("a.txt", "né".encode()[:-1], "byte 1 is not UTF-8"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', "line 2 is not JSON"),
-    ("a.jsonl", b'{"text": "a"}\n\n[1]\n', "line 3 is not JSON"),
-    ("a.jsonl", b'{"text": "a"}\n{"te', "line 2 is not JSON"),
-    ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "\xc0"}', "byte 24 is not UTF-8"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", None, "can't be read: No such file"),
+        ("a.txt", b"", "holds no text"),
+        ("a.txt", b" \n\f\n ", "holds no text"),
+        ("a.txt", b"ab\fc\xff", "byte 4 is not UTF-8"),
+        ("a.txt", "né".encode()[:-1], "byte 1 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\n[1]\n', "line 3 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"te', "line 2 is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xc0"}', "byte 24 is not UTF-8"),
+    ],
+)
 def test_a_bad_file_is_told_in_one_sentence(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
@@ -131,10 +178,11 @@ def test_a_bad_file_is_told_in_one_sentence(tmp_path, name, content, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=message):
         index_text(path, tmp_path / "out")
-    assert {p.name for p in tmp_path.iterdir()} <= {name}          # and leaves nothing
+    assert {p.name for p in tmp_path.iterdir()} <= {name}  # and leaves nothing
 
 
 # --------------------------------------------------------------------------------------------------- splitting
+
 
 @given(st.lists(st.text("ab \n", max_size=80), max_size=12), weights, st.integers(0, 16))
 def test_a_split_loses_no_character_and_gives_each_part_its_share(documents, weights, reach):
@@ -144,8 +192,10 @@ def test_a_split_loses_no_character_and_gives_each_part_its_share(documents, wei
     for parts in split:
         seen += sum(map(len, parts))
         given_ = [n + len(part) for n, part in zip(given_, parts)]
-        for i in (0, 1):                                           # at each of the two cuts
-            assert abs(sum(given_[:i + 1]) - seen * sum(weights[:i + 1]) / sum(weights)) <= reach + 1
+        for i in (0, 1):  # at each of the two cuts
+            assert (
+                abs(sum(given_[: i + 1]) - seen * sum(weights[: i + 1]) / sum(weights)) <= reach + 1
+            )
     assert all(n == 0 for n, weight in zip(given_, weights) if weight == 0)
 
 
@@ -154,7 +204,9 @@ def test_cuts_stand_behind_white_space_where_there_is_some():
     for parts in split_documents(documents, (6, 3, 1)):
         assert all(part and part[-1] == " " for part in parts)
     # white space on both sides of the cut: a part without weight gets nothing all the same
-    assert list(split_documents(["aaaaaaaa bb ccccccc"], (1, 0, 1))) == [("aaaaaaaa ", "", "bb ccccccc")]
+    assert list(split_documents(["aaaaaaaa bb ccccccc"], (1, 0, 1))) == [
+        ("aaaaaaaa ", "", "bb ccccccc")
+    ]
 
 
 @pytest.mark.parametrize("bad", [(0, 0, 0), (1, -1, 1), (float("nan"), 1, 1), (float("inf"), 1, 1)])
@@ -165,16 +217,17 @@ def test_weights_that_say_nothing_are_refused(bad):
 
 # ---------------------------------------------------------------------------------------------------- indexing
 
+
 def test_the_demo_text_is_prose_with_held_out_text_of_20_kb(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with ThreadPoolExecutor(8) as pool:                            # every rank calls it
+    with ThreadPoolExecutor(8) as pool:  # every rank calls it
         paths = set(pool.map(lambda _: demo_text(), range(16)))
-    path, = paths
+    (path,) = paths
     assert [p.name for p in (tmp_path / "megafn").iterdir()] == [os.path.basename(path)]
     documents = list(read_documents(path))
     assert len(documents) >= 75 and 400_000 < os.path.getsize(path) < 600_000
     before = os.stat(path)
-    assert demo_text() == path and os.stat(path).st_ino == before.st_ino       # written once
+    assert demo_text() == path and os.stat(path).st_ino == before.st_ino  # written once
     with open(path, "r+b") as file:
         file.truncate(100)
     demo_text()
@@ -184,10 +237,10 @@ def test_the_demo_text_is_prose_with_held_out_text_of_20_kb(tmp_path, monkeypatc
     assert list(made) == list(PARTS)
     parts = [pieces(made[part]) for part in PARTS]
     assert sum(len(piece.encode()) for piece in parts[1]) > 20_000
-    assert len(parts[0]) == len(documents)                         # every document is cut ...
+    assert len(parts[0]) == len(documents)  # every document is cut ...
     assert len(parts[1]) > len(documents) * 0.95
     lost = sum(map(len, documents)) - sum(len(piece) for part in parts for piece in part)
-    assert lost == 0                                               # ... and no character lost
+    assert lost == 0  # ... and no character lost
     assert all(document.startswith(piece) for document, piece in zip(documents, parts[0]))
 
 
@@ -196,7 +249,9 @@ def test_an_indexed_text_holds_the_pieces_that_the_split_makes(tmp_path, hugging
     (tmp_path / "a.txt").write_text("\f".join(documents))
     tokenizer = load_tokenizer(hugging_face("<|endoftext|>"))
     for number, one in enumerate(("bytes", tokenizer)):
-        made = index_text(tmp_path / "a.txt", tmp_path / f"new/{number}", tokenizer=one, split=(5, 0, 2))
+        made = index_text(
+            tmp_path / "a.txt", tmp_path / f"new/{number}", tokenizer=one, split=(5, 0, 2)
+        )
         assert made == {part: str(tmp_path / f"new/{number}_{part}") for part in ("train", "test")}
         cut = list(split_documents(documents, (5, 0, 2)))
         for part, prefix in made.items():
@@ -212,7 +267,9 @@ def test_an_indexed_text_holds_the_pieces_that_the_split_makes(tmp_path, hugging
 def test_a_text_that_cannot_be_encoded_is_refused_and_leaves_what_was_there(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("fine\fnot\0fine")
     (tmp_path / "out_train.idx").write_text("of an earlier call")
-    with pytest.raises(ValueError, match="a.txt, document 2, counted from its character 0: .*character 3 is NUL"):
+    with pytest.raises(
+        ValueError, match="a.txt, document 2, counted from its character 0: .*character 3 is NUL"
+    ):
         index_text(tmp_path / "a.txt", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "out_train.idx"]
     with pytest.raises(ValueError, match="three weights"):
@@ -235,14 +292,16 @@ def test_a_text_is_indexed_once_however_many_ask(tmp_path, monkeypatch):
     source.write_text("some words to learn " * 50)
 
     def ask(split=(8, 1, 1)):
-        return indexed_text(str(source), tokenizer=byte_tokenizer(), split=split, cache=str(tmp_path / "cache"))
+        return indexed_text(
+            str(source), tokenizer=byte_tokenizer(), split=split, cache=str(tmp_path / "cache")
+        )
 
     with ThreadPoolExecutor(4) as pool:
         first, *rest = pool.map(lambda _: ask(), range(4))
     assert len(calls) == 1 and all(one == first for one in rest) and list(first) == list(PARTS)
-    assert ask((1, 0, 0)) != first and len(calls) == 2             # another split is another index
+    assert ask((1, 0, 0)) != first and len(calls) == 2  # another split is another index
     source.write_text("other words " * 50)
-    assert ask() != first and len(calls) == 3                      # so is another text
+    assert ask() != first and len(calls) == 3  # so is another text
     assert pieces(ask((1, 0, 0))["train"]) == [source.read_text()]
     left = [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")]
     assert len(left) == 4 and all(name.startswith("a-") for name in left)
@@ -253,8 +312,18 @@ def test_an_index_that_fails_is_not_found_later(tmp_path):
     source.write_text("\0")
     for _ in range(2):
         with pytest.raises(ValueError, match="NUL"):
-            indexed_text(str(source), tokenizer=byte_tokenizer(), split=(1, 0, 0), cache=str(tmp_path / "cache"))
+            indexed_text(
+                str(source),
+                tokenizer=byte_tokenizer(),
+                split=(1, 0, 0),
+                cache=str(tmp_path / "cache"),
+            )
     assert all(p.name.endswith(".lock") for p in (tmp_path / "cache").iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="data.cache = .* can't be made"):
-        indexed_text(str(source), tokenizer=byte_tokenizer(), split=(1, 0, 0), cache=str(tmp_path / "file/cache"))
+        indexed_text(
+            str(source),
+            tokenizer=byte_tokenizer(),
+            split=(1, 0, 0),
+            cache=str(tmp_path / "file/cache"),
+        )

@@ -1,4 +1,5 @@
 """`train` from end to end: what it tells, to whom, when, and where it writes it down; and the command."""
+
 import contextlib
 import io
 import json
@@ -11,25 +12,40 @@ import attrs
 import pytest
 import torch
 import torch.distributed as dist
-from pool import run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import megafn as mf
 from megafn.__main__ import main
+from pool import run_script
 
-TEXT = "\f".join(f"Document {i} speaks of {'the same thing as before, ' * 8}and ends." for i in range(40))
+TEXT = "\f".join(
+    f"Document {i} speaks of {'the same thing as before, ' * 8}and ends." for i in range(40)
+)
 
 
 def config(folder, *, valid_weight=200, log=(), data=True, **changes):
     """Two layers on a small text of its own, in `folder`: 7 iterations of 8 samples."""
     text = folder / "text.txt"
     text.write_text(TEXT)
-    return mf.TrainConfig(**{
-        "model": mf.ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=32),
-        "schedule": mf.ScheduleConfig(lr=1e-2, warmup_iters=2, weight_decay=0.1),
-        "data": mf.DataConfig(train=str(text), split=(800, valid_weight, 0), cache=str(folder / "cache")) if data else None,
-        "log": mf.LogConfig(**{"progress": False} | dict(log)), "micro_batch_size": 2, "global_batch_size": 8, "train_iters": 7,
-        "eval_iters": 2} | changes)
+    return mf.TrainConfig(
+        **{
+            "model": mf.ModelConfig(
+                num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=32
+            ),
+            "schedule": mf.ScheduleConfig(lr=1e-2, warmup_iters=2, weight_decay=0.1),
+            "data": mf.DataConfig(
+                train=str(text), split=(800, valid_weight, 0), cache=str(folder / "cache")
+            )
+            if data
+            else None,
+            "log": mf.LogConfig(**{"progress": False} | dict(log)),
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+            "train_iters": 7,
+            "eval_iters": 2,
+        }
+        | changes
+    )
 
 
 def told(config, **arguments):
@@ -38,8 +54,16 @@ def told(config, **arguments):
     with contextlib.redirect_stderr(stderr), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         state = mf.train(config, on_metrics=[seen.append], **arguments)
-    files = {module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "megafn"}
-    ours = [str(warning.message) for warning in caught if warning.filename in files or "batches" in str(warning.message)]
+    files = {
+        module.__file__
+        for name, module in sys.modules.items()
+        if name.partition(".")[0] == "megafn"
+    }
+    ours = [
+        str(warning.message)
+        for warning in caught
+        if warning.filename in files or "batches" in str(warning.message)
+    ]
     return seen, (state.iteration, state.consumed_samples), stderr.getvalue(), ours
 
 
@@ -50,58 +74,130 @@ def timeless(metrics):
 
 # ------------------------------------------------------------------------------------------------- what is told
 
+
 def test_every_rank_is_told_the_same_and_evaluations_come_when_due(pool, tmp_path):
-    made = config(tmp_path, parallel=mf.ParallelConfig(pp=2), eval_interval=3,
-                  log={"tensorboard_dir": str(tmp_path / "logs"), "jsonl": str(tmp_path / "new" / "log.jsonl")})
+    made = config(
+        tmp_path,
+        parallel=mf.ParallelConfig(pp=2),
+        eval_interval=3,
+        log={
+            "tensorboard_dir": str(tmp_path / "logs"),
+            "jsonl": str(tmp_path / "new" / "log.jsonl"),
+        },
+    )
     ranks = pool(4, told, made)
     seen, schedule = ranks[0][0], mf.make_schedule(made)
     for metrics, end, stderr, caught in ranks:
-        assert list(map(timeless, metrics)) == list(map(timeless, seen)) and end == (7, 56) and stderr == "" and caught == []
+        assert (
+            list(map(timeless, metrics)) == list(map(timeless, seen))
+            and end == (7, 56)
+            and stderr == ""
+            and caught == []
+        )
     assert [m.iteration for m in seen] == [1, 2, 3, 4, 5, 6, 7]
     assert [m.consumed_samples for m in seen] == [8, 16, 24, 32, 40, 48, 56]
-    assert [(m.lr, m.weight_decay) for m in seen] == [attrs.astuple(schedule(8 * i)) for i in range(7)]
+    assert [(m.lr, m.weight_decay) for m in seen] == [
+        attrs.astuple(schedule(8 * i)) for i in range(7)
+    ]
     assert [m.iteration for m in seen if m.valid is not None] == [3, 6, 7]
     for m in seen:
-        assert m.count == 8 * 32 and not m.skipped and m.grad_norm > 0 and m.loss_scale == 1 and m.report == {}
+        assert (
+            m.count == 8 * 32
+            and not m.skipped
+            and m.grad_norm > 0
+            and m.loss_scale == 1
+            and m.report == {}
+        )
         assert m.tokens_per_second * m.seconds == pytest.approx(8 * 32)
         if m.valid is not None:
-            assert m.valid.count == 2 * 8 * 32 and m.valid.perplexity == pytest.approx(math.exp(m.valid.loss))
+            assert m.valid.count == 2 * 8 * 32 and m.valid.perplexity == pytest.approx(
+                math.exp(m.valid.loss)
+            )
     assert seen[-1].loss < seen[0].loss and seen[-1].valid.loss < seen[2].valid.loss
 
     lines = [json.loads(line) for line in (tmp_path / "new" / "log.jsonl").read_text().splitlines()]
     assert lines == [attrs.asdict(m, filter=lambda a, _: a.name != "logits") for m in seen]
 
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
-    assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in (
-        "consumed_samples", "loss", "lr", "weight_decay", "grad_norm", "count", "skipped", "loss_scale", "seconds",
-        "tokens_per_second")} | {"valid/loss", "valid/perplexity"}
+    assert set(events.Tags()["scalars"]) == {
+        f"train/{name}"
+        for name in (
+            "consumed_samples",
+            "loss",
+            "lr",
+            "weight_decay",
+            "grad_norm",
+            "count",
+            "skipped",
+            "loss_scale",
+            "seconds",
+            "tokens_per_second",
+        )
+    } | {"valid/loss", "valid/perplexity"}
     for name in ("loss", "lr", "grad_norm", "consumed_samples"):
         assert [(e.step, e.value) for e in events.Scalars(f"train/{name}")] == [
-            (m.iteration, pytest.approx(getattr(m, name), rel=1e-6)) for m in seen]
+            (m.iteration, pytest.approx(getattr(m, name), rel=1e-6)) for m in seen
+        ]
     assert [(e.step, e.value) for e in events.Scalars("valid/loss")] == [
-        (m.iteration, pytest.approx(m.valid.loss, rel=1e-6)) for m in seen if m.valid is not None]
+        (m.iteration, pytest.approx(m.valid.loss, rel=1e-6)) for m in seen if m.valid is not None
+    ]
 
 
 def test_progress_shows_on_rank_zero_alone_and_interval_thins_the_records(pool, tmp_path):
-    made = config(tmp_path, eval_interval=4, log={"progress": True, "interval": 3, "jsonl": str(tmp_path / "log.jsonl")})
+    made = config(
+        tmp_path,
+        eval_interval=4,
+        log={"progress": True, "interval": 3, "jsonl": str(tmp_path / "log.jsonl")},
+    )
     (seen, _, bar, _), (others, _, nothing, _) = pool(2, told, made)
-    assert nothing == "" and [m.iteration for m in seen] == [m.iteration for m in others] == [1, 2, 3, 4, 5, 6, 7]
-    assert f"loss {seen[-1].loss:.4f}, lr {seen[-1].lr:.2e}, grad norm {seen[-1].grad_norm:.3f}" in bar and "7/7" in bar
+    assert nothing == "" and [m.iteration for m in seen] == [m.iteration for m in others] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]
+    assert (
+        f"loss {seen[-1].loss:.4f}, lr {seen[-1].lr:.2e}, grad norm {seen[-1].grad_norm:.3f}" in bar
+        and "7/7" in bar
+    )
     # every third, each evaluation, and the last
-    assert [json.loads(line)["iteration"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [3, 4, 6, 7]
+    assert [
+        json.loads(line)["iteration"] for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    ] == [3, 4, 6, 7]
 
 
 def test_a_number_that_json_lacks_is_null_and_a_second_run_appends(tmp_path):
-    made = mf.Metrics(iteration=1, consumed_samples=8, loss=math.nan, lr=0.1, weight_decay=0.0, grad_norm=None, count=3,
-                      skipped=True, loss_scale=math.inf, seconds=1.0, tokens_per_second=2.0, report={"z": -math.inf})
+    made = mf.Metrics(
+        iteration=1,
+        consumed_samples=8,
+        loss=math.nan,
+        lr=0.1,
+        weight_decay=0.0,
+        grad_norm=None,
+        count=3,
+        skipped=True,
+        loss_scale=math.inf,
+        seconds=1.0,
+        tokens_per_second=2.0,
+        report={"z": -math.inf},
+    )
     for _ in range(2):
         with mf.jsonl(str(tmp_path / "log.jsonl")) as sink:
             sink(made)
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and all(line["loss"] is line["loss_scale"] is line["report"]["z"] is None for line in lines)
+    lines = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    ]
+    assert len(lines) == 2 and all(
+        line["loss"] is line["loss_scale"] is line["report"]["z"] is None for line in lines
+    )
 
 
 # ------------------------------------------------------------------------------------------------ pieces of one's own
+
 
 def rows(seed, n):
     """Micro-batches [2, 32] as a Hugging Face collator gives them."""
@@ -125,9 +221,17 @@ class Counted:
 def given_batches(made, early):
     """On 2 ranks of data parallel 2: rank 1 has a batch less, where the run is to end early."""
     rank = int(os.environ["RANK"])
-    train, valid = Counted(rows(rank, 2 * (5 - rank) + 1 if early else 100)), Counted(rows(9 + rank, 3 * 2))
+    train, valid = (
+        Counted(rows(rank, 2 * (5 - rank) + 1 if early else 100)),
+        Counted(rows(9 + rank, 3 * 2)),
+    )
     seen, end, _, caught = told(made, batches=train, valid_batches=valid)
-    return [timeless(m) for m in seen], end, caught, (train.begun, train.read, valid.begun, valid.read)
+    return (
+        [timeless(m) for m in seen],
+        end,
+        caught,
+        (train.begun, train.read, valid.begun, valid.read),
+    )
 
 
 def test_valid_batches_are_iterated_anew_for_each_evaluation(pool, tmp_path):
@@ -136,16 +240,20 @@ def test_valid_batches_are_iterated_anew_for_each_evaluation(pool, tmp_path):
     assert ranks[0][:3] == ranks[1][:3]
     seen, end, caught, _ = ranks[0]
     assert end == (7, 56) and caught == [] and [m.iteration for m in seen if m.valid] == [3, 6, 7]
-    assert {m.valid.count for m in seen if m.valid} == {2 * 8 * 31}       # the last position has no label
+    assert {m.valid.count for m in seen if m.valid} == {
+        2 * 8 * 31
+    }  # the last position has no label
     for *_, (begun, read, valid_begun, valid_read) in ranks:
-        assert begun == 1 and read == 7 * 2                               # nothing is read beyond what is trained on
+        assert begun == 1 and read == 7 * 2  # nothing is read beyond what is trained on
         assert valid_begun == 3 and valid_read == 3 * 2 * 2
 
 
 def test_batches_that_end_early_on_one_rank_end_the_run_on_all_with_a_warning(pool, tmp_path):
     for seen, end, caught, _ in pool(2, given_batches, config(tmp_path, data=False), early=True):
         assert end == (4, 32) and len(seen) == 4 and all(m.valid is None for m in seen)
-        assert caught == ["batches ended at iteration 4 of 7: give more of them, or lower train_iters."]
+        assert caught == [
+            "batches ended at iteration 4 of 7: give more of them, or lower train_iters."
+        ]
 
 
 def built_chunks(made):
@@ -160,10 +268,15 @@ def built_chunks(made):
 
 
 def test_a_model_function_of_ones_own_builds_each_chunk(pool, tmp_path):
-    made = config(tmp_path, parallel=mf.ParallelConfig(pp=2, vpp=2), model=mf.ModelConfig(
-        num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=32))
+    made = config(
+        tmp_path,
+        parallel=mf.ParallelConfig(pp=2, vpp=2),
+        model=mf.ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=32),
+    )
     (first, curve), (last, _) = pool(2, built_chunks, made)
-    assert first == [{"pre_process": i == 0, "post_process": False, "vp_stage": i} for i in range(2)]
+    assert first == [
+        {"pre_process": i == 0, "post_process": False, "vp_stage": i} for i in range(2)
+    ]
     assert last == [{"pre_process": False, "post_process": i == 1, "vp_stage": i} for i in range(2)]
     assert curve == [(m.loss, m.grad_norm) for m in pool(2, told, made)[0][0]]
 
@@ -177,7 +290,10 @@ def by_hand(made):
             old = state
             state, metrics = mf.train_step(state, batch, step)
             seen.append(metrics)
-            assert (old.iteration, old.consumed_samples) == (state.iteration - 1, state.consumed_samples - 8)
+            assert (old.iteration, old.consumed_samples) == (
+                state.iteration - 1,
+                state.consumed_samples - 8,
+            )
         state = mf.fit(state, step, on_metrics=[seen.append])
         report = mf.evaluate(state, mf.batches(made, pg, split="valid"), step)
     return list(map(timeless, seen)), report
@@ -191,12 +307,13 @@ def test_train_equals_the_same_functions_called_by_hand(pool, tmp_path):
 
 # -------------------------------------------------------------------------------------------------- one process
 
+
 def test_one_plain_process_needs_no_launcher_and_is_left_as_it_was(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     numbers = torch.get_rng_state()
     seen, end, _, caught = told(config(tmp_path, train_iters=None, train_samples=23, eval_iters=0))
-    assert end == (2, 16) and caught == []                   # 7 samples do not fill a global batch
+    assert end == (2, 16) and caught == []  # 7 samples do not fill a global batch
     assert all(m.valid is None for m in seen) and len(seen) == 2
     assert not dist.is_initialized() and torch.equal(torch.get_rng_state(), numbers)
 
@@ -215,34 +332,50 @@ def test_a_batch_in_which_no_token_counts_is_refused_before_the_update(tmp_path)
         state = mf.setup(made, pg)
         before = [p.clone() for p in state.chunks[0].parameters()]
         nothing = [raw | {"labels": torch.full((2, 32), -100)} for raw in rows(0, 4)]
-        with pytest.raises(ValueError, match="loss_mask: 0 tokens count in this whole global batch.*give at least one"):
+        with pytest.raises(
+            ValueError,
+            match="loss_mask: 0 tokens count in this whole global batch.*give at least one",
+        ):
             mf.train_step(state, nothing, mf.step_fn("gpt"))
         assert all(map(torch.equal, before, state.chunks[0].parameters()))
         with pytest.raises(ValueError, match="batches: nothing to evaluate on; give"):
             mf.evaluate(state, [], mf.step_fn("gpt"))
-        state, metrics = mf.train_step(state, rows(0, 4), mf.step_fn("gpt"))       # and the state is still good
+        state, metrics = mf.train_step(
+            state, rows(0, 4), mf.step_fn("gpt")
+        )  # and the state is still good
         assert metrics.iteration == 1 and math.isfinite(metrics.grad_norm)
 
 
 def test_the_loss_falls_on_real_text(pool):
     made = mf.TrainConfig(
         model=mf.ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=64),
-        parallel=mf.ParallelConfig(tp=2), schedule=mf.ScheduleConfig(lr=3e-3, warmup_fraction=0.1),
-        data=mf.DataConfig(train=mf.demo_text()), log=mf.LogConfig(progress=False),
-        micro_batch_size=8, global_batch_size=16, train_iters=40, eval_iters=4)
+        parallel=mf.ParallelConfig(tp=2),
+        schedule=mf.ScheduleConfig(lr=3e-3, warmup_fraction=0.1),
+        data=mf.DataConfig(train=mf.demo_text()),
+        log=mf.LogConfig(progress=False),
+        micro_batch_size=8,
+        global_batch_size=16,
+        train_iters=40,
+        eval_iters=4,
+    )
     seen = pool(2, told, made)[0][0]
-    assert abs(seen[0].loss - math.log(256)) < 0.3           # untrained: as good as a guess
+    assert abs(seen[0].loss - math.log(256)) < 0.3  # untrained: as good as a guess
     assert seen[-1].loss < 3.4 and seen[-1].valid.loss < 3.4
 
 
 # -------------------------------------------------------------------------------------------------- the command
 
+
 def test_the_command_trains_from_a_file_in_a_plain_process(tmp_path):
-    mf.dump_config(config(tmp_path, log={"jsonl": str(tmp_path / "log.jsonl")}), tmp_path / "config.toml")
+    mf.dump_config(
+        config(tmp_path, log={"jsonl": str(tmp_path / "log.jsonl")}), tmp_path / "config.toml"
+    )
     done = run_script(["-m", "megafn", "train", tmp_path / "config.toml"])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6, 7] and lines[-1]["valid"]["loss"] < lines[0]["loss"]
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6, 7] and lines[-1]["valid"][
+        "loss"
+    ] < lines[0]["loss"]
 
 
 def test_the_command_checks_a_file_and_draws_its_pipeline(tmp_path, capsys):
@@ -250,11 +383,16 @@ def test_the_command_checks_a_file_and_draws_its_pipeline(tmp_path, capsys):
     mf.dump_config(made, tmp_path / "config.toml")
     assert main(["check", str(tmp_path / "config.toml"), "--world-size", "4"]) == 0
     first, drawn = capsys.readouterr().out.split("\n", 1)
-    assert "can run on 4 processes: tp 1 x pp 2 x cp 1 x dp 2, 7 iterations of 2 micro-batches of 2" in first
+    assert (
+        "can run on 4 processes: tp 1 x pp 2 x cp 1 x dp 2, 7 iterations of 2 micro-batches of 2"
+        in first
+    )
     assert drawn == mf.draw_pipeline(2, 1, 2) + "\n"
     assert main(["check", str(tmp_path / "config.toml"), "--world-size", "3"]) == 1
     first, *told = capsys.readouterr().out.splitlines()
-    assert "cannot run on 3 processes" in first and told == [f"  {problem}" for problem in mf.validate(made, 3)]
+    assert "cannot run on 3 processes" in first and told == [
+        f"  {problem}" for problem in mf.validate(made, 3)
+    ]
 
 
 def test_the_command_makes_indexed_data_that_can_be_trained_on(tmp_path, capsys):
@@ -268,7 +406,12 @@ def test_the_command_makes_indexed_data_that_can_be_trained_on(tmp_path, capsys)
 
 def test_the_command_loads_no_torch_to_check(tmp_path):
     mf.dump_config(config(tmp_path), tmp_path / "config.toml")
-    done = run_script(["-c", "import sys; from megafn.__main__ import main; "
-                             f"code = main(['check', {str(tmp_path / 'config.toml')!r}, '--world-size', '2']); "
-                             "sys.exit(code or 'torch' in sys.modules)"])
+    done = run_script(
+        [
+            "-c",
+            "import sys; from megafn.__main__ import main; "
+            f"code = main(['check', {str(tmp_path / 'config.toml')!r}, '--world-size', '2']); "
+            "sys.exit(code or 'torch' in sys.modules)",
+        ]
+    )
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,5 @@
 """Floating point operations of a model: what a device's TFLOP/s are counted in."""
+
 from __future__ import annotations
 
 from megafn.pure.config.records import ModelConfig
@@ -16,17 +17,31 @@ def training_flops(model: ModelConfig, sequences: int) -> float | None:
     """
     if model.family not in ("gpt", "bert", "t5"):
         return None
-    hidden, inner, s = model.hidden_size, model.num_attention_heads * model.head_size, model.seq_length
+    hidden, inner, s = (
+        model.hidden_size,
+        model.num_attention_heads * model.head_size,
+        model.seq_length,
+    )
     mlp = 2 * hidden * model.ffn_size * (3 if model.gated else 2)
 
     def layer(length: int) -> float:
         """A token's, in a layer that attends to `length` tokens."""
-        return 2 * hidden * (2 * inner + 2 * model.query_groups * model.head_size) + 4 * length * inner + mlp
+        return (
+            2 * hidden * (2 * inner + 2 * model.query_groups * model.head_size)
+            + 4 * length * inner
+            + mlp
+        )
 
     if model.family != "t5":
-        head = 2 * hidden * (model.vocab_size + (hidden if model.family == "bert" else 0)) if model.num_labels is None else 0
+        head = (
+            2 * hidden * (model.vocab_size + (hidden if model.family == "bert" else 0))
+            if model.num_labels is None
+            else 0
+        )
         return 3.0 * sequences * s * (model.num_layers * layer(s) + head)
     t = model.decoder_length
-    cross = t * (2 * hidden * 2 * inner + 4 * s * inner) + s * 2 * hidden * 2 * inner      # queries and output; keys and values
+    cross = (
+        t * (2 * hidden * 2 * inner + 4 * s * inner) + s * 2 * hidden * 2 * inner
+    )  # queries and output; keys and values
     decoder = model.decoder_layers * (t * layer(t) + cross) + t * 2 * hidden * model.vocab_size
     return 3.0 * sequences * (s * model.num_layers * layer(s) + decoder)

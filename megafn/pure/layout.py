@@ -1,4 +1,5 @@
 """The rank grid as data: which rank stands where, and which ranks form a group along each axis."""
+
 from __future__ import annotations
 
 from math import prod
@@ -39,13 +40,19 @@ class Groups:
     cp: RankGroups = field(repr=False)
     dp: RankGroups = field(repr=False)
     ep: RankGroups = field(repr=False)
-    mp: RankGroups = field(repr=False)         # tp x pp: one whole copy of the model's parameters
-    dp_cp: RankGroups = field(repr=False)      # the ranks over which gradients are reduced
+    mp: RankGroups = field(repr=False)  # tp x pp: one whole copy of the model's parameters
+    dp_cp: RankGroups = field(repr=False)  # the ranks over which gradients are reduced
     tp_cp: RankGroups = field(repr=False)
-    tp_dp_cp: RankGroups = field(repr=False)   # all ranks of one pipeline stage
-    embd: RankGroups = field(repr=False)       # first and last stage of each pipeline: they share a tied word table
-    pos_embd: RankGroups = field(repr=False)   # first stage of each pipeline: it holds the position table
-    half: RankGroups = field(repr=False)       # the stages of T5's encoder, and those of its decoder; elsewhere the pipelines
+    tp_dp_cp: RankGroups = field(repr=False)  # all ranks of one pipeline stage
+    embd: RankGroups = field(
+        repr=False
+    )  # first and last stage of each pipeline: they share a tied word table
+    pos_embd: RankGroups = field(
+        repr=False
+    )  # first stage of each pipeline: it holds the position table
+    half: RankGroups = field(
+        repr=False
+    )  # the stages of T5's encoder, and those of its decoder; elsewhere the pipelines
 
     @property
     def tp_size(self) -> int:
@@ -68,7 +75,9 @@ class Groups:
         return self.world_size // (self.parallel.tp * self.parallel.pp * self.parallel.cp)
 
 
-def build_groups(parallel: ParallelConfig, world_size: int, *, model: ModelConfig | None = None) -> Groups:
+def build_groups(
+    parallel: ParallelConfig, world_size: int, *, model: ModelConfig | None = None
+) -> Groups:
     """The groups of `world_size` ranks cut by `parallel`; what is left over tp, pp and cp is data parallel.
 
     `model` is wanted for a T5 over a pipeline: it decides at which stage the decoder begins and which stages hold a
@@ -90,16 +99,22 @@ def build_groups(parallel: ParallelConfig, world_size: int, *, model: ModelConfi
     Traceback (most recent call last):
     ValueError: world_size = 8 is not divisible by tp * pp * cp = 3 * 1 * 1 = 3: start a multiple of 3 processes ...
     """
-    for name, size in (("world_size", world_size), *((a, getattr(parallel, a)) for a in ("tp", "pp", "cp", "ep"))):
+    for name, size in (
+        ("world_size", world_size),
+        *((a, getattr(parallel, a)) for a in ("tp", "pp", "cp", "ep")),
+    ):
         if size < 1:
             raise ValueError(f"{name} = {size} is no size: set it to 1 or more")
     if parallel.ep > 1:
-        raise ValueError(f"ep = {parallel.ep} asks for expert parallelism, which is not built: set ep to 1")
+        raise ValueError(
+            f"ep = {parallel.ep} asks for expert parallelism, which is not built: set ep to 1"
+        )
     tp, pp, cp = parallel.tp, parallel.pp, parallel.cp
     if world_size % (tp * pp * cp):
         raise ValueError(
             f"world_size = {world_size} is not divisible by tp * pp * cp = {tp} * {pp} * {cp} = {tp * pp * cp}: "
-            f"start a multiple of {tp * pp * cp} processes or change tp, pp or cp")
+            f"start a multiple of {tp * pp * cp} processes or change tp, pp or cp"
+        )
     sizes = _sizes(parallel, world_size)
     places = [_place(sizes, rank) for rank in range(world_size)]
 
@@ -107,23 +122,38 @@ def build_groups(parallel: ParallelConfig, world_size: int, *, model: ModelConfi
         """Ranks that differ on these axes alone. Rising ranks give megatron-core's order, between groups and in them."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank, place in enumerate(places):
-            groups.setdefault(tuple(at for axis, at in place.items() if axis not in axes), []).append(rank)
+            groups.setdefault(
+                tuple(at for axis, at in place.items() if axis not in axes), []
+            ).append(rank)
         return tuple(map(tuple, groups.values()))
 
     pipelines, split = along("pp"), split_rank(parallel, model)
     if split is not None and not 0 < split < pp:
-        raise ValueError(f"pipeline_model_parallel_split_rank = {split} leaves a half without a stage: give 1 to {pp - 1}")
+        raise ValueError(
+            f"pipeline_model_parallel_split_rank = {split} leaves a half without a stage: give 1 to {pp - 1}"
+        )
     # stages that begin with an embedding; the last one has the word table too where it is tied
     first = (0,) if split is None else (0, split)
     words = {*first, pp - 1} if split is None or model.tie_word_embeddings else {*first}
     positions = first if split is None or model.position_embedding == "learned_absolute" else (0,)
     return Groups(
-        parallel=parallel, world_size=world_size,
-        tp=along("tp"), pp=pipelines, cp=along("cp"), dp=along("dp"), ep=along("ep"), mp=along("tp", "pp"),
-        dp_cp=along("dp", "cp"), tp_cp=along("tp", "cp"), tp_dp_cp=along("tp", "dp", "cp"),
+        parallel=parallel,
+        world_size=world_size,
+        tp=along("tp"),
+        pp=pipelines,
+        cp=along("cp"),
+        dp=along("dp"),
+        ep=along("ep"),
+        mp=along("tp", "pp"),
+        dp_cp=along("dp", "cp"),
+        tp_cp=along("tp", "cp"),
+        tp_dp_cp=along("tp", "dp", "cp"),
         embd=tuple(tuple(stages[at] for at in sorted(words)) for stages in pipelines),
         pos_embd=tuple(tuple(stages[at] for at in positions) for stages in pipelines),
-        half=pipelines if split is None else tuple(half for stages in pipelines for half in (stages[:split], stages[split:])))
+        half=pipelines
+        if split is None
+        else tuple(half for stages in pipelines for half in (stages[:split], stages[split:])),
+    )
 
 
 def coordinates(groups: Groups, rank: int) -> Coordinates:
@@ -147,7 +177,9 @@ def rank_of(groups: Groups, coordinates: Coordinates) -> int:
     for axis, size in _sizes(groups.parallel, groups.world_size).items():
         at = getattr(coordinates, axis)
         if not 0 <= at < size:
-            raise ValueError(f"{axis} = {at} lies outside the axis: give a coordinate from 0 to {size - 1}")
+            raise ValueError(
+                f"{axis} = {at} lies outside the axis: give a coordinate from 0 to {size - 1}"
+            )
         rank, stride = rank + at * stride, stride * size
     return rank
 
@@ -163,7 +195,9 @@ def group_of(groups: Groups, axis: str, rank: int) -> tuple[int, ...]:
     """
     names = [name for name in Groups.__annotations__ if name not in ("parallel", "world_size")]
     if axis not in names:
-        raise ValueError(f"axis = {axis!r} is no axis of a layout: choose one of {', '.join(names)}")
+        raise ValueError(
+            f"axis = {axis!r} is no axis of a layout: choose one of {', '.join(names)}"
+        )
     return next((group for group in getattr(groups, axis) if _known(groups, rank) in group), ())
 
 
@@ -175,9 +209,13 @@ def _sizes(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
     left_out = [axis for axis in AXES if axis not in order]
     remedy = f"name each of {', '.join(AXES)} once, the fastest first, as in {'-'.join(AXES)!r}"
     if len(set(order)) < len(order) or set(order) - set(AXES):
-        raise ValueError(f"order = {parallel.order!r} repeats an axis or has an unknown one: {remedy}")
+        raise ValueError(
+            f"order = {parallel.order!r} repeats an axis or has an unknown one: {remedy}"
+        )
     if missing := [axis for axis in left_out if size[axis] > 1]:
-        raise ValueError(f"order = {parallel.order!r} leaves out {missing[0]}, of size {size[missing[0]]}: {remedy}")
+        raise ValueError(
+            f"order = {parallel.order!r} leaves out {missing[0]}, of size {size[missing[0]]}: {remedy}"
+        )
     return {axis: size[axis] for axis in (*order, *left_out)}
 
 
@@ -190,5 +228,7 @@ def _place(sizes: dict[str, int], rank: int) -> dict[str, int]:
 
 def _known(groups: Groups, rank: int) -> int:
     if not 0 <= rank < groups.world_size:
-        raise ValueError(f"rank = {rank} is not in this layout: give a rank from 0 to {groups.world_size - 1}")
+        raise ValueError(
+            f"rank = {rank} is not in this layout: give a rank from 0 to {groups.world_size - 1}"
+        )
     return rank

@@ -5,6 +5,7 @@ it is 1F1B (PipeDream-Flush, arXiv 2006.09503), with it the interleaved 1F1B of 
 from 0; a stage holds vpp chunks of the model, and chunk c of stage s is the (c * pp + s)-th piece that a micro-batch
 passes. Times are in any one unit; sending takes none.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ class Op:
         return f"{self.kind}{self.micro_batch}" + (f" of chunk {self.chunk}" if self.chunk else "")
 
 
-Order = tuple[tuple[Op, ...], ...]                       # per stage, its ops in turn
-Cell = tuple[int, Op]                                    # an op on a stage
+Order = tuple[tuple[Op, ...], ...]  # per stage, its ops in turn
+Cell = tuple[int, Op]  # an op on a stage
 
 
 def pipeline_order(pp: int, vpp: int, num_micro_batches: int) -> Order:
@@ -43,17 +44,23 @@ def pipeline_order(pp: int, vpp: int, num_micro_batches: int) -> Order:
     F0 B0 F1 B1 F2 B2
     """
     _check_sizes(pp, vpp, num_micro_batches)
-    group = pp if vpp > 1 else num_micro_batches         # so many micro-batches pass a chunk before the next chunk's turn
-    turns = [(micro_batch, chunk) for first in range(0, num_micro_batches, group)
-             for chunk in range(vpp) for micro_batch in range(first, first + group)]
+    group = (
+        pp if vpp > 1 else num_micro_batches
+    )  # so many micro-batches pass a chunk before the next chunk's turn
+    turns = [
+        (micro_batch, chunk)
+        for first in range(0, num_micro_batches, group)
+        for chunk in range(vpp)
+        for micro_batch in range(first, first + group)
+    ]
     forwards = [Op("F", micro_batch, chunk) for micro_batch, chunk in turns]
     backwards = [Op("B", micro_batch, vpp - 1 - chunk) for micro_batch, chunk in turns]
 
     def ops(stage: int) -> tuple[Op, ...]:
-        behind = pp - 1 - stage                          # stages behind this one: their answers take a while
+        behind = pp - 1 - stage  # stages behind this one: their answers take a while
         warm_up = min(behind if vpp == 1 else 2 * behind + (vpp - 1) * pp, len(turns))
         steady = [op for pair in zip(forwards[warm_up:], backwards) for op in pair]
-        return (*forwards[:warm_up], *steady, *backwards[len(turns) - warm_up:])
+        return (*forwards[:warm_up], *steady, *backwards[len(turns) - warm_up :])
 
     return tuple(map(ops, range(pp)))
 
@@ -80,6 +87,7 @@ def peak_activations(pp: int, vpp: int, num_micro_batches: int) -> tuple[int, ..
     >>> peak_activations(pp=4, vpp=1, num_micro_batches=8), peak_activations(pp=4, vpp=2, num_micro_batches=8)
     ((4, 3, 2, 1), (11, 9, 7, 5))
     """
+
     def peak(ops: tuple[Op, ...]) -> int:
         held = most = 0
         for op in ops:
@@ -90,7 +98,9 @@ def peak_activations(pp: int, vpp: int, num_micro_batches: int) -> tuple[int, ..
     return tuple(map(peak, pipeline_order(pp, vpp, num_micro_batches)))
 
 
-def timeline(order: Order, forward_time: float, backward_time: float) -> tuple[tuple[tuple[float, float], ...], ...]:
+def timeline(
+    order: Order, forward_time: float, backward_time: float
+) -> tuple[tuple[tuple[float, float], ...], ...]:
     """Per stage and op its (start, end), where each op starts as soon as its stage is free and its input is there.
 
     Times are those of one chunk; the last end is the makespan, (num_micro_batches * vpp + pp - 1) * (forward_time +
@@ -111,7 +121,7 @@ def timeline(order: Order, forward_time: float, backward_time: float) -> tuple[t
     while moved:
         moved = False
         for stage, ops in enumerate(order):
-            for op in ops[len(slots[stage]):]:
+            for op in ops[len(slots[stage]) :]:
                 inputs = list(needs(stage, op))
                 if any(cell not in ends for cell in inputs):
                     break
@@ -152,7 +162,9 @@ def draw_pipeline(pp: int, vpp: int, num_micro_batches: int) -> str:
     """
     order = pipeline_order(pp, vpp, num_micro_batches)
     slots = timeline(order, 1, 2)
-    width = len(str(num_micro_batches - 1)) + len(str(vpp - 1))      # of one unit of time: a number and its chunk's mark
+    width = len(str(num_micro_batches - 1)) + len(
+        str(vpp - 1)
+    )  # of one unit of time: a number and its chunk's mark
     total = max(row[-1][1] for row in slots)
 
     def cell(op: Op) -> str:
@@ -166,11 +178,19 @@ def draw_pipeline(pp: int, vpp: int, num_micro_batches: int) -> str:
         return f"stage {stage:<{len(str(pp - 1))}} |{line}{'·'.ljust(width) * (total - now)}|"
 
     unit = "micro-batches" if vpp == 1 else f"micro-batches of one chunk, 1/{vpp} of a stage"
-    legend = "n forward of micro-batch n, [n] its backward" + (", n¹ in chunk 1" if vpp > 1 else "") + ", · idle"
-    return "\n".join([
-        *map(row, range(pp)), legend,
-        f"bubble {bubble(pp, vpp, num_micro_batches):.1%} of the step; peak activations by stage "
-        f"{' '.join(map(str, peak_activations(pp, vpp, num_micro_batches)))} ({unit})"])
+    legend = (
+        "n forward of micro-batch n, [n] its backward"
+        + (", n¹ in chunk 1" if vpp > 1 else "")
+        + ", · idle"
+    )
+    return "\n".join(
+        [
+            *map(row, range(pp)),
+            legend,
+            f"bubble {bubble(pp, vpp, num_micro_batches):.1%} of the step; peak activations by stage "
+            f"{' '.join(map(str, peak_activations(pp, vpp, num_micro_batches)))} ({unit})",
+        ]
+    )
 
 
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -181,10 +201,14 @@ def _check_sizes(pp: int, vpp: int, num_micro_batches: int) -> None:
         if size < 1:
             raise ValueError(f"{name} = {size} is no size: set it to 1 or more")
     if vpp > 1 and pp == 1:
-        raise ValueError(f"vpp = {vpp} interleaves the chunks of a pipeline, but pp = 1: set vpp to 1 or pp to 2 or more")
+        raise ValueError(
+            f"vpp = {vpp} interleaves the chunks of a pipeline, but pp = 1: set vpp to 1 or pp to 2 or more"
+        )
     if vpp > 1 and num_micro_batches % pp:
-        raise ValueError(f"num_micro_batches = {num_micro_batches} is not divisible by pp = {pp}, which interleaving "
-                         f"(vpp = {vpp}) needs: set it to a multiple of {pp}, or vpp to 1")
+        raise ValueError(
+            f"num_micro_batches = {num_micro_batches} is not divisible by pp = {pp}, which interleaving "
+            f"(vpp = {vpp}) needs: set it to a multiple of {pp}, or vpp to 1"
+        )
 
 
 def _chunks(order: Order) -> int:
@@ -214,23 +238,33 @@ def _needs(order: Order):
 def _check_rows(order: Order) -> None:
     """What can be seen by looking at each stage alone."""
     micro_batches = 1 + max((op.micro_batch for ops in order for op in ops), default=-1)
-    every = [(micro_batch, chunk) for micro_batch in range(micro_batches) for chunk in range(_chunks(order))]
+    every = [
+        (micro_batch, chunk)
+        for micro_batch in range(micro_batches)
+        for chunk in range(_chunks(order))
+    ]
     for stage, ops in enumerate(order):
         seen: dict[Op, int] = {}
         for index, op in enumerate(ops):
             at, forward = f"stage {stage}, index {index}: ", Op("F", op.micro_batch, op.chunk)
             if op.kind not in ("F", "B") or op.micro_batch < 0 or op.chunk < 0:
-                raise ValueError(f'{at}{op!r} is no op: give kind "F" or "B", and micro_batch and chunk from 0')
+                raise ValueError(
+                    f'{at}{op!r} is no op: give kind "F" or "B", and micro_batch and chunk from 0'
+                )
             if op in seen:
-                raise ValueError(f"{at}{op} has run before, at index {seen[op]}; remove one of them")
+                raise ValueError(
+                    f"{at}{op} has run before, at index {seen[op]}; remove one of them"
+                )
             if op.kind == "B" and forward not in seen:
                 raise ValueError(f"{at}{op} stands before its forward; put {forward} before it")
             seen[op] = index
         for kind in "FB":
             for micro_batch, chunk in every:
                 if Op(kind, micro_batch, chunk) not in seen:
-                    raise ValueError(f"stage {stage}, index {len(ops)}: the ops end without "
-                                     f"{Op(kind, micro_batch, chunk)}; add it")
+                    raise ValueError(
+                        f"stage {stage}, index {len(ops)}: the ops end without "
+                        f"{Op(kind, micro_batch, chunk)}; add it"
+                    )
 
 
 def _deadlock(order: Order, done: list[int], ends: dict[Cell, float]) -> str:
@@ -238,8 +272,12 @@ def _deadlock(order: Order, done: list[int], ends: dict[Cell, float]) -> str:
     needs, waits = _needs(order), {}
     stage = next(stage for stage, ops in enumerate(order) if done[stage] < len(ops))
     while stage not in waits:
-        waits[stage] = next(cell for cell in needs(stage, order[stage][done[stage]]) if cell not in ends)
+        waits[stage] = next(
+            cell for cell in needs(stage, order[stage][done[stage]]) if cell not in ends
+        )
         stage = waits[stage][0]
-    cycle = list(waits)[list(waits).index(stage):]
+    cycle = list(waits)[list(waits).index(stage) :]
     return "deadlock: " + ", while ".join(
-        f"stage {s}, index {done[s]}: {order[s][done[s]]} waits for {waits[s][1]} of stage {waits[s][0]}" for s in cycle)
+        f"stage {s}, index {done[s]}: {order[s][done[s]]} waits for {waits[s][1]} of stage {waits[s][0]}"
+        for s in cycle
+    )

@@ -3,6 +3,7 @@
 The order of samples in the run depends neither on dp nor on micro_batch_size; these only say who reads which part of
 a global batch. So a run resumed at another dp goes on with the same samples in the same order, from one number.
 """
+
 from __future__ import annotations
 
 import math
@@ -18,7 +19,9 @@ T = TypeVar("T")
 STYLES = ("single", "cyclic")
 
 
-def split_among_ranks(global_batch: Sequence[T], *, micro_batch_size: int, dp_rank: int, dp: int) -> tuple[tuple[T, ...], ...]:
+def split_among_ranks(
+    global_batch: Sequence[T], *, micro_batch_size: int, dp_rank: int, dp: int
+) -> tuple[tuple[T, ...], ...]:
     """The micro-batches of one rank: each run of micro_batch_size * dp samples is dealt out, rank after rank.
 
     As `MegatronPretrainingSampler` of Megatron-LM does it. Returns [num_micro_batches][micro_batch_size] samples.
@@ -32,14 +35,25 @@ def split_among_ranks(global_batch: Sequence[T], *, micro_batch_size: int, dp_ra
         raise ValueError(f"dp_rank = {dp_rank}: choose 0 to dp - 1 = {dp - 1}")
     step = micro_batch_size * dp
     if len(global_batch) % step:
-        raise ValueError(f"global_batch_size = {len(global_batch)}: choose a multiple of "
-                         f"micro_batch_size * dp = {micro_batch_size} * {dp}")
+        raise ValueError(
+            f"global_batch_size = {len(global_batch)}: choose a multiple of "
+            f"micro_batch_size * dp = {micro_batch_size} * {dp}"
+        )
     starts = range(dp_rank * micro_batch_size, len(global_batch), step)
-    return tuple(tuple(global_batch[start:start + micro_batch_size]) for start in starts)
+    return tuple(tuple(global_batch[start : start + micro_batch_size]) for start in starts)
 
 
-def sample_indices(consumed_samples: int, *, style: str, seed: int, num_samples: int, global_batch_size: int,
-                   micro_batch_size: int, dp_rank: int, dp: int) -> tuple[tuple[int, ...], ...]:
+def sample_indices(
+    consumed_samples: int,
+    *,
+    style: str,
+    seed: int,
+    num_samples: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp: int,
+) -> tuple[tuple[int, ...], ...]:
     """This rank's share of the global batch that starts behind `consumed_samples` samples.
 
     "single": sample 0 to num_samples - 1 in order, once. "cyclic": endless; each epoch is another permutation of all
@@ -58,21 +72,36 @@ def sample_indices(consumed_samples: int, *, style: str, seed: int, num_samples:
         raise ValueError(f"style = {style!r}: choose one of {', '.join(STYLES)}")
     _positive(num_samples=num_samples, global_batch_size=global_batch_size)
     if consumed_samples < 0:
-        raise ValueError(f"consumed_samples = {consumed_samples}: a run starts at 0 samples; give 0 or more")
+        raise ValueError(
+            f"consumed_samples = {consumed_samples}: a run starts at 0 samples; give 0 or more"
+        )
     if style == "single" and num_samples < global_batch_size:
-        raise ValueError(f"num_samples = {num_samples}: less than one global batch of {global_batch_size}; "
-                         'give more data, a smaller global_batch_size, or the sampler "cyclic"')
+        raise ValueError(
+            f"num_samples = {num_samples}: less than one global batch of {global_batch_size}; "
+            'give more data, a smaller global_batch_size, or the sampler "cyclic"'
+        )
     end = consumed_samples + global_batch_size
-    share = split_among_ranks(range(consumed_samples, end), micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp=dp)
+    share = split_among_ranks(
+        range(consumed_samples, end), micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp=dp
+    )
     if style == "single":
         return share if end <= num_samples else ()
     epoch, position = np.divmod(np.asarray(share, dtype=np.uint64), np.uint64(num_samples))
     return tuple(map(tuple, _permute(position, num_samples, seed, epoch).tolist()))
 
 
-def batch_indices(consumed_samples: int = 0, *, count: int | None = None, style: str, seed: int, num_samples: int,
-                  global_batch_size: int, micro_batch_size: int, dp_rank: int, dp: int,
-                  ) -> Iterator[tuple[tuple[int, ...], ...]]:
+def batch_indices(
+    consumed_samples: int = 0,
+    *,
+    count: int | None = None,
+    style: str,
+    seed: int,
+    num_samples: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp: int,
+) -> Iterator[tuple[tuple[int, ...], ...]]:
     """This rank's shares of the global batches from `consumed_samples` on, each as `sample_indices` returns it.
 
     Ends after `count` global batches (None: never) and, where the style is "single", with the last whole one.
@@ -83,11 +112,24 @@ def batch_indices(consumed_samples: int = 0, *, count: int | None = None, style:
     """
     if count is not None and count < 0:
         raise ValueError(f"count = {count}: give 0 or more global batches, or None for all")
-    share = partial(sample_indices, style=style, seed=seed, num_samples=num_samples, dp_rank=dp_rank, dp=dp,
-                    global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
-    share(consumed_samples)     # bad arguments raise here, not at the first `next`
-    starts = (count_from(consumed_samples, global_batch_size) if count is None else
-              range(consumed_samples, consumed_samples + count * global_batch_size, global_batch_size))
+    share = partial(
+        sample_indices,
+        style=style,
+        seed=seed,
+        num_samples=num_samples,
+        dp_rank=dp_rank,
+        dp=dp,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+    )
+    share(consumed_samples)  # bad arguments raise here, not at the first `next`
+    starts = (
+        count_from(consumed_samples, global_batch_size)
+        if count is None
+        else range(
+            consumed_samples, consumed_samples + count * global_batch_size, global_batch_size
+        )
+    )
     return takewhile(bool, map(share, starts))
 
 

@@ -3,6 +3,7 @@
 Equal, float for float, to megatron-core's `OptimizerParamScheduler` as Megatron-LM builds it: every length is counted
 in samples, iterations times the global batch size. Nothing is stepped, so resuming has nothing to restore.
 """
+
 from __future__ import annotations
 
 import math
@@ -38,9 +39,11 @@ _RISE: Mapping[str, Callable[[float], float]] = {
 }
 
 # The fields that give a length; at most one of each.
-_LENGTHS = {"decay": ("decay_iters", "decay_samples"),
-            "warmup": ("warmup_iters", "warmup_samples", "warmup_fraction"),
-            "wsd_decay": ("wsd_decay_iters", "wsd_decay_samples")}
+_LENGTHS = {
+    "decay": ("decay_iters", "decay_samples"),
+    "warmup": ("warmup_iters", "warmup_samples", "warmup_fraction"),
+    "wsd_decay": ("wsd_decay_iters", "wsd_decay_samples"),
+}
 
 DECAYS = ("constant", "linear", "cosine", "inverse-square-root", "wsd")
 WSD_DECAY_STYLES = tuple(_FALL)
@@ -54,13 +57,18 @@ def schedule_problems(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
     WSD decay that reaches into the warm-up, where the learning rate would jump.
     """
     schedule = config.schedule
-    for name, allowed in (("decay", DECAYS), ("wsd_decay_style", WSD_DECAY_STYLES),
-                          ("weight_decay_incr_style", WEIGHT_DECAY_INCR_STYLES)):
+    for name, allowed in (
+        ("decay", DECAYS),
+        ("wsd_decay_style", WSD_DECAY_STYLES),
+        ("weight_decay_incr_style", WEIGHT_DECAY_INCR_STYLES),
+    ):
         if (value := getattr(schedule, name)) not in allowed:
             yield f"schedule.{name}", value, f"choose one of {', '.join(allowed)}"
 
-    given = {length: {name: value for name in names if (value := getattr(schedule, name)) is not None}
-             for length, names in _LENGTHS.items()}
+    given = {
+        length: {name: value for name in names if (value := getattr(schedule, name)) is not None}
+        for length, names in _LENGTHS.items()
+    }
     for length in given.values():
         for name, value in length.items():
             if not 0 <= value < math.inf:
@@ -83,12 +91,23 @@ def schedule_problems(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
     if schedule.weight_decay_incr_style == "constant":
         for name, value in (("start_weight_decay", start), ("end_weight_decay", end)):
             if value is not None:
-                yield f"schedule.{name}", value, 'leave it out, or set weight_decay_incr_style to "linear" or "cosine"'
+                yield (
+                    f"schedule.{name}",
+                    value,
+                    'leave it out, or set weight_decay_incr_style to "linear" or "cosine"',
+                )
     elif start is None or end is None:
-        yield ("schedule.weight_decay_incr_style", schedule.weight_decay_incr_style,
-               "give start_weight_decay and end_weight_decay, the two ends of the ramp")
+        yield (
+            "schedule.weight_decay_incr_style",
+            schedule.weight_decay_incr_style,
+            "give start_weight_decay and end_weight_decay, the two ends of the ramp",
+        )
     elif not 0 <= start <= end < math.inf:
-        yield "schedule.start_weight_decay", start, f"choose 0 to end_weight_decay = {end}, which is finite"
+        yield (
+            "schedule.start_weight_decay",
+            start,
+            f"choose 0 to end_weight_decay = {end}, which is finite",
+        )
 
     lengths = _lengths(config)
     if (config.train_iters is None) == (config.train_samples is None):
@@ -101,12 +120,22 @@ def schedule_problems(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
             yield f"schedule.{name}", value, "the learning rate needs more than 0 samples to decay"
     elif not lengths.warmup < lengths.decay:
         for name, value in given["warmup"].items():
-            yield (f"schedule.{name}", value, f"the warm-up ({lengths.warmup:g} samples) is part of the decay length "
-                   f"({lengths.decay:g}) and must be shorter than it: shorten the one or lengthen the other")
-    elif schedule.decay == "wsd" and lengths.warmup + lengths.wsd_decay > lengths.decay * (1 + 1e-12):  # sums round
+            yield (
+                f"schedule.{name}",
+                value,
+                f"the warm-up ({lengths.warmup:g} samples) is part of the decay length "
+                f"({lengths.decay:g}) and must be shorter than it: shorten the one or lengthen the other",
+            )
+    elif schedule.decay == "wsd" and lengths.warmup + lengths.wsd_decay > lengths.decay * (
+        1 + 1e-12
+    ):  # sums round
         for name, value in (given["wsd_decay"] or given["warmup"]).items():
-            yield (f"schedule.{name}", value, f"the warm-up ({lengths.warmup:g} samples) and the WSD decay "
-                   f"({lengths.wsd_decay:g}) must fit into the decay length ({lengths.decay:g}): shorten one of them")
+            yield (
+                f"schedule.{name}",
+                value,
+                f"the warm-up ({lengths.warmup:g} samples) and the WSD decay "
+                f"({lengths.wsd_decay:g}) must fit into the decay length ({lengths.decay:g}): shorten one of them",
+            )
 
 
 def make_schedule(config: TrainConfig) -> Callable[[int], LrWd]:
@@ -139,12 +168,16 @@ def make_schedule(config: TrainConfig) -> Callable[[int], LrWd]:
     LrWd(lr=0.0005, weight_decay=0.1)
     """
     if problems := tuple(schedule_problems(config)):
-        raise ConfigError("; ".join(f"{field} = {value!r}: {remedy}" for field, value, remedy in problems))
+        raise ConfigError(
+            "; ".join(f"{field} = {value!r}: {remedy}" for field, value, remedy in problems)
+        )
     lr, weight_decay = _learning_rate(config), _weight_decay(config)
 
     def schedule(consumed_samples: int) -> LrWd:
         if not consumed_samples >= 0:
-            raise ValueError(f"consumed_samples = {consumed_samples}: a run starts at 0 samples; give 0 or more")
+            raise ValueError(
+                f"consumed_samples = {consumed_samples}: a run starts at 0 samples; give 0 or more"
+            )
         return LrWd(lr=lr(consumed_samples), weight_decay=weight_decay(consumed_samples))
 
     return schedule
@@ -154,42 +187,64 @@ def make_schedule(config: TrainConfig) -> Callable[[int], LrWd]:
 class _Lengths:
     """In samples. A fraction of another length may fall between two samples, as upstream."""
 
-    horizon: int            # the whole run: weight decay ramps over it
-    decay: int              # contains the warm-up; beyond it the learning rate is min_lr, unless constant
+    horizon: int  # the whole run: weight decay ramps over it
+    decay: int  # contains the warm-up; beyond it the learning rate is min_lr, unless constant
     warmup: float
-    wsd_decay: float        # the last part of `decay`, for "wsd"
+    wsd_decay: float  # the last part of `decay`, for "wsd"
 
 
 def _lengths(config: TrainConfig) -> _Lengths:
     schedule = config.schedule
 
     def first(iters: int | None, samples: int | None, default: float) -> float:
-        return iters * config.global_batch_size if iters is not None else samples if samples is not None else default
+        return (
+            iters * config.global_batch_size
+            if iters is not None
+            else samples
+            if samples is not None
+            else default
+        )
 
     horizon = first(config.train_iters, config.train_samples, 0)
     decay = first(schedule.decay_iters, schedule.decay_samples, horizon)
-    return _Lengths(horizon=horizon, decay=decay,
-                    warmup=first(schedule.warmup_iters, schedule.warmup_samples,
-                                 (schedule.warmup_fraction or 0) * decay),
-                    wsd_decay=first(schedule.wsd_decay_iters, schedule.wsd_decay_samples, decay / 10))
+    return _Lengths(
+        horizon=horizon,
+        decay=decay,
+        warmup=first(
+            schedule.warmup_iters, schedule.warmup_samples, (schedule.warmup_fraction or 0) * decay
+        ),
+        wsd_decay=first(schedule.wsd_decay_iters, schedule.wsd_decay_samples, decay / 10),
+    )
 
 
 # Below, the order of the floating point operations is upstream's, so that the results are equal to the last bit.
 
+
 def _learning_rate(config: TrainConfig) -> Callable[[int], float]:
     schedule, lengths = config.schedule, _lengths(config)
-    lr, min_lr, init_lr, warmup = float(schedule.lr), schedule.min_lr, schedule.init_lr, lengths.warmup
+    lr, min_lr, init_lr, warmup = (
+        float(schedule.lr),
+        schedule.min_lr,
+        schedule.init_lr,
+        lengths.warmup,
+    )
 
     def inverse_square_root(n: int) -> float:
         return max(min_lr, lr * max(warmup, 1) ** 0.5 / max(n, 1) ** 0.5)
 
-    def fall(coefficient: Callable[[float], float], start: float, length: float) -> Callable[[int], float]:
-        return lambda n: min_lr + (coefficient((n - start) / length) if n > start else 1.0) * (lr - min_lr)
+    def fall(
+        coefficient: Callable[[float], float], start: float, length: float
+    ) -> Callable[[int], float]:
+        return lambda n: (
+            min_lr + (coefficient((n - start) / length) if n > start else 1.0) * (lr - min_lr)
+        )
 
     if schedule.decay == "inverse-square-root":
         decay = inverse_square_root
     elif schedule.decay == "wsd":
-        decay = fall(_FALL[schedule.wsd_decay_style], lengths.decay - lengths.wsd_decay, lengths.wsd_decay)
+        decay = fall(
+            _FALL[schedule.wsd_decay_style], lengths.decay - lengths.wsd_decay, lengths.wsd_decay
+        )
     elif schedule.decay != "constant":
         decay = fall(_FALL[schedule.decay], warmup, lengths.decay - warmup)
 

@@ -1,12 +1,13 @@
 """Which gradient norms are spikes: a pure function of the norms before."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf, isfinite
 from statistics import median
 
-WINDOW = 32                                                    # norms that are looked at
-LEAST = 8                                                      # before so many are known nothing is a spike
+WINDOW = 32  # norms that are looked at
+LEAST = 8  # before so many are known nothing is a spike
 
 
 def spike_limit(norms: Sequence[float], factor: float | None) -> float:

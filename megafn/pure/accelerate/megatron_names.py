@@ -2,6 +2,7 @@
 
 name: (dotted path, conversion or None); or (None, what to say instead).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -24,16 +25,20 @@ def _swiglu(value: Any) -> str:
 
 _STRAIGHT = {
     "model": "ffn_hidden_size kv_channels num_query_groups max_position_embeddings rotary_base rotary_percent qk_layernorm "
-             "add_bias_linear add_qkv_bias hidden_dropout attention_dropout init_method_std normalization norm_epsilon "
-             "bert_binary_head num_tokentypes num_labels num_decoder_layers decoder_start_token_id "
-             "relative_attention_num_buckets relative_attention_max_distance",
+    "add_bias_linear add_qkv_bias hidden_dropout attention_dropout init_method_std normalization norm_epsilon "
+    "bert_binary_head num_tokentypes num_labels num_decoder_layers decoder_start_token_id "
+    "relative_attention_num_buckets relative_attention_max_distance",
     "precision": "initial_loss_scale min_loss_scale loss_scale_window hysteresis",
     "data": "reset_position_ids reset_attention_mask eod_mask_loss mask_prob short_seq_prob",
     "": "seed",
 }
 
 MEGATRON: dict[str, tuple[str | None, Callable[[Any], Any] | str | None]] = {
-    **{name: (f"{section}.{name}".strip("."), None) for section, names in _STRAIGHT.items() for name in names.split()},
+    **{
+        name: (f"{section}.{name}".strip("."), None)
+        for section, names in _STRAIGHT.items()
+        for name in names.split()
+    },
     "layernorm_epsilon": ("model.norm_epsilon", None),
     "position_embedding_type": ("model.position_embedding", None),
     "swiglu": ("model.activation", _swiglu),
@@ -66,10 +71,27 @@ MEGATRON: dict[str, tuple[str | None, Callable[[Any], Any] | str | None]] = {
     "pipeline_model_parallel_size": (None, "it is the plugin's pp_degree; give it there"),
     "sequence_parallel": (None, "it is the plugin's sequence_parallelism; give it there"),
     "clip_grad": (None, "it is the plugin's gradient_clipping; give it there"),
-    "global_batch_size": (None, "it follows from micro_batch_size, num_micro_batches and the number of processes; give num_micro_batches"),
-    "virtual_pipeline_model_parallel_size": (None, "it follows from the plugin's num_layers_per_virtual_pipeline_stage; give that"),
+    "global_batch_size": (
+        None,
+        "it follows from micro_batch_size, num_micro_batches and the number of processes; give num_micro_batches",
+    ),
+    "virtual_pipeline_model_parallel_size": (
+        None,
+        "it follows from the plugin's num_layers_per_virtual_pipeline_stage; give that",
+    ),
     "data_path": (None, "name the data with data = DataConfig(train=...)"),
-    **{name: (None, "it is the model's; give another model config") for name in
-       ("num_layers", "encoder_num_layers", "hidden_size", "num_attention_heads", "vocab_size")},
-    **{name: (None, 'it is said by mixed_precision = "fp16" or "bf16"; give it there') for name in ("fp16", "bf16")},
+    **{
+        name: (None, "it is the model's; give another model config")
+        for name in (
+            "num_layers",
+            "encoder_num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "vocab_size",
+        )
+    },
+    **{
+        name: (None, 'it is said by mixed_precision = "fp16" or "bf16"; give it there')
+        for name in ("fp16", "bf16")
+    },
 }

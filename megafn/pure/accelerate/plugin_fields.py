@@ -2,6 +2,7 @@
 
 The 40 names and their meanings are those of accelerate 0.27.2; `docs/accelerate.md` has the table.
 """
+
 from __future__ import annotations
 
 import os
@@ -40,7 +41,7 @@ class PluginFields:
     lr_warmup_samples: int | None = None
     lr_warmup_fraction: float | None = None
     min_lr: float = 0.0
-    consumed_samples: object = None                     # a list or tuple of three integers
+    consumed_samples: object = None  # a list or tuple of three integers
     no_wd_decay_cond: Callable | None = None
     scale_lr_cond: Callable | None = None
     lr_mult: float = 1.0
@@ -53,31 +54,67 @@ class PluginFields:
     eval_iters: int = 100
     eval_interval: int = 1000
     return_logits: bool = False
-    custom_train_step_class: object = None              # a class or function (config, **kwargs) -> train step, or a Step
-    custom_train_step_kwargs: object = None             # a dict
+    custom_train_step_class: object = (
+        None  # a class or function (config, **kwargs) -> train step, or a Step
+    )
+    custom_train_step_kwargs: object = None  # a dict
     custom_model_provider_function: Callable | None = None
     custom_prepare_model_function: Callable | None = None
-    other_megatron_args: object = None                  # a dict
+    other_megatron_args: object = None  # a dict
 
 
 # Fields that are one config field each, under another name.
 SAME = {
-    "tp_degree": "parallel.tp", "pp_degree": "parallel.pp", "gradient_clipping": "optimizer.clip_grad",
-    "sequence_parallelism": "parallel.sequence_parallel", "use_distributed_optimizer": "optimizer.use_distributed_optimizer",
-    "train_iters": "train_iters", "train_samples": "train_samples", "min_lr": "schedule.min_lr",
-    "weight_decay_incr_style": "schedule.weight_decay_incr_style", "start_weight_decay": "schedule.start_weight_decay",
-    "end_weight_decay": "schedule.end_weight_decay", "lr_decay_style": "schedule.decay", "lr_decay_iters": "schedule.decay_iters",
-    "lr_decay_samples": "schedule.decay_samples", "lr_warmup_iters": "schedule.warmup_iters",
-    "lr_warmup_samples": "schedule.warmup_samples", "lr_warmup_fraction": "schedule.warmup_fraction",
-    "no_wd_decay_cond": "optimizer.no_weight_decay_cond", "scale_lr_cond": "optimizer.lr_scale_cond", "lr_mult": "optimizer.lr_mult",
-    "tensorboard_dir": "log.tensorboard_dir", "set_all_logging_options": "log.everything", "eval_iters": "eval_iters",
-    "eval_interval": "eval_interval", "custom_model_provider_function": "model_function",
+    "tp_degree": "parallel.tp",
+    "pp_degree": "parallel.pp",
+    "gradient_clipping": "optimizer.clip_grad",
+    "sequence_parallelism": "parallel.sequence_parallel",
+    "use_distributed_optimizer": "optimizer.use_distributed_optimizer",
+    "train_iters": "train_iters",
+    "train_samples": "train_samples",
+    "min_lr": "schedule.min_lr",
+    "weight_decay_incr_style": "schedule.weight_decay_incr_style",
+    "start_weight_decay": "schedule.start_weight_decay",
+    "end_weight_decay": "schedule.end_weight_decay",
+    "lr_decay_style": "schedule.decay",
+    "lr_decay_iters": "schedule.decay_iters",
+    "lr_decay_samples": "schedule.decay_samples",
+    "lr_warmup_iters": "schedule.warmup_iters",
+    "lr_warmup_samples": "schedule.warmup_samples",
+    "lr_warmup_fraction": "schedule.warmup_fraction",
+    "no_wd_decay_cond": "optimizer.no_weight_decay_cond",
+    "scale_lr_cond": "optimizer.lr_scale_cond",
+    "lr_mult": "optimizer.lr_mult",
+    "tensorboard_dir": "log.tensorboard_dir",
+    "set_all_logging_options": "log.everything",
+    "eval_iters": "eval_iters",
+    "eval_interval": "eval_interval",
+    "custom_model_provider_function": "model_function",
     "custom_prepare_model_function": "prepare_model",
 }
-_ENVIRONMENT = {"TP_DEGREE": int, "PP_DEGREE": int, "NUM_MICRO_BATCHES": int, "GRADIENT_CLIPPING": float,
-                "SEQUENCE_PARALLELISM": bool, "RECOMPUTE_ACTIVATIONS": bool, "USE_DISTRIBUTED_OPTIMIZER": bool}
-_BOOLS = {"1": True, "true": True, "t": True, "yes": True, "y": True, "on": True,
-          "0": False, "false": False, "f": False, "no": False, "n": False, "off": False}
+_ENVIRONMENT = {
+    "TP_DEGREE": int,
+    "PP_DEGREE": int,
+    "NUM_MICRO_BATCHES": int,
+    "GRADIENT_CLIPPING": float,
+    "SEQUENCE_PARALLELISM": bool,
+    "RECOMPUTE_ACTIVATIONS": bool,
+    "USE_DISTRIBUTED_OPTIMIZER": bool,
+}
+_BOOLS = {
+    "1": True,
+    "true": True,
+    "t": True,
+    "yes": True,
+    "y": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "f": False,
+    "no": False,
+    "n": False,
+    "off": False,
+}
 
 
 def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -94,7 +131,13 @@ def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
             continue
         key = name.removeprefix("MEGATRON_LM_")
         if key not in _ENVIRONMENT:
-            problems.append(Problem(name, text, f"there is no such variable{did_you_mean(name, [f'MEGATRON_LM_{known}' for known in _ENVIRONMENT])}"))
+            problems.append(
+                Problem(
+                    name,
+                    text,
+                    f"there is no such variable{did_you_mean(name, [f'MEGATRON_LM_{known}' for known in _ENVIRONMENT])}",
+                )
+            )
             continue
         kind, word = _ENVIRONMENT[key], text.strip().lower()
         try:

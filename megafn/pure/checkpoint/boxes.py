@@ -3,6 +3,7 @@
 A box is (offset, size), one number of each per dimension. An optimizer's shard is a range of flattened elements,
 which a few boxes cover; tensor parallelism says where in the whole parameter they lie.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -24,20 +25,36 @@ def boxes(shape: Index, start: int, end: int) -> Iterator[Box]:
         yield ((start,), (end - start,)) if shape else ((), ())
         return
     row = prod(shape[1:])
-    first, last = -(-start // row), end // row                   # whole rows are first to last - 1
-    if start // row == (end - 1) // row and first >= last:       # within one row
+    first, last = -(-start // row), end // row  # whole rows are first to last - 1
+    if start // row == (end - 1) // row and first >= last:  # within one row
         spans = [(start // row, start % row, start % row + end - start)]
         first = last = 0
     else:
-        spans = [(start // row, start % row, row)] * (start % row > 0) + [(last, 0, end % row)] * (end % row > 0)
-    inner = [[((at, *offset), (1, *size)) for offset, size in boxes(shape[1:], low, high)] for at, low, high in spans]
+        spans = [(start // row, start % row, row)] * (start % row > 0) + [(last, 0, end % row)] * (
+            end % row > 0
+        )
+    inner = [
+        [((at, *offset), (1, *size)) for offset, size in boxes(shape[1:], low, high)]
+        for at, low, high in spans
+    ]
     if first < last:
-        inner.insert(int(start % row > 0), [((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))])
+        inner.insert(
+            int(start % row > 0), [((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))]
+        )
     for part in inner:
         yield from part
 
 
-def in_whole(box: Box, local: Index, whole: Index, dim: int | None, *, stride: int = 1, tp: int = 1, tp_rank: int = 0) -> Iterator[tuple[Box, Index]]:
+def in_whole(
+    box: Box,
+    local: Index,
+    whole: Index,
+    dim: int | None,
+    *,
+    stride: int = 1,
+    tp: int = 1,
+    tp_rank: int = 0,
+) -> Iterator[tuple[Box, Index]]:
     """Where a box of a process's part lies in the whole tensor: (box there, offset in the part), one for each block that it meets.
 
     The whole is cut over tp along `dim` (None: not at all), in `stride` blocks cut one by one. What only pads `dim` is left out.
@@ -54,7 +71,9 @@ def in_whole(box: Box, local: Index, whole: Index, dim: int | None, *, stride: i
     block = local[dim] // stride
     for i in range(stride):
         low, high = max(offset[dim], i * block), min(offset[dim] + size[dim], (i + 1) * block)
-        shift = i * block * tp + tp_rank * block - i * block      # from a place in this block to the whole's
+        shift = (
+            i * block * tp + tp_rank * block - i * block
+        )  # from a place in this block to the whole's
         high = min(high, whole[dim] - shift)
         if low < high:
             at, extent = list(offset), list(size)

@@ -1,4 +1,5 @@
 """May a run go on from a checkpoint of another config?"""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -10,8 +11,17 @@ from megafn.pure.config.records import TrainConfig
 
 # Beside the model's fields, what makes it other samples or another meaning of how many were consumed. Layout, precision, learning rate,
 # length of the run, logs and where the data lies may change; that the data is the same is seen in the data.
-FIXED = ("optimizer.name", "seed", "global_batch_size", "data.split", "data.sampler", "data.tokenizer",
-         "data.reset_position_ids", "data.reset_attention_mask", "data.eod_mask_loss")
+FIXED = (
+    "optimizer.name",
+    "seed",
+    "global_batch_size",
+    "data.split",
+    "data.sampler",
+    "data.tokenizer",
+    "data.reset_position_ids",
+    "data.reset_attention_mask",
+    "data.eod_mask_loss",
+)
 
 
 def resume_problems(saved: TrainConfig, config: TrainConfig, iteration: int) -> tuple[Problem, ...]:
@@ -26,8 +36,15 @@ def resume_problems(saved: TrainConfig, config: TrainConfig, iteration: int) -> 
     >>> print(*resume_problems(config, attrs.evolve(config, seed=7), 4))
     seed = 7: the checkpoint was written with 1234; set that, or start anew in another checkpoint.directory
     """
-    problems = [Problem(path, now, f"the checkpoint was written with {before!r}; set that, or start anew in another checkpoint.directory")
-                for path, before, now in _changes(saved, config) if _fixed(path)]
+    problems = [
+        Problem(
+            path,
+            now,
+            f"the checkpoint was written with {before!r}; set that, or start anew in another checkpoint.directory",
+        )
+        for path, before, now in _changes(saved, config)
+        if _fixed(path)
+    ]
     if iteration > config.iterations:
         problems.append(_length(config, iteration))
     return tuple(problems)
@@ -42,8 +59,13 @@ def schedule_changes(saved: TrainConfig, config: TrainConfig) -> tuple[Problem, 
     >>> print(*schedule_changes(*runs))
     train_iters = 12: the checkpoint was written with 9
     """
-    return tuple(Problem(path, now, f"the checkpoint was written with {before!r}") for path, before, now in _changes(saved, config)
-                 if path.startswith(("schedule.", "optimizer.", "precision.", "train_iters", "train_samples")))
+    return tuple(
+        Problem(path, now, f"the checkpoint was written with {before!r}")
+        for path, before, now in _changes(saved, config)
+        if path.startswith(
+            ("schedule.", "optimizer.", "precision.", "train_iters", "train_samples")
+        )
+    )
 
 
 def _changes(saved: TrainConfig, config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
@@ -62,4 +84,6 @@ def _length(config: TrainConfig, iteration: int) -> Problem:
     field: str = "train_iters" if config.train_iters is not None else "train_samples"
     value: Any = getattr(config, field)
     least = iteration * (1 if field == "train_iters" else config.global_batch_size)
-    return Problem(field, value, f"the checkpoint stands at iteration {iteration}; give {least} or more")
+    return Problem(
+        field, value, f"the checkpoint stands at iteration {iteration}; give {least} or more"
+    )

@@ -1,10 +1,13 @@
 """Which checkpoints are kept."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 
-def iterations_to_keep(iterations: Iterable[int], *, keep_last: int, keep_every: int | None) -> frozenset[int]:
+def iterations_to_keep(
+    iterations: Iterable[int], *, keep_last: int, keep_every: int | None
+) -> frozenset[int]:
     """Of the iterations that have a complete checkpoint, those to keep: the last `keep_last` (0: all of them), and every
     multiple of `keep_every`. The newest is always among them.
 
@@ -12,4 +15,6 @@ def iterations_to_keep(iterations: Iterable[int], *, keep_last: int, keep_every:
     [20, 40, 50]
     """
     ordered = sorted(iterations)
-    return frozenset(ordered[-keep_last:]) | {at for at in ordered if keep_every is not None and at % keep_every == 0}
+    return frozenset(ordered[-keep_last:]) | {
+        at for at in ordered if keep_every is not None and at % keep_every == 0
+    }

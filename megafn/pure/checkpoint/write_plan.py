@@ -1,4 +1,5 @@
 """Which rank writes what of a checkpoint."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -6,10 +7,12 @@ from math import prod
 
 from megafn.pure.checkpoint.boxes import Box, Index
 
-Holding = tuple[str, Index, Box, int]          # tensor, its whole shape, a box of it, bytes of that
+Holding = tuple[str, Index, Box, int]  # tensor, its whole shape, a box of it, bytes of that
 
 
-def plan_writes(ranks: Sequence[tuple[int, Sequence[Holding]]]) -> dict[str, tuple[Index, list[tuple[Box, int]]]]:
+def plan_writes(
+    ranks: Sequence[tuple[int, Sequence[Holding]]],
+) -> dict[str, tuple[Index, list[tuple[Box, int]]]]:
     """Of each tensor its whole shape and who writes which box: (pipeline stage, what it holds) of every rank in, and every element once out.
 
     Of a tensor that several stages hold (a tied table) the first stage's copy is written. Of equal boxes one rank writes one: that with the
@@ -36,5 +39,7 @@ def plan_writes(ranks: Sequence[tuple[int, Sequence[Holding]]]) -> dict[str, tup
     for tensor, (shape, written) in shared.items():
         covered = sum(prod(size) for (_, size), _ in written)
         if covered != prod(shape):
-            raise ValueError(f"{tensor}: its boxes hold {covered} elements, the whole {prod(shape)}; nothing is saved")
+            raise ValueError(
+                f"{tensor}: its boxes hold {covered} elements, the whole {prod(shape)}; nothing is saved"
+            )
     return shared

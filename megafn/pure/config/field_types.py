@@ -1,4 +1,5 @@
 """The fields of a config: their paths and types, whether a value is of its type, and a type in words."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -30,10 +31,13 @@ def has_type(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         if not isinstance(value, tuple):
             return False
-        return all(has_type(item, arms[0]) for item in value) if arms[-1] is Ellipsis else \
-            len(value) == len(arms) and all(map(has_type, value, arms))
+        return (
+            all(has_type(item, arms[0]) for item in value)
+            if arms[-1] is Ellipsis
+            else len(value) == len(arms) and all(map(has_type, value, arms))
+        )
     if isinstance(value, int) and kind in (int, float):
-        return not isinstance(value, bool) and -2**63 <= value < 2**63
+        return not isinstance(value, bool) and -(2**63) <= value < 2**63
     return isinstance(value, kind)
 
 

@@ -1,4 +1,5 @@
 """What is wrong with a config, as values: field, value, remedy; and the error that reports them all."""
+
 from __future__ import annotations
 
 import difflib
@@ -16,9 +17,9 @@ class ConfigError(ValueError):
 class Problem:
     """One reason for which a config is refused. `str` of it is "field = value: remedy"."""
 
-    field: str              # dotted, as in "parallel.tp"
+    field: str  # dotted, as in "parallel.tp"
     value: Any
-    remedy: str             # what is asked of the field, and what to do
+    remedy: str  # what is asked of the field, and what to do
 
     def __str__(self) -> str:
         return f"{self.field} = {_shown(self.value)}: {self.remedy}"
@@ -27,7 +28,7 @@ class Problem:
 def _shown(value: Any) -> str:
     try:
         text = repr(value)
-    except Exception:           # an int of thousands of digits has no repr, nor has every object
+    except Exception:  # an int of thousands of digits has no repr, nor has every object
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
@@ -35,7 +36,9 @@ def _shown(value: Any) -> str:
 def config_error(problems: Iterable[Problem | str]) -> ConfigError:
     """The error that tells of all problems, one a line."""
     lines = [str(problem) for problem in problems]
-    return ConfigError(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
+    return ConfigError(
+        lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines])
+    )
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

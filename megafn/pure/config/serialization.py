@@ -1,4 +1,5 @@
 """Configs from and to dicts and TOML, through cattrs; and what a field's type is and is called."""
+
 from __future__ import annotations
 
 import functools
@@ -28,18 +29,33 @@ def to_dict(config: Any) -> dict[str, Any]:
     >>> to_dict(ParallelConfig(tp=2))
     {'tp': 2, 'pp': 1, 'vpp': 1, 'cp': 1, 'ep': 1, 'sequence_parallel': False, 'order': 'tp-cp-ep-dp-pp'}
     """
+
     def plain(value: Any, at: str) -> Any:
         if attrs.has(type(value)):
             fields = ((a.name, getattr(value, a.name)) for a in attrs.fields(type(value)))
-            return {name: plain(item, f"{at}.{name}" if at else name) for name, item in fields if item is not None}
+            return {
+                name: plain(item, f"{at}.{name}" if at else name)
+                for name, item in fields
+                if item is not None
+            }
         if isinstance(value, (list, tuple)):
             return [plain(item, at) for item in value]
         kind = "function" if callable(value) else f"value of type {type(value).__name__}"
         if isinstance(value, (bool, int, float, str)):
-            if not isinstance(value, str) or not any("\ud800" <= letter <= "\udfff" for letter in value):
+            if not isinstance(value, str) or not any(
+                "\ud800" <= letter <= "\udfff" for letter in value
+            ):
                 return value
             kind = "string that is no Unicode"
-        raise config_error([Problem(at, value, f"a {kind} cannot be written to a file; leave it out and set it in code")])
+        raise config_error(
+            [
+                Problem(
+                    at,
+                    value,
+                    f"a {kind} cannot be written to a file; leave it out and set it in code",
+                )
+            ]
+        )
 
     return plain(config, "")
 
@@ -52,7 +68,11 @@ def without_functions(config: Any) -> Any:
     True
     """
     values = {a.name: getattr(config, a.name) for a in attrs.fields(type(config))}
-    changed = {name: without_functions(value) if attrs.has(type(value)) else None for name, value in values.items() if attrs.has(type(value)) or callable(value)}
+    changed = {
+        name: without_functions(value) if attrs.has(type(value)) else None
+        for name, value in values.items()
+        if attrs.has(type(value)) or callable(value)
+    }
     return attrs.evolve(config, **changed)
 
 
@@ -88,8 +108,10 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     try:
         mapping = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
-    except (ValueError, RecursionError) as error:             # ValueError: not TOML, or not UTF-8
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a TOML file"
+        ) from None
+    except (ValueError, RecursionError) as error:  # ValueError: not TOML, or not UTF-8
         raise ConfigError(f"{path}: is no TOML ({error}); correct it there") from None
     try:
         return from_dict(mapping)
@@ -123,16 +145,6 @@ def dump_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
         aside.unlink(missing_ok=True)
 
 
-
-
-
-
-
-
-
-
-
-
 class _Misfit(ValueError):
     """Raised by the converter: a value that its field cannot take."""
 
@@ -151,6 +163,7 @@ def _converter() -> Converter:
             if not isinstance(value, Mapping):
                 raise _Misfit(value, kind)
             return structure(value, kind)
+
         return hook
 
     def leaf(value: Any, kind: Any) -> Any:
@@ -160,9 +173,11 @@ def _converter() -> Converter:
         return frozen
 
     converter.register_structure_hook_factory(attrs.has, section)
-    for kind in (bool, int, float, str):                       # cattrs's own hooks of these convert
+    for kind in (bool, int, float, str):  # cattrs's own hooks of these convert
         converter.register_structure_hook(kind, leaf)
-    converter.register_structure_hook_func(lambda kind: not any(map(attrs.has, (kind, *get_args(kind)))), leaf)
+    converter.register_structure_hook_func(
+        lambda kind: not any(map(attrs.has, (kind, *get_args(kind)))), leaf
+    )
     return converter
 
 
@@ -181,32 +196,55 @@ def _problems_in(error: Exception, mapping: Any, root: type, at: str) -> Iterato
         for key in sorted(error.extra_fields, key=str):
             path = f"{at}.{key}" if at else str(key)
             moved = [known for known in everywhere if known.endswith(f".{key}")]
-            hint = f'; did you mean "{moved[0]}"?' if moved else did_you_mean(str(key), own) or _choice(own)
+            hint = (
+                f'; did you mean "{moved[0]}"?'
+                if moved
+                else did_you_mean(str(key), own) or _choice(own)
+            )
             if path == "parallel.dp":
                 hint = "; data parallelism is what the number of processes leaves over: world_size / (tp * pp * cp)"
             yield Problem(path, mapping[key], f"there is no such field{hint}")
     else:
         for inner in error.exceptions:
-            name = next((note.name for note in getattr(inner, "__notes__", ()) if isinstance(note, AttributeValidationNote)), None)
+            name = next(
+                (
+                    note.name
+                    for note in getattr(inner, "__notes__", ())
+                    if isinstance(note, AttributeValidationNote)
+                ),
+                None,
+            )
             if name is None:
                 yield from _problems_in(inner, mapping, root, at)
             else:
-                yield from _problems_in(inner, mapping.get(name), root, f"{at}.{name}" if at else name)
+                yield from _problems_in(
+                    inner, mapping.get(name), root, f"{at}.{name}" if at else name
+                )
 
 
 def _choice(names: list[str], most: int = 12) -> str:
     """The end of a sentence that names a section's fields, where they are few enough to read."""
-    return f"; there are {', '.join(names)}" if len(names) <= most else f"; docs/configuration.md lists the {len(names)} there are"
+    return (
+        f"; there are {', '.join(names)}"
+        if len(names) <= most
+        else f"; docs/configuration.md lists the {len(names)} there are"
+    )
 
 
 def _without_echoes(problems: list[Problem | str]) -> Iterator[Problem | str]:
     """A misspelt name is one problem: that the field it stood for is missing goes without saying."""
     meant = set()
     for problem in problems:
-        if isinstance(problem, Problem) and (hint := re.search(r'did you mean "(.+)"', problem.remedy)):
+        if isinstance(problem, Problem) and (
+            hint := re.search(r'did you mean "(.+)"', problem.remedy)
+        ):
             section = problem.field.rpartition(".")[0]
             meant |= {hint[1], f"{section}.{hint[1]}"}
-    return (problem for problem in problems if isinstance(problem, Problem) or problem.partition(" is missing")[0] not in meant)
+    return (
+        problem
+        for problem in problems
+        if isinstance(problem, Problem) or problem.partition(" is missing")[0] not in meant
+    )
 
 
 def _fields(cls: type, at: str = "") -> Iterator[tuple[str, Any]]:

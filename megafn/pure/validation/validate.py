@@ -1,4 +1,5 @@
 """Can this config run on so many processes? Every reason why not, at once, before anything is started."""
+
 from __future__ import annotations
 
 import attrs
@@ -10,7 +11,9 @@ from megafn.pure.schedule import schedule_problems
 from megafn.pure.validation.rules import CHOICES, DEAD, RANGES, RULES
 
 
-def validate(config: TrainConfig, world_size: int, *, cuda: bool | None = None) -> tuple[Problem, ...]:
+def validate(
+    config: TrainConfig, world_size: int, *, cuda: bool | None = None
+) -> tuple[Problem, ...]:
     """Every reason for which `config` cannot run on `world_size` processes, or () where there is none.
 
     In three passes: the type of each field, then its range, then the rules between fields. A rule is applied where
@@ -31,29 +34,58 @@ def validate(config: TrainConfig, world_size: int, *, cuda: bool | None = None) 
     if not isinstance(config, TrainConfig):
         return (Problem("config", config, "give a TrainConfig"),)
     fields = (*all_fields(config), ("world_size", world_size, int))
-    problems = [Problem(path, value, f"give {type_in_words(kind)}") for path, value, kind in fields if not has_type(value, kind)]
+    problems = [
+        Problem(path, value, f"give {type_in_words(kind)}")
+        for path, value, kind in fields
+        if not has_type(value, kind)
+    ]
     ill_typed = {problem.field for problem in problems}
     values = {path: value for path, value, _ in fields if path not in ill_typed}
 
     given = {path: value for path, value in values.items() if value is not None}
-    problems += [Problem(path, given[path], f"choose one of {', '.join(names)}{did_you_mean(given[path], names)}")
-                 for path, names in CHOICES.items() if path in given and given[path] not in names]
-    problems += [Problem(path, given[path], remedy)
-                 for paths, fine, remedy in RANGES for path in paths.split() if path in given and not fine(given[path])]
+    problems += [
+        Problem(
+            path, given[path], f"choose one of {', '.join(names)}{did_you_mean(given[path], names)}"
+        )
+        for path, names in CHOICES.items()
+        if path in given and given[path] not in names
+    ]
+    problems += [
+        Problem(path, given[path], remedy)
+        for paths, fine, remedy in RANGES
+        for path in paths.split()
+        if path in given and not fine(given[path])
+    ]
     wrong = {problem.field for problem in problems}
 
     sound = {"cuda": cuda} | {path: value for path, value in values.items() if path not in wrong}
     for paths, rule in RULES:
         path, *others = paths.split()
-        if sound.keys() >= {path, *others} and (remedy := rule(*(sound[read] for read in (path, *others)))):
+        if sound.keys() >= {path, *others} and (
+            remedy := rule(*(sound[read] for read in (path, *others)))
+        ):
             problems.append(Problem(path, sound[path], remedy))
     for paths, reader, alive in DEAD:
         for path in paths.split():
-            if sound.keys() >= {path, reader} and sound[reader] not in alive and sound[path] != _default(config, path):
-                problems.append(Problem(path, sound[path], f"it has no effect where {reader} is {sound[reader]!r}; leave it out "
-                                                           f"or set {reader} to {' or '.join(alive)}"))
-    if "global_batch_size" in sound and not any(path.startswith(("schedule", "train_")) for path in ill_typed):
-        problems += [Problem(*problem) for problem in schedule_problems(config) if problem[0] not in wrong]
+            if (
+                sound.keys() >= {path, reader}
+                and sound[reader] not in alive
+                and sound[path] != _default(config, path)
+            ):
+                problems.append(
+                    Problem(
+                        path,
+                        sound[path],
+                        f"it has no effect where {reader} is {sound[reader]!r}; leave it out "
+                        f"or set {reader} to {' or '.join(alive)}",
+                    )
+                )
+    if "global_batch_size" in sound and not any(
+        path.startswith(("schedule", "train_")) for path in ill_typed
+    ):
+        problems += [
+            Problem(*problem) for problem in schedule_problems(config) if problem[0] not in wrong
+        ]
     return tuple(problems)
 
 

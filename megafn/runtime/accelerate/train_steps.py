@@ -1,9 +1,11 @@
 """The step of a config; and accelerate's train steps, objects with three methods, made a Step."""
+
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -15,12 +17,20 @@ from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.losses import Loss, cross_entropy
 from megafn.runtime.parallel.groups import ProcessGroups
 
-METHODS = {"get_batch": "get_batch_func", "loss_func": "get_loss_func", "forward_step": "get_forward_step_func"}
+METHODS = {
+    "get_batch": "get_batch_func",
+    "loss_func": "get_loss_func",
+    "forward_step": "get_forward_step_func",
+}
 
 
 def step_of(config: TrainConfig) -> Step:
     """The step of a config: what its `step_function` makes, or its family's."""
-    return step_fn(config.model.family) if config.step_function is None else step_from_object(config.step_function(config), config)
+    return (
+        step_fn(config.model.family)
+        if config.step_function is None
+        else step_from_object(config.step_function(config), config)
+    )
 
 
 def step_from_object(made: Any, config: TrainConfig) -> Step:
@@ -42,16 +52,24 @@ def step_from_object(made: Any, config: TrainConfig) -> Step:
         return made
     missing = [method for method in METHODS.values() if not callable(getattr(made, method, None))]
     if missing:
-        raise ConfigError(f"step_function: it gave a {type(made).__name__} without {', '.join(missing)}; let it give a megafn.Step, "
-                          f"or an object with {', '.join(METHODS.values())}")
+        raise ConfigError(
+            f"step_function: it gave a {type(made).__name__} without {', '.join(missing)}; let it give a megafn.Step, "
+            f"or an object with {', '.join(METHODS.values())}"
+        )
     if config.parallel.cp > 1:
-        raise ConfigError(f"parallel.cp = {config.parallel.cp}: {type(made).__name__}'s methods see whole sequences; set it to 1, or write a megafn.Step")
+        raise ConfigError(
+            f"parallel.cp = {config.parallel.cp}: {type(made).__name__}'s methods see whole sequences; set it to 1, or write a megafn.Step"
+        )
     offered = {"megatron_dataset_flag": config.data is not None, "accelerator": None}
     for name, method in METHODS.items():
         if not hasattr(made, name):
             getter = getattr(made, method)
             wanted = inspect.signature(getter).parameters
-            setattr(made, name, getter(**{key: value for key, value in offered.items() if key in wanted}))
+            setattr(
+                made,
+                name,
+                getter(**{key: value for key, value in offered.items() if key in wanted}),
+            )
     call = _call_bert if config.model.family == "bert" else _call
     return Step(batch=_batch, forward=partial(_forward, made.forward_step, call), loss=_loss)
 
@@ -61,21 +79,47 @@ def _batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Ba
     if config.model.family == "bert":
         if "text" in batch:
             batch["tokens"] = batch["text"]
-    elif "text" in batch and "tokens" not in batch:            # the micro-batch's shape is that of its inputs
+    elif "text" in batch and "tokens" not in batch:  # the micro-batch's shape is that of its inputs
         batch = {"tokens": batch["text"][:, :-1], "labels": batch["text"][:, 1:]} | batch
     elif "tokens" in batch and "labels" in batch:
         batch["text"] = torch.cat([batch["tokens"], batch["labels"][:, -1:]], dim=1)
     return {key: value.to(pg.device, non_blocking=True) for key, value in batch.items()}
 
 
-def _call(seen: list[Any], stage: Any, model: torch.nn.Module, *arguments: Any, labels: torch.Tensor | None = None, **named: Any) -> Any:
+def _call(
+    seen: list[Any],
+    stage: Any,
+    model: torch.nn.Module,
+    *arguments: Any,
+    labels: torch.Tensor | None = None,
+    **named: Any,
+) -> Any:
     seen.append(model(*arguments, **named))
-    return seen[-1] if labels is None or not getattr(stage, "post_process", True) else cross_entropy(seen[-1], labels, stage.pg_collection)
+    return (
+        seen[-1]
+        if labels is None or not getattr(stage, "post_process", True)
+        else cross_entropy(seen[-1], labels, stage.pg_collection)
+    )
 
 
-def _call_bert(seen: list[Any], stage: Any, model: torch.nn.Module, tokens: torch.Tensor, padding_mask: torch.Tensor | None = None, *,
-               tokentype_ids: torch.Tensor | None = None, lm_labels: torch.Tensor | None = None) -> Any:
-    seen.append(model(tokens, None, None if padding_mask is None else hide_padding(padding_mask > 0.5), tokentype_ids))
+def _call_bert(
+    seen: list[Any],
+    stage: Any,
+    model: torch.nn.Module,
+    tokens: torch.Tensor,
+    padding_mask: torch.Tensor | None = None,
+    *,
+    tokentype_ids: torch.Tensor | None = None,
+    lm_labels: torch.Tensor | None = None,
+) -> Any:
+    seen.append(
+        model(
+            tokens,
+            None,
+            None if padding_mask is None else hide_padding(padding_mask > 0.5),
+            tokentype_ids,
+        )
+    )
     if lm_labels is None or not getattr(stage, "post_process", True):
         return seen[-1]
     logits, order = seen[-1] if isinstance(seen[-1], tuple) else (seen[-1], None)
@@ -89,7 +133,7 @@ def _forward(forward_step: Callable, call: Callable, model: torch.nn.Module, bat
         return output
     logits = seen[-1] if seen else output
     first = logits[0] if isinstance(logits, tuple) else logits
-    first.loss_of_step = partial(loss, output)                 # travels with the tensor that it is of
+    first.loss_of_step = partial(loss, output)  # travels with the tensor that it is of
     return logits
 
 
@@ -99,4 +143,6 @@ def _loss(logits: Any, batch: Batch, pg: ProcessGroups) -> Loss:
         return Loss(sum=found[0], count=found[1], report=found[2])
     if isinstance(found, tuple) and len(found) == 2:
         return Loss(sum=found[0], count=1, report=found[1])
-    raise TypeError(f"the loss function of the train step returned {type(found).__name__}: (mean, dict of means) or (sum, count, dict of sums) is wanted.")
+    raise TypeError(
+        f"the loss function of the train step returned {type(found).__name__}: (mean, dict of means) or (sum, count, dict of sums) is wanted."
+    )

@@ -1,4 +1,5 @@
 """Files that outlive a crash: tensors without pickles, checksums, and folders that appear whole or not at all."""
+
 from __future__ import annotations
 
 import hashlib
@@ -11,9 +12,19 @@ from pathlib import Path
 
 import torch
 
-SUMS = "SHA256SUMS"                    # as `sha256sum -c` reads it
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
-          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class CheckpointError(ValueError):
@@ -34,7 +45,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     header, end = {}, 0
     for name, tensor in tensors.items():
         size = prod(tensor.shape) * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + size],
+        }
         end += size
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
@@ -43,6 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
         yield len(head).to_bytes(8, "little") + head
         for tensor in tensors.values():
             yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
     return _write(path, data())
 
 
@@ -68,7 +84,10 @@ def sync_folder(folder: Path) -> None:
 
 def publish(aside: Path, folder: Path, sums: Mapping[str, str]) -> None:
     """Give a finished folder its name: from then on it is there, whole. sums: the sha256 of each of its files."""
-    write_file(aside / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
+    write_file(
+        aside / SUMS,
+        "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode(),
+    )
     sync_folder(aside)
     os.rename(aside, folder)
     sync_folder(folder.parent)
@@ -93,4 +112,8 @@ def find_damage(path: Path, digest: str | None) -> str | None:
             size = file.tell()
     except OSError as error:
         return f"{path} is damaged: {error.strerror}"
-    return None if found == digest else f"{path} is damaged: its {size} bytes do not have the sha256 that {SUMS} gives"
+    return (
+        None
+        if found == digest
+        else f"{path} is damaged: its {size} bytes do not have the sha256 that {SUMS} gives"
+    )

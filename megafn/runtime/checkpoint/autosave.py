@@ -1,4 +1,5 @@
 """When `train` saves: at intervals, after the last iteration, on a signal; what it goes on from; what it deletes."""
+
 from __future__ import annotations
 
 import contextlib
@@ -21,21 +22,7 @@ from megafn.runtime.data.same_batches import first_sample
 from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.model.state import State
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)          # Slurm's, and torchrun's
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's, and torchrun's
 
 
 @contextlib.contextmanager
@@ -49,8 +36,8 @@ def open_autosave(state: State) -> Iterator[Callable[..., None]]:
     if settings.directory is None:
         yield lambda state, batch=None, ended=False: None
         return
-    check_buffers(state)                      # now, not when the first checkpoint is due
-    saving: list[Saving] = []                 # at most one
+    check_buffers(state)  # now, not when the first checkpoint is due
+    saving: list[Saving] = []  # at most one
 
     def attempt(part: Callable[[], Any], last_chance: bool) -> Any:
         try:
@@ -59,7 +46,10 @@ def open_autosave(state: State) -> Iterator[Callable[..., None]]:
             if last_chance:
                 raise
             if pg.is_rank_zero:
-                warnings.warn(f"no checkpoint was written: {error}; training goes on, the checkpoints before are whole", stacklevel=5)
+                warnings.warn(
+                    f"no checkpoint was written: {error}; training goes on, the checkpoints before are whole",
+                    stacklevel=5,
+                )
 
     def complete(last_chance: bool = False) -> None:
         if saving and attempt(lambda: finish_save(saving.pop()), last_chance) and pg.is_rank_zero:
@@ -69,24 +59,41 @@ def open_autosave(state: State) -> Iterator[Callable[..., None]]:
         nonlocal newest, sample
         if batch is not None and pg.is_rank_zero:
             sample = batch
-        flags = torch.tensor([max(asked, default=0), bool(saving) and not saving[0].written.done()], dtype=torch.int32, device=pg.device)
+        flags = torch.tensor(
+            [max(asked, default=0), bool(saving) and not saving[0].written.done()],
+            dtype=torch.int32,
+            device=pg.device,
+        )
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=pg.world)
         number, busy = flags.tolist()
         leave = number > 0
         if not busy:
             complete()
-        if (leave or ended or settings.interval and state.iteration % settings.interval == 0) and state.iteration != newest:
-            complete()                                                  # waits for the one before
-            begun = attempt(lambda: begin_save(state, settings.directory, asynchronous=settings.asynchronous and not (leave or ended),
-                                          last_sample=first_sample(sample) if sample is not None else None), leave)
+        if (
+            leave or ended or settings.interval and state.iteration % settings.interval == 0
+        ) and state.iteration != newest:
+            complete()  # waits for the one before
+            begun = attempt(
+                lambda: begin_save(
+                    state,
+                    settings.directory,
+                    asynchronous=settings.asynchronous and not (leave or ended),
+                    last_sample=first_sample(sample) if sample is not None else None,
+                ),
+                leave,
+            )
             if begun:
                 saving.append(begun)
                 newest = state.iteration
         if leave or ended or not settings.asynchronous:
             complete(leave)
         if leave:
-            print_on_rank_zero(f"{signal.Signals(number).name}: iteration {newest} is saved in {settings.directory}; the same command goes on from there", state.config, pg)
-            dist.barrier(group=pg.world)                                # nobody leaves while another still listens to it
+            print_on_rank_zero(
+                f"{signal.Signals(number).name}: iteration {newest} is saved in {settings.directory}; the same command goes on from there",
+                state.config,
+                pg,
+            )
+            dist.barrier(group=pg.world)  # nobody leaves while another still listens to it
             raise SystemExit(0)
 
     with _signals() as asked:
@@ -100,7 +107,9 @@ def _signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield came
         return
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS
+    }
     try:
         yield came
     finally:
@@ -108,14 +117,12 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-
-
-
-
 def _forget(directory: Path, keep_last: int, keep_every: int | None) -> None:
     """Delete the checkpoints that are not to be kept; each loses its name first, so that half of one never passes for a whole one."""
     found = checkpoints(directory)
-    for iteration in found.keys() - iterations_to_keep(found, keep_last=keep_last, keep_every=keep_every):
+    for iteration in found.keys() - iterations_to_keep(
+        found, keep_last=keep_last, keep_every=keep_every
+    ):
         path = found[iteration]
         gone = path.with_name(f".removing-{path.name}")
         try:

@@ -20,6 +20,7 @@ What is used instead: safetensors to read, and 60 lines of boxes (`pure.checkpoi
 
 Random states are not saved: they are a function of (seed, consumed samples, place). Nor is the schedule: a function of consumed samples.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -29,10 +30,11 @@ import re
 import secrets
 import shutil
 import threading
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from math import prod
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any
 
 import attrs
 import torch
@@ -45,19 +47,34 @@ from megafn.pure.checkpoint.compatibility import resume_problems
 from megafn.pure.checkpoint.write_plan import plan_writes
 from megafn.pure.config.problems import config_error
 from megafn.pure.config.serialization import from_dict, to_dict, without_functions
-from megafn.runtime.checkpoint.atomic_files import CheckpointError, find_damage, publish, read_sums, sync_folder, write_file, write_tensors
+from megafn.runtime.checkpoint.atomic_files import (
+    CheckpointError,
+    find_damage,
+    publish,
+    read_sums,
+    sync_folder,
+    write_file,
+    write_tensors,
+)
 from megafn.runtime.checkpoint.state_boxes import adam_step, check_buffers, fill_state, state_boxes
 from megafn.runtime.model.optimizer import chained
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel.groups import ProcessGroups
-from megafn.runtime.parallel.object_collectives import broadcast_from_rank_zero, gather_from_all_ranks
+from megafn.runtime.parallel.object_collectives import (
+    broadcast_from_rank_zero,
+    gather_from_all_ranks,
+)
 
 MANIFEST, FORMAT, _NAME = "manifest.json", 1, re.compile(r"iteration-(\d+)")
 
 
 def checkpoints(directory: str | Path) -> dict[int, Path]:
     """The checkpoints of a directory by their iterations, ascending. One that has its name was whole when it got it."""
-    found = {int(match[1]): path for path in Path(directory).glob("iteration-*") if (match := _NAME.fullmatch(path.name))}
+    found = {
+        int(match[1]): path
+        for path in Path(directory).glob("iteration-*")
+        if (match := _NAME.fullmatch(path.name))
+    }
     return {iteration: found[iteration] for iteration in sorted(found)}
 
 
@@ -68,15 +85,16 @@ def latest(directory: str | Path) -> Path | None:
 
 # ---------------------------------------------------------------------------------------------------------- saving
 
+
 @frozen(kw_only=True, eq=False)
 class Saving:
     """A save under way: this rank's file is being written, or is."""
 
     pg: ProcessGroups
-    folder: Path                # the name that it will have
+    folder: Path  # the name that it will have
     aside: Path
     manifest: Mapping[str, Any]
-    written: Future             # {file: (bytes, sha256)}, or why not
+    written: Future  # {file: (bytes, sha256)}, or why not
 
 
 def save(state: State, directory: str | Path) -> Path:
@@ -88,23 +106,33 @@ def save(state: State, directory: str | Path) -> Path:
     return finish_save(begin_save(state, directory))
 
 
-def begin_save(state: State, directory: str | Path, *, asynchronous: bool = False, last_sample: int | None = None) -> Saving:
+def begin_save(
+    state: State,
+    directory: str | Path,
+    *,
+    asynchronous: bool = False,
+    last_sample: int | None = None,
+) -> Saving:
     """The first half of `save`; every rank calls it. Asynchronous: the tensors are copied now and written by a thread."""
     pg, directory = state.pg, Path(directory)
     check_buffers(state)
     folder = directory / f"iteration-{state.iteration:08d}"
     mine, manifest = _plan(state, f"saving {folder}")
     manifest["last_sample"] = last_sample
-    aside = broadcast_from_rank_zero(_make_room(folder) if pg.is_rank_zero else None, pg, during=f"saving {folder}")
+    aside = broadcast_from_rank_zero(
+        _make_room(folder) if pg.is_rank_zero else None, pg, during=f"saving {folder}"
+    )
     if isinstance(aside, str):
         raise CheckpointError(aside)
     file = aside / _file(pg.rank)
     written: Future = Future()
     if not asynchronous:
         _write_into(written, file, mine)
-    else:           # a daemon, not an executor's: the interpreter would wait for that one at its end, for ever where the disk hangs
+    else:  # a daemon, not an executor's: the interpreter would wait for that one at its end, for ever where the disk hangs
         copies = {key: view.to("cpu", copy=True) for key, view in mine.items()}
-        threading.Thread(target=_write_into, args=(written, file, copies), name="megafn-checkpoint", daemon=True).start()
+        threading.Thread(
+            target=_write_into, args=(written, file, copies), name="megafn-checkpoint", daemon=True
+        ).start()
     return Saving(pg=pg, folder=folder, aside=aside, manifest=manifest, written=written)
 
 
@@ -114,7 +142,9 @@ def finish_save(saving: Saving) -> Path:
     try:
         mine = saving.written.result(pg.timeout_seconds)
     except TimeoutError:
-        raise RuntimeError(f"{during}: rank {pg.rank} hangs: it has not written its file in timeout_seconds = {pg.timeout_seconds:g}") from None
+        raise RuntimeError(
+            f"{during}: rank {pg.rank} hangs: it has not written its file in timeout_seconds = {pg.timeout_seconds:g}"
+        ) from None
     results = gather_from_all_ranks(mine, pg, during=during)
     problem = next((result for result in results if isinstance(result, str)), None)
     if pg.is_rank_zero and problem is None:
@@ -161,7 +191,9 @@ def _make_room(folder: Path) -> Path | str:
         if folder.exists():
             return f"{folder} is there already; save to another directory (one for each run), or remove it"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".saving-{folder.name}-*"):          # of a run that ended while it saved
+        for left in folder.parent.glob(
+            f".saving-{folder.name}-*"
+        ):  # of a run that ended while it saved
             shutil.rmtree(left, ignore_errors=True)
         aside = folder.with_name(f".saving-{folder.name}-{secrets.token_hex(4)}")
         aside.mkdir()
@@ -184,24 +216,51 @@ def _plan(state: State, during: str) -> tuple[dict[str, torch.Tensor], dict[str,
     pg, found = state.pg, {}
     for piece in state_boxes(state):
         found.setdefault(_key(piece.tensor, piece.box[0]), piece)
-    listing = [(piece.tensor, piece.shape, piece.box, piece.view.numel() * piece.view.element_size()) for piece in found.values()]
-    stages, steps, listings = zip(*gather_from_all_ranks((pg.place.pp, adam_step(state), listing), pg, during=during))
+    listing = [
+        (piece.tensor, piece.shape, piece.box, piece.view.numel() * piece.view.element_size())
+        for piece in found.values()
+    ]
+    stages, steps, listings = zip(
+        *gather_from_all_ranks((pg.place.pp, adam_step(state), listing), pg, during=during)
+    )
     if len(set(steps) - {None}) > 1:
         raise RuntimeError(f"optimizer steps by rank = {steps}: one number was expected")
 
     shared = plan_writes(list(zip(stages, listings)))
-    tensors = {name: {"shape": shape, "pieces": [[_file(writer), *box] for box, writer in written]} for name, (shape, written) in shared.items()}
-    mine = {_key(name, box[0]): found[_key(name, box[0])].view for name, (_, written) in shared.items() for box, writer in written if writer == pg.rank}
+    tensors = {
+        name: {"shape": shape, "pieces": [[_file(writer), *box] for box, writer in written]}
+        for name, (shape, written) in shared.items()
+    }
+    mine = {
+        _key(name, box[0]): found[_key(name, box[0])].view
+        for name, (_, written) in shared.items()
+        for box, writer in written
+        if writer == pg.rank
+    }
     scaler = next(_grad_scalers(state), None)
     return mine, {
-        "format": FORMAT, "versions": {"megafn": __version__, "megatron-core": importlib.metadata.version("megatron-core"), "torch": torch.__version__},
-        "iteration": state.iteration, "consumed_samples": state.consumed_samples, "skipped_samples": state.skipped_samples,
-        "grad_norms": state.grad_norms, "optimizer_step": next((step for step in steps if step is not None), None),
-        "grad_scaler": {key: float(value) for key, value in scaler.state_dict().items()} if scaler else None,
-        "world_size": pg.world_size, "config": to_dict(without_functions(state.config)), "tensors": tensors}
+        "format": FORMAT,
+        "versions": {
+            "megafn": __version__,
+            "megatron-core": importlib.metadata.version("megatron-core"),
+            "torch": torch.__version__,
+        },
+        "iteration": state.iteration,
+        "consumed_samples": state.consumed_samples,
+        "skipped_samples": state.skipped_samples,
+        "grad_norms": state.grad_norms,
+        "optimizer_step": next((step for step in steps if step is not None), None),
+        "grad_scaler": {key: float(value) for key, value in scaler.state_dict().items()}
+        if scaler
+        else None,
+        "world_size": pg.world_size,
+        "config": to_dict(without_functions(state.config)),
+        "tensors": tensors,
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- loading
+
 
 def load(state: State, directory: str | Path) -> State:
     """The state of a checkpoint, in the layout of `state`, whose buffers are donated. Every rank calls it.
@@ -215,30 +274,56 @@ def load(state: State, directory: str | Path) -> State:
 
 def read_checkpoint(state: State, directory: str | Path) -> tuple[State, dict[str, Any]]:
     """What `load` returns, and the manifest."""
-    pg, path = state.pg, broadcast_from_rank_zero(_checkpoint_at(Path(directory)) if state.pg.is_rank_zero else None, state.pg)
+    pg, path = (
+        state.pg,
+        broadcast_from_rank_zero(
+            _checkpoint_at(Path(directory)) if state.pg.is_rank_zero else None, state.pg
+        ),
+    )
     if path is None:
-        raise CheckpointError(f"{directory} holds no complete checkpoint; name a folder that `save` wrote, or the one above it")
+        raise CheckpointError(
+            f"{directory} holds no complete checkpoint; name a folder that `save` wrote, or the one above it"
+        )
     manifest = _read_manifest(path, pg)
-    if problems := resume_problems(from_dict(manifest["config"]), state.config, manifest["iteration"]):
+    if problems := resume_problems(
+        from_dict(manifest["config"]), state.config, manifest["iteration"]
+    ):
         raise config_error(problems)
-    kinds, problem = sorted({name.partition("/")[0] for name in manifest["tensors"]} - {"parameter"}), None
+    kinds, problem = (
+        sorted({name.partition("/")[0] for name in manifest["tensors"]} - {"parameter"}),
+        None,
+    )
     try:
         with contextlib.ExitStack() as stack:
             fill_state(state, _reader(path, manifest, stack), kinds, manifest["optimizer_step"])
-    except (CheckpointError, SafetensorError, OSError) as error:      # a model of one's own, or a disk that fails now
+    except (
+        CheckpointError,
+        SafetensorError,
+        OSError,
+    ) as error:  # a model of one's own, or a disk that fails now
         problem = f"{path} could not be read: {error}"
     if problem := next(filter(None, gather_from_all_ranks(problem, pg)), None):
         raise CheckpointError(problem)
     if scale := manifest["grad_scaler"]:
         for scaler in _grad_scalers(state):
-            scaler.load_state_dict({"scale": torch.tensor([scale["scale"]], device=pg.device),
-                                    **{key: int(value) for key, value in scale.items() if key != "scale"}})
-    position = {name: manifest[name] for name in ("iteration", "consumed_samples", "skipped_samples")}
+            scaler.load_state_dict(
+                {
+                    "scale": torch.tensor([scale["scale"]], device=pg.device),
+                    **{key: int(value) for key, value in scale.items() if key != "scale"},
+                }
+            )
+    position = {
+        name: manifest[name] for name in ("iteration", "consumed_samples", "skipped_samples")
+    }
     return attrs.evolve(state, **position, grad_norms=tuple(manifest["grad_norms"])), manifest
 
 
 def _checkpoint_at(directory: Path) -> Path | None:
-    return directory if _NAME.fullmatch(directory.name) or (directory / MANIFEST).exists() else latest(directory)
+    return (
+        directory
+        if _NAME.fullmatch(directory.name) or (directory / MANIFEST).exists()
+        else latest(directory)
+    )
 
 
 def _read_manifest(path: Path, pg: ProcessGroups) -> dict[str, Any]:
@@ -252,14 +337,20 @@ def _read_manifest(path: Path, pg: ProcessGroups) -> dict[str, Any]:
         if not any(problems):
             manifest = json.loads((path / MANIFEST).read_bytes())
             names = sorted(manifest["files"])
-            problems += [find_damage(path / name, sums.get(name)) for name in names[pg.rank::pg.world_size]]
+            problems += [
+                find_damage(path / name, sums.get(name)) for name in names[pg.rank :: pg.world_size]
+            ]
     except CheckpointError as error:
         problems = [str(error)]
-    found = sorted({problem for one in gather_from_all_ranks(problems, pg) for problem in one if problem})
+    found = sorted(
+        {problem for one in gather_from_all_ranks(problems, pg) for problem in one if problem}
+    )
     if found:
         raise CheckpointError("; ".join(found))
     if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path / MANIFEST} has format {manifest['format']}; this megafn reads format {FORMAT}")
+        raise CheckpointError(
+            f"{path / MANIFEST} has format {manifest['format']}; this megafn reads format {FORMAT}"
+        )
     return manifest
 
 
@@ -269,7 +360,9 @@ def _reader(path: Path, manifest: Mapping[str, Any], stack: contextlib.ExitStack
     def copy(tensor, shape, box, target):
         stored = manifest["tensors"].get(tensor)
         if stored is None or tuple(stored["shape"]) != tuple(shape):
-            raise CheckpointError(f"the model has {tensor} of shape {list(shape)}, the checkpoint {'none' if stored is None else stored['shape']}")
+            raise CheckpointError(
+                f"the model has {tensor} of shape {list(shape)}, the checkpoint {'none' if stored is None else stored['shape']}"
+            )
         missing = prod(box[1])
         for file, offset, size in stored["pieces"]:
             if (common := overlap(box, (tuple(offset), tuple(size)))) is None:
@@ -282,4 +375,5 @@ def _reader(path: Path, manifest: Mapping[str, Any], stack: contextlib.ExitStack
             missing -= prod(common[1])
         if missing:
             raise CheckpointError(f"{missing} elements of {tensor} are missing")
+
     return copy

@@ -1,4 +1,5 @@
 """What a run resumes from: the newest checkpoint, and the batches after it."""
+
 from __future__ import annotations
 
 import os
@@ -27,12 +28,35 @@ def check_directory(config: TrainConfig) -> None:
     try:
         Path(settings.directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise config_error([Problem("checkpoint.directory", settings.directory, f"{error.strerror}; name a folder that can be made")]) from None
+        raise config_error(
+            [
+                Problem(
+                    "checkpoint.directory",
+                    settings.directory,
+                    f"{error.strerror}; name a folder that can be made",
+                )
+            ]
+        ) from None
     if not os.access(settings.directory, os.W_OK | os.X_OK):
-        raise config_error([Problem("checkpoint.directory", settings.directory, "it cannot be written to; name another or change its permissions")])
+        raise config_error(
+            [
+                Problem(
+                    "checkpoint.directory",
+                    settings.directory,
+                    "it cannot be written to; name another or change its permissions",
+                )
+            ]
+        )
     if not settings.resume and checkpoints(settings.directory):
-        raise config_error([Problem("checkpoint.directory", settings.directory,
-                               "it holds checkpoints already; name an empty one, or set checkpoint.resume to go on from the newest")])
+        raise config_error(
+            [
+                Problem(
+                    "checkpoint.directory",
+                    settings.directory,
+                    "it holds checkpoints already; name an empty one, or set checkpoint.resume to go on from the newest",
+                )
+            ]
+        )
 
 
 def resume(state: State, batches: Any = None) -> tuple[State, Any]:
@@ -52,7 +76,12 @@ def remaining_batches(batches: Any, state: State, started: int, last_sample: int
     if state.iteration == started:
         return batches
     if batches is not None:
-        return _skip_batches(batches, (state.iteration - started) * num_micro_batches(state.config, state.pg.dp_size), state, last_sample)
+        return _skip_batches(
+            batches,
+            (state.iteration - started) * num_micro_batches(state.config, state.pg.dp_size),
+            state,
+            last_sample,
+        )
     _check_data(state, last_sample)
     return None
 
@@ -61,42 +90,76 @@ def _load_newest(state: State) -> tuple[State, int | None]:
     config, pg = state.config, state.pg
     if config.checkpoint.directory is None:
         return state, None
-    found = broadcast_from_rank_zero(_remove_leftovers(Path(config.checkpoint.directory)) if pg.is_rank_zero else None, pg)
+    found = broadcast_from_rank_zero(
+        _remove_leftovers(Path(config.checkpoint.directory)) if pg.is_rank_zero else None, pg
+    )
     for path in reversed(found):
         try:
             state, manifest = read_checkpoint(state, path)
             left = config.iterations - state.iteration
-            print_on_rank_zero(f"going on from {path}: {left} of {config.iterations} iterations are left" if left else
-                f"{path} is the end of this run of {config.iterations} iterations: nothing is left to do", config, pg)
+            print_on_rank_zero(
+                f"going on from {path}: {left} of {config.iterations} iterations are left"
+                if left
+                else f"{path} is the end of this run of {config.iterations} iterations: nothing is left to do",
+                config,
+                pg,
+            )
             return state, manifest["last_sample"]
         except CheckpointError as error:
             if config.checkpoint.on_damage == "raise":
-                raise CheckpointError(f'{error}; set checkpoint.on_damage to "previous" to go on from the checkpoint before') from None
+                raise CheckpointError(
+                    f'{error}; set checkpoint.on_damage to "previous" to go on from the checkpoint before'
+                ) from None
             if pg.is_rank_zero:
                 before = next((one.name for one in reversed(found) if one < path), "none")
-                warnings.warn(f"{error}; it is now {_set_aside(path).name}, the checkpoint before: {before}", stacklevel=4)
+                warnings.warn(
+                    f"{error}; it is now {_set_aside(path).name}, the checkpoint before: {before}",
+                    stacklevel=4,
+                )
     if found:
-        raise CheckpointError(f"{config.checkpoint.directory}: no checkpoint in it is whole; name another checkpoint.directory to start anew")
+        raise CheckpointError(
+            f"{config.checkpoint.directory}: no checkpoint in it is whole; name another checkpoint.directory to start anew"
+        )
     return state, None
 
 
 def _check_data(state: State, last_sample: int | None) -> None:
     config, pg, problem = state.config, state.pg, None
     at = state.consumed_samples - config.global_batch_size
-    if pg.is_rank_zero and last_sample is not None and first_sample(next(read_batches(config, pg, consumed_samples=at, count=1))) != last_sample:
-        problem = str(Problem("data.train", config.data.train, f"sample {at} is not the one that was read before the checkpoint, so the text or its "
-                              "order is another (that of a text read more than once hangs on the run's length); give what the run began with"))
+    if (
+        pg.is_rank_zero
+        and last_sample is not None
+        and first_sample(next(read_batches(config, pg, consumed_samples=at, count=1)))
+        != last_sample
+    ):
+        problem = str(
+            Problem(
+                "data.train",
+                config.data.train,
+                f"sample {at} is not the one that was read before the checkpoint, so the text or its "
+                "order is another (that of a text read more than once hangs on the run's length); give what the run began with",
+            )
+        )
     if problem := broadcast_from_rank_zero(problem, pg):
         raise ConfigError(problem)
 
 
-def _skip_batches(batches: Iterable[Any], count: int, state: State, last_sample: int | None) -> Iterator[Any]:
+def _skip_batches(
+    batches: Iterable[Any], count: int, state: State, last_sample: int | None
+) -> Iterator[Any]:
     """What follows the first `count` micro-batches, which are read and dropped."""
     iterator, last = iter(batches), count - num_micro_batches(state.config, state.pg.dp_size)
     for i, micro_batch in zip(range(count), iterator):
-        if i == last and state.pg.is_rank_zero and last_sample not in (None, first_sample([micro_batch])):
-            warnings.warn(f"batches: micro-batch {i} is not the one that was read before the checkpoint. The run goes on behind as many as it had read, "
-                          "but they are others; seed the loader, or give a function of consumed_samples.", stacklevel=6)
+        if (
+            i == last
+            and state.pg.is_rank_zero
+            and last_sample not in (None, first_sample([micro_batch]))
+        ):
+            warnings.warn(
+                f"batches: micro-batch {i} is not the one that was read before the checkpoint. The run goes on behind as many as it had read, "
+                "but they are others; seed the loader, or give a function of consumed_samples.",
+                stacklevel=6,
+            )
     yield from iterator
 
 
@@ -108,5 +171,7 @@ def _remove_leftovers(directory: Path) -> list[Path]:
 
 
 def _set_aside(path: Path) -> Path:
-    number = next(i for i in range(1, 1000) if not path.with_name(f"damaged-{i}-{path.name}").exists())
+    number = next(
+        i for i in range(1, 1000) if not path.with_name(f"damaged-{i}-{path.name}").exists()
+    )
     return path.rename(path.with_name(f"damaged-{number}-{path.name}"))

@@ -4,9 +4,11 @@ Every local parameter knows its name and place in the whole model (`weights.part
 masters included, lies as it does, or is a range of its flattened elements (distributed optimizer). So one description
 serves every layout and family, and reading back is copying what overlaps.
 """
+
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from attrs import frozen
@@ -22,8 +24,8 @@ from megafn.runtime.model.weights import LocalParameter, local_parameters
 class StateBox:
     """A box of one whole tensor; `view`, of the box's size, shares its memory with the state."""
 
-    tensor: str                 # "parameter/NAME", or "exp_avg/NAME" and what else the optimizer keeps, by torch's names
-    shape: Index                # of the whole tensor
+    tensor: str  # "parameter/NAME", or "exp_avg/NAME" and what else the optimizer keeps, by torch's names
+    shape: Index  # of the whole tensor
     box: Box
     view: torch.Tensor
 
@@ -42,30 +44,50 @@ def _optimizer_shards(optimizer: Any) -> Callable[[torch.nn.Parameter], Optimize
     """The master of a parameter; None where other data-parallel ranks hold all of it."""
     slots, sharded = {}, {}
     for inner in inner_optimizers(optimizer):
-        slots.update({value: inner.state[value] for group in inner.param_groups for value in group["params"]})
+        slots.update(
+            {value: inner.state[value] for group in inner.param_groups for value in group["params"]}
+        )
     for part in chained(optimizer):
         for parameter, (group, place) in getattr(part, "model_param_group_index_map", {}).items():
             held = part._get_model_param_range_map(parameter)["param"]
-            sharded[parameter] = part.optimizer.param_groups[group]["params"][place], held.start, held.end
+            sharded[parameter] = (
+                part.optimizer.param_groups[group]["params"][place],
+                held.start,
+                held.end,
+            )
         cut = hasattr(part, "model_param_group_index_map")
 
     def master(parameter):
-        if not parameter.requires_grad:                           # frozen: nobody updates it
+        if not parameter.requires_grad:  # frozen: nobody updates it
             return OptimizerShard(value=parameter, start=0, end=parameter.numel(), slots={})
         if cut and parameter not in sharded:
             return None
-        value, start, end = sharded.get(parameter) or (getattr(parameter, "main_param", parameter), 0, parameter.numel())
+        value, start, end = sharded.get(parameter) or (
+            getattr(parameter, "main_param", parameter),
+            0,
+            parameter.numel(),
+        )
         return OptimizerShard(value=value, start=start, end=end, slots=slots[value])
+
     return master
 
 
-def _views(part: LocalParameter, tensor: torch.Tensor, start: int, end: int) -> Iterator[tuple[Box, torch.Tensor]]:
+def _views(
+    part: LocalParameter, tensor: torch.Tensor, start: int, end: int
+) -> Iterator[tuple[Box, torch.Tensor]]:
     """The boxes of the whole parameter that a flattened range of its local part covers, and views of them in `tensor`."""
     local = tuple(part.parameter.shape)
     strides = torch.empty(local, device="meta").stride()
     for box in boxes(local, start, end):
-        for there, at in in_whole(box, local, part.shape, part.dim, stride=part.stride, tp=part.tp, tp_rank=part.tp_rank):
-            yield there, tensor.as_strided(there[1], strides, tensor.storage_offset() + flat(at, local) - start)
+        for there, at in in_whole(
+            box, local, part.shape, part.dim, stride=part.stride, tp=part.tp, tp_rank=part.tp_rank
+        ):
+            yield (
+                there,
+                tensor.as_strided(
+                    there[1], strides, tensor.storage_offset() + flat(at, local) - start
+                ),
+            )
 
 
 def check_buffers(state: State) -> None:
@@ -74,8 +96,10 @@ def check_buffers(state: State) -> None:
         for name, module in chunk.named_modules():
             for buffer in sorted(module._buffers.keys() - module._non_persistent_buffers_set):
                 if module._buffers[buffer] is not None:
-                    raise ConfigError(f"model: checkpoints hold parameters, and {type(module).__name__} has the buffer {buffer!r} at {name or 'its root'}; "
-                                      f"make it a parameter, or register it with persistent=False")
+                    raise ConfigError(
+                        f"model: checkpoints hold parameters, and {type(module).__name__} has the buffer {buffer!r} at {name or 'its root'}; "
+                        f"make it a parameter, or register it with persistent=False"
+                    )
 
 
 @torch.no_grad()
@@ -88,20 +112,36 @@ def state_boxes(state: State) -> Iterator[StateBox]:
                 continue
             for kind, tensor in {"parameter": held.value, **held.slots}.items():
                 if kind != "step" and isinstance(tensor, torch.Tensor):
-                    for box, view in _views(part, tensor.detach().contiguous(), held.start, held.end):
-                        yield StateBox(tensor=f"{kind}/{part.name}", shape=part.shape, box=box, view=view)
+                    for box, view in _views(
+                        part, tensor.detach().contiguous(), held.start, held.end
+                    ):
+                        yield StateBox(
+                            tensor=f"{kind}/{part.name}", shape=part.shape, box=box, view=view
+                        )
 
 
 def adam_step(state: State) -> int | None:
     """How many updates Adam has made; None where this process knows of none."""
-    steps = {int(slots["step"]) for inner in inner_optimizers(state.optimizer) for slots in inner.state.values() if "step" in slots}
+    steps = {
+        int(slots["step"])
+        for inner in inner_optimizers(state.optimizer)
+        for slots in inner.state.values()
+        if "step" in slots
+    }
     if len(steps) > 1:
-        raise RuntimeError(f"optimizer steps = {sorted(steps)}: one number for all parameters was expected")
+        raise RuntimeError(
+            f"optimizer steps = {sorted(steps)}: one number for all parameters was expected"
+        )
     return steps.pop() if steps else None
 
 
 @torch.no_grad()
-def fill_state(state: State, copy: Callable[[str, Index, Box, torch.Tensor], None], kinds: Iterable[str], step: int | None) -> None:
+def fill_state(
+    state: State,
+    copy: Callable[[str, Index, Box, torch.Tensor], None],
+    kinds: Iterable[str],
+    step: int | None,
+) -> None:
     """Give every tensor of the state its value; copy(tensor, whole shape, box, target) copies a box into `target`.
 
     kinds: what the optimizer keeps besides the parameters, (): nothing yet. step: see `adam_step`.
@@ -110,14 +150,20 @@ def fill_state(state: State, copy: Callable[[str, Index, Box, torch.Tensor], Non
     for chunk in state.chunks:
         for part in local_parameters(chunk, state.config.model, state.pg):
             held = master(part.parameter)
-            whole = torch.zeros(part.parameter.shape, dtype=(part.parameter if held is None else held.value).dtype, device=part.parameter.device)
-            for box, view in _views(part, whole, 0, whole.numel()):      # rows that pad the vocabulary stay zero
+            whole = torch.zeros(
+                part.parameter.shape,
+                dtype=(part.parameter if held is None else held.value).dtype,
+                device=part.parameter.device,
+            )
+            for box, view in _views(
+                part, whole, 0, whole.numel()
+            ):  # rows that pad the vocabulary stay zero
                 copy(f"parameter/{part.name}", part.shape, box, view)
             part.parameter.copy_(whole)
             if held is None:
                 continue
             if held.value is not part.parameter:
-                held.value.copy_(whole.flatten()[held.start:held.end].view_as(held.value))
+                held.value.copy_(whole.flatten()[held.start : held.end].view_as(held.value))
             if not part.parameter.requires_grad:
                 continue
             held.slots.clear()
@@ -126,4 +172,6 @@ def fill_state(state: State, copy: Callable[[str, Index, Box, torch.Tensor], Non
                 for box, view in _views(part, held.slots[kind], held.start, held.end):
                     copy(f"{kind}/{part.name}", part.shape, box, view)
             if step is not None:
-                held.slots["step"] = torch.full((), float(step), dtype=torch.float32, device=held.value.device)   # one for each: it counts in place
+                held.slots["step"] = torch.full(
+                    (), float(step), dtype=torch.float32, device=held.value.device
+                )  # one for each: it counts in place

@@ -1,4 +1,5 @@
 """Batches: this rank's share of each global batch, out of a config's corpora or a user's iterable."""
+
 from __future__ import annotations
 
 import threading
@@ -18,8 +19,14 @@ from megafn.runtime.text.indexing import PARTS
 T = TypeVar("T")
 
 
-def batches(config: TrainConfig, pg: ProcessGroups, *, split: str = "train", consumed_samples: int | None = None,
-            count: int | None = None) -> Iterator[tuple[dict[str, torch.Tensor], ...]]:
+def batches(
+    config: TrainConfig,
+    pg: ProcessGroups,
+    *,
+    split: str = "train",
+    consumed_samples: int | None = None,
+    count: int | None = None,
+) -> Iterator[tuple[dict[str, torch.Tensor], ...]]:
     """This data-parallel rank's share of each global batch: a tuple of micro-batches, dicts of CPU tensors.
 
     GPT: tokens, labels (the next tokens), position_ids int64 and loss_mask float32, each [micro_batch_size, seq_length];
@@ -49,19 +56,32 @@ def batches(config: TrainConfig, pg: ProcessGroups, *, split: str = "train", con
         count = config.eval_iters if count is None else count
     cyclic = split == "train" and config.data.sampler != "single"
     shares = batch_indices(
-        consumed_samples, count=count, style=config.data.sampler if cyclic else "single", seed=config.seed,
-        num_samples=samples if cyclic else max(batch, consumed_samples + count * batch), global_batch_size=batch,
-        micro_batch_size=config.micro_batch_size, dp_rank=pg.dp_rank, dp=pg.dp_size)
+        consumed_samples,
+        count=count,
+        style=config.data.sampler if cyclic else "single",
+        seed=config.seed,
+        num_samples=samples if cyclic else max(batch, consumed_samples + count * batch),
+        global_batch_size=batch,
+        micro_batch_size=config.micro_batch_size,
+        dp_rank=pg.dp_rank,
+        dp=pg.dp_size,
+    )
     pin, vocab_size = torch.cuda.is_available(), config.model.vocab_size
 
     def micro_batch(indices: tuple[int, ...]) -> dict[str, torch.Tensor]:
         rows = [dataset[index % samples] for index in indices]
-        made = {key: _stack([row[key] for row in rows], pin) for key in rows[0] if key != "dataset_id"}
-        for ids in (made[key] for key in ("tokens", "text", "text_enc", "text_dec", "labels") if key in made):
+        made = {
+            key: _stack([row[key] for row in rows], pin) for key in rows[0] if key != "dataset_id"
+        }
+        for ids in (
+            made[key] for key in ("tokens", "text", "text_enc", "text_dec", "labels") if key in made
+        ):
             low, high = map(int, ids.aminmax())
             if low < 0 or high >= vocab_size:
-                raise ConfigError(f"data: token id {low if low < 0 else high} in the samples {indices} of {split}, but "
-                                  f"model.vocab_size = {vocab_size}; raise it, or use the model's tokenizer")
+                raise ConfigError(
+                    f"data: token id {low if low < 0 else high} in the samples {indices} of {split}, but "
+                    f"model.vocab_size = {vocab_size}; raise it, or use the model's tokenizer"
+                )
         return made
 
     return prefetched((tuple(map(micro_batch, share)) for share in shares), config.data.prefetch)
@@ -69,7 +89,11 @@ def batches(config: TrainConfig, pg: ProcessGroups, *, split: str = "train", con
 
 def _stack(rows: list[torch.Tensor], pin: bool) -> torch.Tensor:
     """[b, ...] out of b rows, written once, into pinned memory where that is wanted."""
-    out = torch.empty((len(rows), *rows[0].shape), dtype=rows[0].dtype, pin_memory=True) if pin else None
+    out = (
+        torch.empty((len(rows), *rows[0].shape), dtype=rows[0].dtype, pin_memory=True)
+        if pin
+        else None
+    )
     return torch.stack(rows, out=out)
 
 
@@ -112,7 +136,7 @@ def prefetched(items: Iterable[T], depth: int) -> Iterator[T]:
     finally:
         stop.set()
         free.release()
-        if thread is not threading.current_thread():        # a collector of cycles may run there
+        if thread is not threading.current_thread():  # a collector of cycles may run there
             thread.join()
 
 

@@ -1,4 +1,5 @@
 """Corpora: where the tokens of a split lie, checked, and megatron-core's datasets of them."""
+
 from __future__ import annotations
 
 import contextlib
@@ -40,21 +41,34 @@ def gpt_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
     """megatron-core's dataset class for next-token prediction, and its config."""
     data = config.data
     return gpt_dataset.GPTDataset, gpt_dataset.GPTDatasetConfig(
-        random_seed=config.seed, sequence_length=config.model.seq_length,
-        tokenizer=attrs.evolve(tokenizer, pad=-1),      # nothing is padded; or it would lose the tokens of pad's id
-        reset_position_ids=data.reset_position_ids, reset_attention_mask=data.reset_attention_mask,
-        eod_mask_loss=data.eod_mask_loss, create_attention_mask=data.reset_attention_mask,
-        blend=(["megafn"], None), split="1",            # told to `build_dataset` instead
+        random_seed=config.seed,
+        sequence_length=config.model.seq_length,
+        tokenizer=attrs.evolve(
+            tokenizer, pad=-1
+        ),  # nothing is padded; or it would lose the tokens of pad's id
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+        create_attention_mask=data.reset_attention_mask,
+        blend=(["megafn"], None),
+        split="1",  # told to `build_dataset` instead
         # "" (None means a folder beside the data): indices are built in memory by each rank. In a cache folder
         # megatron-core writes them on global rank 0 alone, not atomically, and the others wait at a barrier: a second
         # host has no files, a second run reads half of one, and an error on rank 0 hangs the rest.
-        path_to_cache="")
+        path_to_cache="",
+    )
 
 
-_FAMILIES: dict[str, Callable[[TrainConfig, Tokenizer], tuple[type, Any]]] = {"gpt": gpt_data, "bert": bert_data, "t5": t5_data}
+_FAMILIES: dict[str, Callable[[TrainConfig, Tokenizer], tuple[type, Any]]] = {
+    "gpt": gpt_data,
+    "bert": bert_data,
+    "t5": t5_data,
+}
 
 
-def corpora(config: TrainConfig, split: str = "train", *, tokenizer: Tokenizer | None = None) -> tuple[Corpus, ...]:
+def corpora(
+    config: TrainConfig, split: str = "train", *, tokenizer: Tokenizer | None = None
+) -> tuple[Corpus, ...]:
     """Finds the corpora of one split, checked; a text is indexed first (once, into the cache folder).
 
     Without a corpus of its own, a split's share is cut out of `data.train` by the weights of `data.split`, where splits
@@ -70,65 +84,127 @@ def corpora(config: TrainConfig, split: str = "train", *, tokenizer: Tokenizer |
         raise ConfigError(f"split = {split!r}: choose one of {', '.join(PARTS)}")
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     own = None if split == "train" else getattr(data, split)
-    weights = [w if part == "train" or getattr(data, part) is None else 0.0 for part, w in zip(PARTS, data.split)]
+    weights = [
+        w if part == "train" or getattr(data, part) is None else 0.0
+        for part, w in zip(PARTS, data.split)
+    ]
     if own is not None:
         weights, part, field = [1.0, 0.0, 0.0], "train", f"data.{split}"
     else:
         own, part, field = data.train, split, "data.train"
     total = math.fsum(weights)
-    if len(data.split) != len(PARTS) or not (0 < total < math.inf and weights[PARTS.index(part)] > 0):
-        raise ConfigError(f"data.split = {data.split}: no text is left for {split}; give each of {', '.join(PARTS)} a weight, "
-                          f"{split} one above 0" + ("" if split == "train" else f" or a corpus of its own in data.{split}"))
-    blend = [(None, own)] if isinstance(own, str) else [one if not isinstance(one, str) else (None, one) for one in own]
-    if not blend or any(w is not None and not (0 < w < math.inf) for w, _ in blend) or len({w is None for w, _ in blend}) > 1:
-        raise ConfigError(f"{field} = {own!r}: give one source or more, all of them with a weight above 0 or none")
-    return tuple(_corpus(config, tokenizer, split, field, source, weight, weights, PARTS.index(part))
-                 for weight, source in blend)
+    if len(data.split) != len(PARTS) or not (
+        0 < total < math.inf and weights[PARTS.index(part)] > 0
+    ):
+        raise ConfigError(
+            f"data.split = {data.split}: no text is left for {split}; give each of {', '.join(PARTS)} a weight, "
+            f"{split} one above 0"
+            + ("" if split == "train" else f" or a corpus of its own in data.{split}")
+        )
+    blend = (
+        [(None, own)]
+        if isinstance(own, str)
+        else [one if not isinstance(one, str) else (None, one) for one in own]
+    )
+    if (
+        not blend
+        or any(w is not None and not (0 < w < math.inf) for w, _ in blend)
+        or len({w is None for w, _ in blend}) > 1
+    ):
+        raise ConfigError(
+            f"{field} = {own!r}: give one source or more, all of them with a weight above 0 or none"
+        )
+    return tuple(
+        _corpus(config, tokenizer, split, field, source, weight, weights, PARTS.index(part))
+        for weight, source in blend
+    )
 
 
-def _corpus(config: TrainConfig, tokenizer: Tokenizer, split: str, field: str, source: str, weight: float | None,
-            weights: list[float], part: int) -> Corpus:
-    data, ends, total, sentences = config.data, (0.0, 1.0), math.fsum(weights), sentences_wanted(config.model)
+def _corpus(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    split: str,
+    field: str,
+    source: str,
+    weight: float | None,
+    weights: list[float],
+    part: int,
+) -> Corpus:
+    data, ends, total, sentences = (
+        config.data,
+        (0.0, 1.0),
+        math.fsum(weights),
+        sentences_wanted(config.model),
+    )
     if os.path.exists(f"{source}.idx") or os.path.exists(f"{source}.bin"):
-        prefix, ends = source, (math.fsum(weights[:part]) / total, math.fsum(weights[:part + 1]) / total)
+        prefix, ends = (
+            source,
+            (math.fsum(weights[:part]) / total, math.fsum(weights[: part + 1]) / total),
+        )
     elif not os.path.isfile(source):
-        raise ConfigError(f"{field} = {source!r}: no such file, nor {source}.idx and .bin; give the path of a text "
-                          "or the prefix of an indexed dataset")
+        raise ConfigError(
+            f"{field} = {source!r}: no such file, nor {source}.idx and .bin; give the path of a text "
+            "or the prefix of an indexed dataset"
+        )
     elif source.endswith((".idx", ".bin")):
-        raise ConfigError(f"{field} = {source!r} is a file of an indexed dataset; give the prefix, {source[:-4]!r}")
+        raise ConfigError(
+            f"{field} = {source!r} is a file of an indexed dataset; give the prefix, {source[:-4]!r}"
+        )
     else:
-        made = indexed_text(source, tokenizer=tokenizer, split=weights, cache=data.cache, split_sentences=sentences > 0)
+        made = indexed_text(
+            source,
+            tokenizer=tokenizer,
+            split=weights,
+            cache=data.cache,
+            split_sentences=sentences > 0,
+        )
         if PARTS[part] not in made:
-            raise ConfigError(f"{field} = {source!r}: too short to give {split} any text; give more, or change "
-                              f"data.split = {data.split}")
+            raise ConfigError(
+                f"{field} = {source!r}: too short to give {split} any text; give more, or change "
+                f"data.split = {data.split}"
+            )
         prefix = made[PARTS[part]]
     lengths, documents, last_token = _read_index(prefix, field)
     marked = data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss
     if prefix == source and marked and last_token != tokenizer.eod:
-        raise ConfigError(f"{field} = {source!r}: documents end with id {last_token}, but data.tokenizer = {data.tokenizer!r} "
-                          f"ends them with {tokenizer.eod}, where resets and masks are wanted; name the tokenizer that made it")
+        raise ConfigError(
+            f"{field} = {source!r}: documents end with id {last_token}, but data.tokenizer = {data.tokenizer!r} "
+            f"ends them with {tokenizer.eod}, where resets and masks are wanted; name the tokenizer that made it"
+        )
     if sentences:
+
         def per_document(values: np.ndarray) -> np.ndarray:
             return np.diff(np.concatenate(([0], np.cumsum(values, dtype=np.int64)))[documents])
 
         count, long = np.diff(documents), per_document(lengths > LONG_SENTENCE)
-        lengths = np.where((count >= sentences) & ((count == 1) | (long == 0)), per_document(lengths), 0)
+        lengths = np.where(
+            (count >= sentences) & ((count == 1) | (long == 0)), per_document(lengths), 0
+        )
     begin, end = (int(round(at * float(len(lengths)))) for at in ends)
     tokens, wanted = int(lengths[begin:end].sum(dtype=np.int64)), config.model.seq_length + 1
-    if sentences and not tokens:        # megatron-core would look for a sample without end
-        raise ConfigError(f"{field} = {source!r}: no document for {split} has {sentences} sentence{'s' * (sentences > 1)} or more, each of "
-                          f"{LONG_SENTENCE} tokens at most; give more text, or write it again with split_sentences (--split-sentences)")
-    if not sentences and tokens < wanted:         # megatron-core would repeat them, or never end where there are none
-        raise ConfigError(f"{field} = {source!r}: {tokens} tokens for {split}, less than one sequence, model.seq_length + 1 = "
-                          f"{wanted}; give more text, another data.split than {data.split}, or a smaller seq_length")
+    if sentences and not tokens:  # megatron-core would look for a sample without end
+        raise ConfigError(
+            f"{field} = {source!r}: no document for {split} has {sentences} sentence{'s' * (sentences > 1)} or more, each of "
+            f"{LONG_SENTENCE} tokens at most; give more text, or write it again with split_sentences (--split-sentences)"
+        )
+    if (
+        not sentences and tokens < wanted
+    ):  # megatron-core would repeat them, or never end where there are none
+        raise ConfigError(
+            f"{field} = {source!r}: {tokens} tokens for {split}, less than one sequence, model.seq_length + 1 = "
+            f"{wanted}; give more text, another data.split than {data.split}, or a smaller seq_length"
+        )
     return Corpus(source=source, prefix=prefix, weight=weight, begin=begin, end=end, tokens=tokens)
 
 
 def _read_index(prefix: str, field: str) -> tuple[np.ndarray, np.ndarray, int]:
     """Lengths of the sequences of an indexed dataset, int32 [n], where each document begins and the last ends, int64, and its
     last token; ConfigError where the files don't fit."""
+
     def refuse(what: str) -> ConfigError:
-        return ConfigError(f"{field}: {prefix}{what}; write it again (where it lies in the cache folder: remove its folder)")
+        return ConfigError(
+            f"{field}: {prefix}{what}; write it again (where it lies in the cache folder: remove its folder)"
+        )
 
     for suffix in (".idx", ".bin"):
         if not os.path.isfile(prefix + suffix):
@@ -141,13 +217,29 @@ def _read_index(prefix: str, field: str) -> tuple[np.ndarray, np.ndarray, int]:
         if code not in (1, 2, 3, 4, 5, 8):
             raise refuse(f".idx: type code {code} is no integer type")
         if os.path.getsize(file.name) < 34 + 12 * sequences + 8 * documents:
-            raise refuse(f".idx is truncated: {sequences} sequences and {documents - 1} documents do not fit into it")
-        lengths, pointers, ends = np.fromfile(file, np.int32, sequences), np.fromfile(file, np.int64, sequences), np.fromfile(file, np.int64, documents)
+            raise refuse(
+                f".idx is truncated: {sequences} sequences and {documents - 1} documents do not fit into it"
+            )
+        lengths, pointers, ends = (
+            np.fromfile(file, np.int32, sequences),
+            np.fromfile(file, np.int64, sequences),
+            np.fromfile(file, np.int64, documents),
+        )
     dtype = np.dtype(DType.dtype_from_code(code))
-    begins = np.cumsum(lengths, dtype=np.int64) - lengths              # each sequence lies behind the one before it
-    if (lengths < 0).any() or (pointers != begins * dtype.itemsize).any() or [*ends[:1], *ends[-1:]] != [0, sequences] or (np.diff(ends) < 0).any():
+    begins = (
+        np.cumsum(lengths, dtype=np.int64) - lengths
+    )  # each sequence lies behind the one before it
+    if (
+        (lengths < 0).any()
+        or (pointers != begins * dtype.itemsize).any()
+        or [*ends[:1], *ends[-1:]] != [0, sequences]
+        or (np.diff(ends) < 0).any()
+    ):
         raise refuse(".idx is damaged: its lengths, places and documents do not fit together")
-    size, stated = os.path.getsize(prefix + ".bin"), int(lengths.sum(dtype=np.int64)) * dtype.itemsize
+    size, stated = (
+        os.path.getsize(prefix + ".bin"),
+        int(lengths.sum(dtype=np.int64)) * dtype.itemsize,
+    )
     if size != stated:
         raise refuse(f".bin is truncated or another's: {size} bytes, {stated} by its .idx")
     if size == 0:
@@ -168,14 +260,27 @@ def build_dataset(config: TrainConfig, split: str = "train") -> torch.utils.data
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data is not None else None
     found = corpora(config, split, tokenizer=tokenizer)
     if config.model.family not in _FAMILIES:
-        raise ConfigError(f"model.family = {config.model.family!r}: there is data for {', '.join(_FAMILIES)}; choose one of them, or give batches of your own")
+        raise ConfigError(
+            f"model.family = {config.model.family!r}: there is data for {', '.join(_FAMILIES)}; choose one of them, or give batches of your own"
+        )
     kind, mcore = _FAMILIES[config.model.family](config, tokenizer)
 
     def read(corpus: Corpus, samples: int | None) -> Any:
         indexed = kind.build_low_level_dataset(corpus.prefix, mcore)
-        return kind(indexed, corpus.prefix, np.arange(corpus.begin, corpus.end, dtype=np.int32), samples, Split[split], mcore)
+        return kind(
+            indexed,
+            corpus.prefix,
+            np.arange(corpus.begin, corpus.end, dtype=np.int32),
+            samples,
+            Split[split],
+            mcore,
+        )
 
-    size = config.iterations * config.global_batch_size if split == "train" and config.data.sampler == "single" else None
+    size = (
+        config.iterations * config.global_batch_size
+        if split == "train" and config.data.sampler == "single"
+        else None
+    )
     with _no_word_of_the_cache():
         if len(found) == 1:
             return read(found[0], size)
@@ -186,13 +291,16 @@ def build_dataset(config: TrainConfig, split: str = "train") -> torch.utils.data
         weights = [float(corpus.weight or corpus.tokens) for corpus in found]
         weights = [weight / math.fsum(weights) for weight in weights]
         # the blend takes the corpus furthest behind its weight, so none gives more than its share and one
-        parts = [read(corpus, math.ceil(size * weight) + 1) for corpus, weight in zip(found, weights)]
+        parts = [
+            read(corpus, math.ceil(size * weight) + 1) for corpus, weight in zip(found, weights)
+        ]
         return blended_dataset.BlendedDataset(parts, weights, size, mcore)
 
 
 @contextlib.contextmanager
 def _no_word_of_the_cache() -> Iterator[None]:
     """megatron-core warns of indices that are not saved; here that is meant."""
+
     def keep(record: logging.LogRecord) -> bool:
         return "path_to_cache is None" not in record.getMessage()
 

@@ -1,8 +1,10 @@
 """Ranks that must read the same batches do: compared by fingerprints before each step."""
+
 from __future__ import annotations
 
 import zlib
-from typing import Any, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,11 @@ def first_sample(batch: Any) -> int:
     """A fingerprint of the first row of a global batch's share: on rank zero, whatever the layout, the first sample of the global batch."""
     micro_batch = next(iter(batch))
     if isinstance(micro_batch, Mapping):
-        micro_batch = {key: value[0] for key, value in micro_batch.items() if isinstance(value, torch.Tensor) and value.dim() and len(value)}
+        micro_batch = {
+            key: value[0]
+            for key, value in micro_batch.items()
+            if isinstance(value, torch.Tensor) and value.dim() and len(value)
+        }
     return fingerprint(micro_batch)
 
 
@@ -27,7 +33,10 @@ def fingerprint(value: Any, start: int = 0) -> int:
     """
     if isinstance(value, torch.Tensor):
         data = value.detach().cpu().contiguous()
-        return zlib.crc32(data.flatten().view(torch.uint8).numpy() if data.numel() else b"", zlib.crc32(repr(data.shape).encode(), start))
+        return zlib.crc32(
+            data.flatten().view(torch.uint8).numpy() if data.numel() else b"",
+            zlib.crc32(repr(data.shape).encode(), start),
+        )
     if isinstance(value, Mapping):
         for key in value:
             start = fingerprint(value[key], zlib.crc32(str(key).encode(), start))
@@ -57,6 +66,8 @@ def check_same_batches(batches: Iterable[Any], pg: ProcessGroups, *, count: int)
             ranks = [rank for rank in range(pg.world_size) if coordinates(pg.groups, rank).dp == dp]
             other = next((rank for rank in ranks if marks[rank] != marks[ranks[0]]), None)
             if other is not None:
-                raise ValueError(f"batches: ranks {ranks[0]} and {other} read different batches, but both hold data-parallel position {dp}; "
-                                 f"seed and shard the loader by pg.dp_rank, not by rank.")
+                raise ValueError(
+                    f"batches: ranks {ranks[0]} and {other} read different batches, but both hold data-parallel position {dp}; "
+                    f"seed and shard the loader by pg.dp_rank, not by rank."
+                )
         yield batch

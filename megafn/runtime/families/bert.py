@@ -1,7 +1,9 @@
 """BERT: masked-language modelling with and without sentence order, and fine-tuning; its heads and its step."""
+
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import get_linear_layer
 
 from megafn.pure.config.records import TrainConfig
-from megafn.runtime.families.step import Batch, as_tensor, check_ids, check_length, integers, zeros_and_ones
+from megafn.runtime.families.step import (
+    Batch,
+    as_tensor,
+    check_ids,
+    check_length,
+    integers,
+    zeros_and_ones,
+)
 from megafn.runtime.model.chunk import Chunk
 from megafn.runtime.model.layers import Norm
 from megafn.runtime.model.losses import IGNORE, Loss, token_loss
@@ -56,16 +65,24 @@ class BertChunk(Chunk):
         if model.bert_binary_head:
             self.binary_head = get_linear_layer(model.hidden_size, 2, mcore.init_method)
         if model.num_labels is not None:
-            self.classification_head = get_linear_layer(model.hidden_size, model.num_labels, mcore.init_method)
+            self.classification_head = get_linear_layer(
+                model.hidden_size, model.num_labels, mcore.init_method
+            )
 
     def head(self, hidden: torch.Tensor) -> Any:
         if self.pooler is not None:
             first = hidden[:1]
-            if self.config.sequence_parallel:              # each tp rank's first position, and of these the first
-                first = gather_from_sequence_parallel_region(first, tensor_parallel_output_grad=False, group=self.tp_group)
+            if (
+                self.config.sequence_parallel
+            ):  # each tp rank's first position, and of these the first
+                first = gather_from_sequence_parallel_region(
+                    first, tensor_parallel_output_grad=False, group=self.tp_group
+                )
             pooled = self.pooler(first, 0)
         if self.classification_head is not None:
-            return self.classification_head(F.dropout(pooled, self.config.hidden_dropout, self.training))
+            return self.classification_head(
+                F.dropout(pooled, self.config.hidden_dropout, self.training)
+            )
         logits = super().head(self.lm_head(hidden))
         return logits if self.binary_head is None else (logits, self.binary_head(pooled))
 
@@ -74,7 +91,9 @@ def hide_padding(real: torch.Tensor) -> torch.Tensor | None:
     """From bools [batch, sequence], True = real, to a mask [batch, 1, 1, sequence], True = hidden; None where nothing is padded."""
     if real.all():
         return None
-    return (~real & real.any(1, keepdim=True))[:, None, None]      # a row without anything real sees itself: no mean over nothing
+    return (~real & real.any(1, keepdim=True))[
+        :, None, None
+    ]  # a row without anything real sees itself: no mean over nothing
 
 
 def bert_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Batch:
@@ -87,22 +106,42 @@ def bert_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -
     Raises ValueError on other keys, shapes and dtypes, and on ids outside the vocabulary, the tables or the labels.
     """
     if not isinstance(raw, Mapping):
-        raise ValueError(f"batch = {type(raw).__name__}: a mapping with 'input_ids', or with 'text', 'labels' and 'loss_mask', is wanted.")
+        raise ValueError(
+            f"batch = {type(raw).__name__}: a mapping with 'input_ids', or with 'text', 'labels' and 'loss_mask', is wanted."
+        )
     model, ours = config.model, "text" in raw
     if not ours and "input_ids" not in raw:
-        raise ValueError(f"batch keys = {sorted(map(str, raw))}: 'input_ids', or 'text', 'labels' and 'loss_mask', are wanted.")
-    names = ("text", "padding_mask", "types", "is_random") if ours else ("input_ids", "attention_mask", "token_type_ids", "next_sentence_label")
+        raise ValueError(
+            f"batch keys = {sorted(map(str, raw))}: 'input_ids', or 'text', 'labels' and 'loss_mask', are wanted."
+        )
+    names = (
+        ("text", "padding_mask", "types", "is_random")
+        if ours
+        else ("input_ids", "attention_mask", "token_type_ids", "next_sentence_label")
+    )
     tokens = integers(raw, names[0])
     rows, shape = tokens.size(0), tokens.shape
-    real = zeros_and_ones(raw, names[1], shape).bool() if raw.get(names[1]) is not None else torch.ones_like(tokens, dtype=torch.bool)
+    real = (
+        zeros_and_ones(raw, names[1], shape).bool()
+        if raw.get(names[1]) is not None
+        else torch.ones_like(tokens, dtype=torch.bool)
+    )
     batch: dict[str, torch.Tensor] = {"tokens": tokens}
     if (hidden := hide_padding(real)) is not None:
         batch["attention_mask"] = hidden
-    types = integers(raw, names[2], shape) if raw.get(names[2]) is not None else torch.zeros_like(tokens)
+    types = (
+        integers(raw, names[2], shape)
+        if raw.get(names[2]) is not None
+        else torch.zeros_like(tokens)
+    )
     types = types.masked_fill(~real, 0)
-    if types.device.type == "cpu" and not 0 <= types.min() <= types.max() < max(1, model.num_tokentypes):
-        raise ValueError(f"batch[{names[2]!r}] from {types.min()} to {types.max()}: the table of token types has model.num_tokentypes = "
-                         f"{model.num_tokentypes} rows; raise it (2 for pairs of sentences), or leave the types out.")
+    if types.device.type == "cpu" and not 0 <= types.min() <= types.max() < max(
+        1, model.num_tokentypes
+    ):
+        raise ValueError(
+            f"batch[{names[2]!r}] from {types.min()} to {types.max()}: the table of token types has model.num_tokentypes = "
+            f"{model.num_tokentypes} rows; raise it (2 for pairs of sentences), or leave the types out."
+        )
     if model.num_tokentypes:
         batch["tokentype_ids"] = types
     if raw.get("position_ids") is not None:
@@ -110,7 +149,11 @@ def bert_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -
     if model.num_labels is not None:
         batch |= _class_labels(raw, model, rows)
     else:
-        labels = integers(raw, "labels", shape) if raw.get("labels") is not None else torch.full_like(tokens, IGNORE)
+        labels = (
+            integers(raw, "labels", shape)
+            if raw.get("labels") is not None
+            else torch.full_like(tokens, IGNORE)
+        )
         if raw.get("loss_mask") is not None:
             labels = labels.masked_fill(zeros_and_ones(raw, "loss_mask", shape) == 0, IGNORE)
         batch |= {"labels": labels, "loss_mask": (labels != IGNORE).long()}
@@ -126,12 +169,21 @@ def _order(raw: Mapping[str, Any], key: str, rows: int) -> torch.Tensor:
     """raw[key] as int64 [batch]: 0 or 1, or -100 where nothing is known."""
     if raw.get(key) is None:
         if raw.get("labels") is not None:
-            raise ValueError(f"batch keys = {sorted(map(str, raw))}: {key!r} [batch] is wanted for the binary head; give it, or leave model.bert_binary_head out.")
+            raise ValueError(
+                f"batch keys = {sorted(map(str, raw))}: {key!r} [batch] is wanted for the binary head; give it, or leave model.bert_binary_head out."
+            )
         return torch.full((rows,), IGNORE)
     wanted = f"0, 1 or -1 (no loss) of shape [{rows}]"
     order = as_tensor(raw, key, wanted)
-    if order.numel() != rows or order.is_floating_point() or order.device.type == "cpu" and not all(value in (0, 1, -1, IGNORE) for value in order.flatten().tolist()):
-        raise ValueError(f"batch[{key!r}] = {order.dtype} of shape {list(order.shape)}: {wanted} are wanted.")
+    if (
+        order.numel() != rows
+        or order.is_floating_point()
+        or order.device.type == "cpu"
+        and not all(value in (0, 1, -1, IGNORE) for value in order.flatten().tolist())
+    ):
+        raise ValueError(
+            f"batch[{key!r}] = {order.dtype} of shape {list(order.shape)}: {wanted} are wanted."
+        )
     order = order.reshape(rows).long()
     return order.masked_fill(order < 0, IGNORE)
 
@@ -142,25 +194,46 @@ def _class_labels(raw: Mapping[str, Any], model: Any, rows: int) -> Batch:
     if raw.get("labels") is None:
         return {}
     labels = as_tensor(raw, "labels", f"numbers of shape [{rows}] or [{rows}, {n}]")
-    kind = model.problem_type or ("regression" if n == 1 else "multi_label_classification" if labels.is_floating_point() else "single_label_classification")
+    kind = model.problem_type or (
+        "regression"
+        if n == 1
+        else "multi_label_classification"
+        if labels.is_floating_point()
+        else "single_label_classification"
+    )
     count = rows if kind == "single_label_classification" else rows * n
     if labels.numel() != count or labels.shape[:1] != (rows,):
-        raise ValueError(f"batch['labels'] of shape {list(labels.shape)}: {kind} of {n} labels wants {count // rows} for each of {rows} rows.")
+        raise ValueError(
+            f"batch['labels'] of shape {list(labels.shape)}: {kind} of {n} labels wants {count // rows} for each of {rows} rows."
+        )
     labels = labels.flatten()
     if kind == "regression":
         return {"targets": labels.float()}
     if kind == "multi_label_classification":
         if labels.device.type == "cpu" and not ((labels >= 0) & (labels <= 1)).all():
-            raise ValueError(f"batch['labels'] from {labels.min()} to {labels.max()}: {kind} wants values from 0 to 1.")
+            raise ValueError(
+                f"batch['labels'] from {labels.min()} to {labels.max()}: {kind} wants values from 0 to 1."
+            )
         return {"flags": labels.float()}
-    if labels.is_floating_point() or labels.device.type == "cpu" and not ((labels == IGNORE) | (labels >= 0) & (labels < n)).all():
-        raise ValueError(f"batch['labels'] = {labels.dtype} from {labels.min()} to {labels.max()}: {kind} wants integers 0 to {n - 1}, or -100 (no loss).")
+    if (
+        labels.is_floating_point()
+        or labels.device.type == "cpu"
+        and not ((labels == IGNORE) | (labels >= 0) & (labels < n)).all()
+    ):
+        raise ValueError(
+            f"batch['labels'] = {labels.dtype} from {labels.min()} to {labels.max()}: {kind} wants integers 0 to {n - 1}, or -100 (no loss)."
+        )
     return {"classes": labels.long()}
 
 
 def bert_forward(model: torch.nn.Module, batch: Batch) -> Any:
     """What `BertChunk` puts out."""
-    return model(batch["tokens"], batch.get("position_ids"), batch.get("attention_mask"), batch.get("tokentype_ids"))
+    return model(
+        batch["tokens"],
+        batch.get("position_ids"),
+        batch.get("attention_mask"),
+        batch.get("tokentype_ids"),
+    )
 
 
 def weigh_sentence_pairs(micro_batches: Sequence[Batch], pg: ProcessGroups) -> Sequence[Batch]:
@@ -169,10 +242,17 @@ def weigh_sentence_pairs(micro_batches: Sequence[Batch], pg: ProcessGroups) -> S
     Raises ValueError, on every rank, where a model with num_labels is given none.
     """
     if not {"labels", "classes", "flags", "targets"} & micro_batches[0].keys():
-        raise ValueError("batch['labels'] is missing: labels are what a model with num_labels is trained on.")
+        raise ValueError(
+            "batch['labels'] is missing: labels are what a model with num_labels is trained on."
+        )
     if "is_random" not in micro_batches[0]:
         return micro_batches
-    counts = torch.stack([torch.stack((batch["loss_mask"].sum(), (batch["is_random"] >= 0).sum())) for batch in micro_batches]).sum(0)
+    counts = torch.stack(
+        [
+            torch.stack((batch["loss_mask"].sum(), (batch["is_random"] >= 0).sum()))
+            for batch in micro_batches
+        ]
+    ).sum(0)
     dist.all_reduce(counts, group=pg.dp)
     weight = counts[0] / counts[1].clamp(min=1)
     return [{**batch, "tokens_per_pair": weight} for batch in micro_batches]
@@ -185,20 +265,30 @@ def bert_loss(output: Any, batch: Batch, pg: ProcessGroups) -> Loss:
     pair's loss is weighed by their number over that of pairs. Labels: cross-entropy of one class, binary cross-entropy
     of several (the mean over num_labels), or mean squared error, as transformers' MegatronBertForSequenceClassification.
     """
-    here = int(pg.place.cp == 0)                            # elsewhere the first position is not the sequence's
+    here = int(pg.place.cp == 0)  # elsewhere the first position is not the sequence's
     if "labels" in batch:
         logits, order = output if isinstance(output, tuple) else (output, None)
         loss = token_loss(logits, batch, pg)
         if order is None:
             return loss
-        pairs = F.cross_entropy(order.float(), batch["is_random"], ignore_index=IGNORE, reduction="sum") * batch["tokens_per_pair"] * here
-        return Loss(sum=loss.sum + pairs, count=loss.count, report={"lm_loss": loss.sum, "sop_loss": pairs})
+        pairs = (
+            F.cross_entropy(order.float(), batch["is_random"], ignore_index=IGNORE, reduction="sum")
+            * batch["tokens_per_pair"]
+            * here
+        )
+        return Loss(
+            sum=loss.sum + pairs, count=loss.count, report={"lm_loss": loss.sum, "sop_loss": pairs}
+        )
     rows, n = output.shape
     if "classes" in batch:
-        losses = F.cross_entropy(output.float(), batch["classes"], ignore_index=IGNORE, reduction="none")
+        losses = F.cross_entropy(
+            output.float(), batch["classes"], ignore_index=IGNORE, reduction="none"
+        )
         return Loss(sum=losses.sum() * here, count=(batch["classes"] != IGNORE).sum() * here)
     if "flags" in batch:
-        losses = F.binary_cross_entropy_with_logits(output.float(), batch["flags"].view(rows, n), reduction="none")
+        losses = F.binary_cross_entropy_with_logits(
+            output.float(), batch["flags"].view(rows, n), reduction="none"
+        )
     else:
         losses = F.mse_loss(output.float(), batch["targets"].view(rows, n), reduction="none")
     return Loss(sum=losses.mean(1).sum() * here, count=rows * here)

@@ -1,4 +1,5 @@
 """The built-in model function: one chunk of a family's model."""
+
 from __future__ import annotations
 
 from megafn.pure.config.records import TrainConfig
@@ -9,15 +10,26 @@ from megafn.runtime.model.weights import initialize_weights
 from megafn.runtime.parallel.groups import ProcessGroups
 
 
-def build_chunk(config: TrainConfig, pg: ProcessGroups, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> Chunk:
+def build_chunk(
+    config: TrainConfig,
+    pg: ProcessGroups,
+    *,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+) -> Chunk:
     """The built-in model function: one chunk of the family's model, initialised by (config.seed, parameter name).
 
     A user's own model function takes the same arguments and returns a module with what megatron-core's schedules
     ask of it (`config`, `set_input_tensor`, `model_type`, ...); wrapping this one is the easy way.
     """
     mcore = transformer_config(config, pg)
-    mcore.init_method = mcore.output_layer_init_method = mcore.embedding_init_method = lambda weight: weight   # ours follows
-    stage = _family(config.model.family).stage(config, mcore, pg, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+    mcore.init_method = mcore.output_layer_init_method = mcore.embedding_init_method = (
+        lambda weight: weight
+    )  # ours follows
+    stage = _family(config.model.family).stage(
+        config, mcore, pg, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+    )
     stage.to(device=pg.device, dtype=mcore.params_dtype)
     initialize_weights(stage, config.model, pg, config.seed)
     return stage

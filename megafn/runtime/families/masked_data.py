@@ -1,4 +1,5 @@
 """Datasets of masked tokens, megatron-core's, over documents of sentences: BERT's masked tokens and T5's span corruption."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,8 +8,14 @@ import attrs
 import numpy as np
 import torch
 from megatron.core.datasets import helpers
-from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset, BERTMaskedWordPieceDatasetConfig
-from megatron.core.datasets.t5_dataset import T5MaskedWordPieceDataset, T5MaskedWordPieceDatasetConfig
+from megatron.core.datasets.bert_dataset import (
+    BERTMaskedWordPieceDataset,
+    BERTMaskedWordPieceDatasetConfig,
+)
+from megatron.core.datasets.t5_dataset import (
+    T5MaskedWordPieceDataset,
+    T5MaskedWordPieceDatasetConfig,
+)
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import ModelConfig, TrainConfig
@@ -27,12 +34,22 @@ class SampleIndex:
     The same order: samples are runs of sentences of one document, all epochs shuffled together.
     """
 
-    def _build_sample_index(self, sequence_length: int, min_sentences_per_sample: int) -> np.ndarray:
+    def _build_sample_index(
+        self, sequence_length: int, min_sentences_per_sample: int
+    ) -> np.ndarray:
         documents = self.dataset.document_indices[np.append(self.indices, self.indices[-1] + 1)]
         epochs, samples = (1, 2**62) if self.num_samples is None else (2**31 - 2, self.num_samples)
         return helpers.build_mapping(
-            documents, self.dataset.sequence_lengths, epochs, samples, sequence_length, self.config.short_sequence_probability,
-            self.config.random_seed % 2**31, False, min_sentences_per_sample)
+            documents,
+            self.dataset.sequence_lengths,
+            epochs,
+            samples,
+            sequence_length,
+            self.config.short_sequence_probability,
+            self.config.random_seed % 2**31,
+            False,
+            min_sentences_per_sample,
+        )
 
 
 class BertDataset(SampleIndex, BERTMaskedWordPieceDataset):
@@ -48,25 +65,40 @@ class BertDataset(SampleIndex, BERTMaskedWordPieceDataset):
         return row | {"types": row["types"] * row["padding_mask"]}
 
 
-def masked_settings(config: TrainConfig, tokenizer: Tokenizer, wanted: tuple[str, ...]) -> dict[str, Any]:
+def masked_settings(
+    config: TrainConfig, tokenizer: Tokenizer, wanted: tuple[str, ...]
+) -> dict[str, Any]:
     """Arguments that the configs of megatron-core's masked datasets share; raises ConfigError where the tokenizer has not what is wanted."""
     data = config.data
     missing = [name for name in wanted if getattr(tokenizer, name) in (None, ())]
     if missing:
-        raise ConfigError(f"data.tokenizer = {data.tokenizer!r} has no {', '.join(missing)}, which data for {config.model.family} want; "
-                          "add these special tokens to it, or choose another")
+        raise ConfigError(
+            f"data.tokenizer = {data.tokenizer!r} has no {', '.join(missing)}, which data for {config.model.family} want; "
+            "add these special tokens to it, or choose another"
+        )
     return dict(
-        random_seed=config.seed, sequence_length=config.model.seq_length, tokenizer=attrs.evolve(tokenizer, pad=-1),
-        blend=(["megafn"], None), split="1", path_to_cache="",      # as `gpt_data`
-        masking_probability=data.mask_prob, short_sequence_probability=data.short_seq_prob, masking_do_full_word=True,
-        masking_do_permutation=False, masking_use_longer_ngrams=False)
+        random_seed=config.seed,
+        sequence_length=config.model.seq_length,
+        tokenizer=attrs.evolve(tokenizer, pad=-1),
+        blend=(["megafn"], None),
+        split="1",
+        path_to_cache="",  # as `gpt_data`
+        masking_probability=data.mask_prob,
+        short_sequence_probability=data.short_seq_prob,
+        masking_do_full_word=True,
+        masking_do_permutation=False,
+        masking_use_longer_ngrams=False,
+    )
 
 
 def bert_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
     """The dataset class for masked tokens, and its config: as Megatron-LM's pretrain_bert, runs of up to three tokens or words."""
     return BertDataset, BERTMaskedWordPieceDatasetConfig(
-        **masked_settings(config, tokenizer, ("cls", "sep", "mask")), masking_max_ngram=3, masking_use_geometric_distribution=False,
-        classification_head=config.model.bert_binary_head)
+        **masked_settings(config, tokenizer, ("cls", "sep", "mask")),
+        masking_max_ngram=3,
+        masking_use_geometric_distribution=False,
+        classification_head=config.model.bert_binary_head,
+    )
 
 
 class T5Dataset(SampleIndex, T5MaskedWordPieceDataset):
@@ -85,12 +117,25 @@ def t5_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
     """
     model, data = config.model, config.data
     begin = tokenizer.pad if tokenizer.bos is None and tokenizer.pad >= 0 else tokenizer.bos
-    settings = masked_settings(config, attrs.evolve(tokenizer, bos=begin), ("bos", "eos", "additional_special_tokens_ids"))
-    most, sentinels = int(data.mask_prob * (model.seq_length - 2)), len(tokenizer.additional_special_tokens_ids)
+    settings = masked_settings(
+        config, attrs.evolve(tokenizer, bos=begin), ("bos", "eos", "additional_special_tokens_ids")
+    )
+    most, sentinels = (
+        int(data.mask_prob * (model.seq_length - 2)),
+        len(tokenizer.additional_special_tokens_ids),
+    )
     lower = f"lower model.seq_length = {model.seq_length} or data.mask_prob = {data.mask_prob}"
     if most > sentinels:
-        raise ConfigError(f"data.tokenizer = {data.tokenizer!r} has {sentinels} sentinels, and a sample may have {most} spans; {lower}, or choose a tokenizer with more")
+        raise ConfigError(
+            f"data.tokenizer = {data.tokenizer!r} has {sentinels} sentinels, and a sample may have {most} spans; {lower}, or choose a tokenizer with more"
+        )
     if model.decoder_length < 2 * most + 1:
-        raise ConfigError(f"model.decoder_seq_length = {model.decoder_length}: up to {most} spans of a sample are written; give {2 * most + 1} or more, or {lower}")
+        raise ConfigError(
+            f"model.decoder_seq_length = {model.decoder_length}: up to {most} spans of a sample are written; give {2 * most + 1} or more, or {lower}"
+        )
     return T5Dataset, T5MaskedWordPieceDatasetConfig(
-        **settings, masking_max_ngram=10, masking_use_geometric_distribution=True, sequence_length_decoder=model.decoder_length)
+        **settings,
+        masking_max_ngram=10,
+        masking_use_geometric_distribution=True,
+        sequence_length_decoder=model.decoder_length,
+    )

@@ -1,8 +1,10 @@
 """What one family does with a micro-batch: batch, forward and loss, plain functions in a frozen record; and GPT's."""
+
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from math import lcm
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from attrs import frozen
@@ -41,7 +43,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 def as_tensor(raw: Mapping[str, Any], key: str, wanted: str) -> torch.Tensor:
     try:
         return torch.as_tensor(raw[key])
-    except (TypeError, ValueError, RuntimeError) as error:          # ragged lists, texts, None
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, texts, None
         raise ValueError(f"batch[{key!r}] is no tensor ({error}): {wanted} are wanted.") from None
 
 
@@ -49,8 +51,15 @@ def integers(raw: Mapping[str, Any], key: str, shape: torch.Size | None = None) 
     """raw[key] as int64 [batch, sequence]; of `shape`, where that is given."""
     wanted = f"integers {'[batch, sequence], neither of them 0,' if shape is None else f'of shape {list(shape)}, that of the tokens,'}"
     value = as_tensor(raw, key, wanted)
-    if value.dim() != 2 or value.dtype not in _INTEGERS or not value.numel() or shape not in (None, value.shape):
-        raise ValueError(f"batch[{key!r}] = {value.dtype} of shape {list(value.shape)}: {wanted} are wanted.")
+    if (
+        value.dim() != 2
+        or value.dtype not in _INTEGERS
+        or not value.numel()
+        or shape not in (None, value.shape)
+    ):
+        raise ValueError(
+            f"batch[{key!r}] = {value.dtype} of shape {list(value.shape)}: {wanted} are wanted."
+        )
     return value.long()
 
 
@@ -60,7 +69,9 @@ def zeros_and_ones(raw: Mapping[str, Any], key: str, shape: torch.Size) -> torch
     if value.shape != shape:
         raise ValueError(f"batch[{key!r}] of shape {list(value.shape)}: {wanted} are wanted.")
     if value.device.type == "cpu" and (bad := value[(value != 0) & (value != 1)]).numel():
-        raise ValueError(f"batch[{key!r}] holds {bad[0].item()}: {wanted} are wanted; weights belong in a loss of your own.")
+        raise ValueError(
+            f"batch[{key!r}] holds {bad[0].item()}: {wanted} are wanted; weights belong in a loss of your own."
+        )
     return value
 
 
@@ -70,7 +81,9 @@ def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
         low, high = ids.aminmax()
         if low < 0 or high >= vocab_size:
             bad = int(low) if low < 0 else int(high)
-            raise ValueError(f"{name}: token id {bad} is outside the vocabulary; model.vocab_size = {vocab_size}: raise it, or tokenise with the model's tokenizer.")
+            raise ValueError(
+                f"{name}: token id {bad} is outside the vocabulary; model.vocab_size = {vocab_size}: raise it, or tokenise with the model's tokenizer."
+            )
 
 
 def causal_and_padding_mask(attention_mask: torch.Tensor) -> torch.Tensor | None:
@@ -82,25 +95,39 @@ def causal_and_padding_mask(attention_mask: torch.Tensor) -> torch.Tensor | None
     if real.all():
         return None
     sequence = real.size(1)
-    seen = real[:, None, None, :] & torch.ones(sequence, sequence, dtype=torch.bool, device=real.device).tril()
+    seen = (
+        real[:, None, None, :]
+        & torch.ones(sequence, sequence, dtype=torch.bool, device=real.device).tril()
+    )
     return ~(seen | torch.eye(sequence, dtype=torch.bool, device=real.device))
-
-
 
 
 def check_length(length: int, position_ids: torch.Tensor | None, config: TrainConfig) -> None:
     """On every rank alike: were it seen on one pipeline stage alone, the others would wait for it."""
     model, parallel = config.model, config.parallel
-    unit = lcm(2 * parallel.cp if parallel.cp > 1 else 1, parallel.tp * parallel.cp if parallel.sequence_parallel else 1)
+    unit = lcm(
+        2 * parallel.cp if parallel.cp > 1 else 1,
+        parallel.tp * parallel.cp if parallel.sequence_parallel else 1,
+    )
     if length % unit:
-        raise ValueError(f"batch: sequences of {length} tokens, which cp = {parallel.cp} and tp = {parallel.tp} cut; pad them to a multiple of {unit}.")
+        raise ValueError(
+            f"batch: sequences of {length} tokens, which cp = {parallel.cp} and tp = {parallel.tp} cut; pad them to a multiple of {unit}."
+        )
     if model.position_embedding == "learned_absolute":
         if length > model.position_rows:
-            raise ValueError(f"batch: sequences of {length} tokens, and the position table has {model.position_rows} rows; "
-                             "raise model.max_position_embeddings or shorten them.")
-        if position_ids is not None and position_ids.device.type == "cpu" and not 0 <= position_ids.min() <= position_ids.max() < model.position_rows:
-            raise ValueError(f"batch['position_ids'] from {position_ids.min()} to {position_ids.max()}: the position table has "
-                             f"{model.position_rows} rows; give 0 to {model.position_rows - 1}, or raise model.max_position_embeddings.")
+            raise ValueError(
+                f"batch: sequences of {length} tokens, and the position table has {model.position_rows} rows; "
+                "raise model.max_position_embeddings or shorten them."
+            )
+        if (
+            position_ids is not None
+            and position_ids.device.type == "cpu"
+            and not 0 <= position_ids.min() <= position_ids.max() < model.position_rows
+        ):
+            raise ValueError(
+                f"batch['position_ids'] from {position_ids.min()} to {position_ids.max()}: the position table has "
+                f"{model.position_rows} rows; give 0 to {model.position_rows - 1}, or raise model.max_position_embeddings."
+            )
 
 
 def tokens_of(batch: Batch) -> torch.Tensor:
@@ -109,7 +136,9 @@ def tokens_of(batch: Batch) -> torch.Tensor:
     if found is None:
         found = next((value for value in batch.values() if value.dim() == 2), None)
     if found is None:
-        raise ValueError(f"step.batch returned {sorted(batch)}: a tensor [batch, sequence] is wanted among them.")
+        raise ValueError(
+            f"step.batch returned {sorted(batch)}: a tensor [batch, sequence] is wanted among them."
+        )
     return found
 
 
@@ -125,6 +154,10 @@ def cut_sequence(batch: Batch, pg: ProcessGroups) -> Batch:
 
     def cut(value):
         axis = 2 if value.dim() == 4 else 1
-        return value.index_select(axis, mine) if value.dim() > 1 and value.size(axis) == sequence else value
+        return (
+            value.index_select(axis, mine)
+            if value.dim() > 1 and value.size(axis) == sequence
+            else value
+        )
 
     return {key: cut(value) for key, value in batch.items()}

@@ -1,4 +1,5 @@
 """Text out of a state: logits of whole sequences on every rank, in any layout, and sampling from them."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -25,20 +26,36 @@ def logits(state: State, tokens: torch.Tensor) -> Any:
     """
     config, pg, parallel = state.config, state.pg, state.config.parallel
     if config.model.family == "t5":
-        raise ConfigError("model.family = 't5': its decoder wants an input of its own; set return_logits, and evaluate gives the logits of a batch.")
+        raise ConfigError(
+            "model.family = 't5': its decoder wants an input of its own; set return_logits, and evaluate gives the logits of a batch."
+        )
     length, step = tokens.size(1), step_fn(config.model.family)
     check_ids("tokens", tokens, config.model.vocab_size)
-    unit = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sequence_parallel else 1)
+    unit = (2 * parallel.cp if parallel.cp > 1 else 1) * (
+        parallel.tp if parallel.sequence_parallel else 1
+    )
     raw = {"input_ids": torch.nn.functional.pad(tokens, (0, -length % unit))}
     if length % unit:
-        raw["attention_mask"] = (torch.arange(raw["input_ids"].size(1)) < length).long().expand_as(raw["input_ids"])
+        raw["attention_mask"] = (
+            (torch.arange(raw["input_ids"].size(1)) < length).long().expand_as(raw["input_ids"])
+        )
     micro_batch = cut_sequence(step.batch(raw, config, pg), pg)
-    micro_batches = [micro_batch] * (parallel.pp if parallel.vpp > 1 else 1)          # interleaving wants a multiple of pp
+    micro_batches = [micro_batch] * (
+        parallel.pp if parallel.vpp > 1 else 1
+    )  # interleaving wants a multiple of pp
     modes = [chunk.training for chunk in state.chunks]
     with megatron_context(pg, config.seed, "logits"):
         for chunk in state.chunks:
             chunk.eval()
-        found = run_schedule(state.chunks, micro_batches, step.forward, lambda _, output, non_loss_data: output, pg, forward_only=True, collect=True)
+        found = run_schedule(
+            state.chunks,
+            micro_batches,
+            step.forward,
+            lambda _, output, non_loss_data: output,
+            pg,
+            forward_only=True,
+            collect=True,
+        )
         for chunk, mode in zip(state.chunks, modes):
             chunk.train(mode)
     whole = whole_logits(found[:1], config, pg, every_stage=True)[0]
@@ -47,24 +64,40 @@ def logits(state: State, tokens: torch.Tensor) -> Any:
     return (first, *others) if others else first
 
 
-def generate(state: State, tokens: torch.Tensor, *, count: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0) -> torch.Tensor:
+def generate(
+    state: State,
+    tokens: torch.Tensor,
+    *,
+    count: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> torch.Tensor:
     """tokens [batch, sequence] and `count` more of each, sampled one by one; temperature 0 takes the likeliest.
 
     The model sees the last `seq_length` tokens. The draw is a function of (seed, tokens), so every rank gets the same.
     Raises ValueError for an empty prompt, a negative temperature, top_k below 1, and a family that predicts no next token.
     """
     if state.config.model.family != "gpt":
-        raise ValueError(f"model.family = {state.config.model.family!r}: it predicts no next token; ask megafn.logits for what it predicts.")
+        raise ValueError(
+            f"model.family = {state.config.model.family!r}: it predicts no next token; ask megafn.logits for what it predicts."
+        )
     if tokens.dim() != 2 or tokens.size(1) == 0:
-        raise ValueError(f"tokens of shape {list(tokens.shape)}: at least one token of each sequence is wanted, [batch, sequence].")
+        raise ValueError(
+            f"tokens of shape {list(tokens.shape)}: at least one token of each sequence is wanted, [batch, sequence]."
+        )
     if temperature < 0 or top_k is not None and top_k < 1:
-        raise ValueError(f"temperature = {temperature}, top_k = {top_k}: a temperature of 0 or more and a top_k of at least 1 (or None) are wanted.")
+        raise ValueError(
+            f"temperature = {temperature}, top_k = {top_k}: a temperature of 0 or more and a top_k of at least 1 (or None) are wanted."
+        )
     draw = torch.Generator().manual_seed(seed)
     tokens = tokens.cpu()
     for _ in range(count):
-        last = logits(state, tokens[:, -state.config.model.seq_length:])[:, -1].float().cpu()
+        last = logits(state, tokens[:, -state.config.model.seq_length :])[:, -1].float().cpu()
         if top_k is not None:
-            last = last.masked_fill(last < last.topk(min(top_k, last.size(-1))).values[:, -1:], float("-inf"))
+            last = last.masked_fill(
+                last < last.topk(min(top_k, last.size(-1))).values[:, -1:], float("-inf")
+            )
         if temperature == 0:
             following = last.argmax(-1, keepdim=True)
         else:

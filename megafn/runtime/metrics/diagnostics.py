@@ -1,9 +1,11 @@
 """Everything that can be logged of an iteration: what accelerate's `set_all_logging_options` stands for."""
+
 from __future__ import annotations
 
 import resource
 import sys
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,12 +18,23 @@ from megafn.runtime.model.optimizer import chained
 from megafn.runtime.parallel.groups import ProcessGroups
 
 # TFLOP/s of dense bf16 and fp16 products, by the names that CUDA gives its devices (the vendor's data sheets)
-_PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
+_PEAKS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "B200": 2250.0,
+}
 
 
 def peak_tflops(config: TrainConfig, device: torch.device) -> float | None:
     """Of one device: what the config says, else the device's by its name; None where that is not known."""
-    if config.log.peak_tflops is not None or device.type != "cuda" or config.precision.dtype == "fp32":
+    if (
+        config.log.peak_tflops is not None
+        or device.type != "cuda"
+        or config.precision.dtype == "fp32"
+    ):
         return config.log.peak_tflops
     name = torch.cuda.get_device_name(device)
     return next((peak for known, peak in _PEAKS.items() if known in name), None)
@@ -33,7 +46,9 @@ def parameter_norm(chunks: tuple[torch.nn.Module, ...], pg: ProcessGroups) -> fl
     total = torch.zeros((), dtype=torch.float64, device=pg.device)
     for chunk in chunks:
         for parameter in chunk.parameters():
-            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, tp_group=pg.tp):
+            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(
+                parameter, tp_group=pg.tp
+            ):
                 total += parameter.float().square().sum(dtype=torch.float64)
     dist.all_reduce(total, group=pg.mp)
     return total.sqrt().item()
@@ -47,29 +62,55 @@ def zeros_in_grad(optimizer: Any, pg: ProcessGroups) -> int:
     """
     total = 0
     for part in chained(optimizer):
-        zeros = sum(gradient.numel() - gradient.count_nonzero() for gradient in part.get_main_grads_for_grad_norm())
+        zeros = sum(
+            gradient.numel() - gradient.count_nonzero()
+            for gradient in part.get_main_grads_for_grad_norm()
+        )
         count = torch.as_tensor(zeros, dtype=torch.int64, device=pg.device)
         dist.all_reduce(count, group=part.get_grad_stats_parallel_group())
         total += int(count)
     return total
 
 
-def diagnostics(config: TrainConfig, pg: ProcessGroups, chunks: tuple[torch.nn.Module, ...], *, zeros: int | None, seconds: float,
-            optimizer_seconds: float, iteration: int) -> Mapping[str, float | None]:
+def diagnostics(
+    config: TrainConfig,
+    pg: ProcessGroups,
+    chunks: tuple[torch.nn.Module, ...],
+    *,
+    zeros: int | None,
+    seconds: float,
+    optimizer_seconds: float,
+    iteration: int,
+) -> Mapping[str, float | None]:
     """What `Metrics.details` holds under `log.everything`; what is not known is None.
 
     batch_size, params_norm, zeros_in_grad (None where the update was skipped), tokens_per_second_per_device,
     tflops_per_device, mfu (that over the peak), memory_gib (peak of this process: the GPU's, or resident),
     forward_backward_seconds, optimizer_seconds, seconds_left.
     """
-    flops, peak = training_flops(config.model, config.global_batch_size), peak_tflops(config, pg.device)
+    flops, peak = (
+        training_flops(config.model, config.global_batch_size),
+        peak_tflops(config, pg.device),
+    )
     tflops = flops / seconds / pg.world_size / 1e12 if flops else None
     if pg.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(pg.device)
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"batch_size": config.global_batch_size, "params_norm": parameter_norm(chunks, pg), "zeros_in_grad": zeros,
-            "tokens_per_second_per_device": config.global_batch_size * config.model.sample_tokens / seconds / pg.world_size,
-            "tflops_per_device": tflops, "mfu": tflops / peak if tflops and peak else None, "memory_gib": memory / 2**30,
-            "forward_backward_seconds": seconds - optimizer_seconds, "optimizer_seconds": optimizer_seconds,
-            "seconds_left": seconds * (config.iterations - iteration)}
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
+    return {
+        "batch_size": config.global_batch_size,
+        "params_norm": parameter_norm(chunks, pg),
+        "zeros_in_grad": zeros,
+        "tokens_per_second_per_device": config.global_batch_size
+        * config.model.sample_tokens
+        / seconds
+        / pg.world_size,
+        "tflops_per_device": tflops,
+        "mfu": tflops / peak if tflops and peak else None,
+        "memory_gib": memory / 2**30,
+        "forward_backward_seconds": seconds - optimizer_seconds,
+        "optimizer_seconds": optimizer_seconds,
+        "seconds_left": seconds * (config.iterations - iteration),
+    }

@@ -1,12 +1,14 @@
 """Where metrics go: each sink is a function of a `Metrics` record. Rank zero alone has any."""
+
 from __future__ import annotations
 
 import contextlib
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import attrs
 
@@ -14,7 +16,7 @@ from megafn.pure.config.records import TrainConfig
 from megafn.runtime.parallel.groups import ProcessGroups
 
 Sink = Callable[[Any], None]
-BAR = "{n_fmt}/{total_fmt}|{bar:12}|{elapsed}<{remaining}{postfix}"        # fits a terminal of 100 columns with the numbers in it
+BAR = "{n_fmt}/{total_fmt}|{bar:12}|{elapsed}<{remaining}{postfix}"  # fits a terminal of 100 columns with the numbers in it
 
 
 @contextlib.contextmanager
@@ -23,6 +25,7 @@ def progress(total: int, start: int = 0) -> Iterator[Sink]:
     from tqdm import tqdm
 
     with tqdm(total=total, initial=start, unit="it", dynamic_ncols=True, bar_format=BAR) as bar:
+
         def sink(metrics):
             norm = "" if metrics.grad_norm is None else f"{metrics.grad_norm:.3f}"
             norm = f"skipped {norm}".strip() if metrics.skipped else norm
@@ -33,9 +36,12 @@ def progress(total: int, start: int = 0) -> Iterator[Sink]:
                 line += f", MFU {mfu:.0%}" if mfu is not None else ""
                 line += f", {more['memory_gib']:.1f} GiB, {metrics.seconds:.3g} s"
             if metrics.valid is not None:
-                bar.write(f"iteration {metrics.iteration}: held-out loss {metrics.valid.loss:.4f}, perplexity {metrics.valid.perplexity:.2f}")
+                bar.write(
+                    f"iteration {metrics.iteration}: held-out loss {metrics.valid.loss:.4f}, perplexity {metrics.valid.perplexity:.2f}"
+                )
             bar.set_postfix_str(line, refresh=False)
             bar.update(metrics.iteration - bar.n)
+
         yield sink
 
 
@@ -53,10 +59,18 @@ def scalars(metrics: Any) -> dict[str, float]:
     report, valid, details = plain.pop("report"), plain.pop("valid"), plain.pop("details")
     plain |= {key: value for key, value in details.items() if value is not None}
     plain.pop("logits")
-    named = {f"train/{key}": value for key, value in plain.items() if key != "iteration" and value is not None}
+    named = {
+        f"train/{key}": value
+        for key, value in plain.items()
+        if key != "iteration" and value is not None
+    }
     named |= {f"train/{key}": value for key, value in report.items()}
     if valid is not None:
-        named |= {"valid/loss": valid.loss, "valid/perplexity": valid.perplexity, **{f"valid/{key}": value for key, value in valid.report.items()}}
+        named |= {
+            "valid/loss": valid.loss,
+            "valid/perplexity": valid.perplexity,
+            **{f"valid/{key}": value for key, value in valid.report.items()},
+        }
     return named
 
 
@@ -66,9 +80,11 @@ def tensorboard(folder: str) -> Iterator[Sink]:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(folder) as writer:
+
         def sink(metrics):
             for name, value in scalars(metrics).items():
                 writer.add_scalar(name, value, metrics.iteration)
+
         yield sink
 
 
@@ -77,19 +93,26 @@ def jsonl(path: str) -> Iterator[Sink]:
     """One JSON object a record, appended and flushed; what is no number in JSON (NaN, infinity) is null."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
+
         def finite(value):
             if isinstance(value, dict):
                 return {key: finite(item) for key, item in value.items()}
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
         def sink(metrics):
-            file.write(json.dumps(finite(attrs.asdict(metrics, filter=lambda a, _: a.name != "logits"))) + "\n")
+            file.write(
+                json.dumps(finite(attrs.asdict(metrics, filter=lambda a, _: a.name != "logits")))
+                + "\n"
+            )
             file.flush()
+
         yield sink
 
 
 @contextlib.contextmanager
-def open_sinks(config: TrainConfig, pg: ProcessGroups, start: int = 0) -> Iterator[tuple[Sink, ...]]:
+def open_sinks(
+    config: TrainConfig, pg: ProcessGroups, start: int = 0
+) -> Iterator[tuple[Sink, ...]]:
     """The sinks of a config for the length of a run from iteration `start` on: called every `log.interval` iterations, after the last, and with each evaluation."""
     log = config.log
     with contextlib.ExitStack() as stack:
@@ -104,7 +127,13 @@ def open_sinks(config: TrainConfig, pg: ProcessGroups, start: int = 0) -> Iterat
 
         def now_and_then(sink):
             def wrapped(metrics):
-                if metrics.iteration % log.interval == 0 or metrics.iteration == config.iterations or metrics.valid is not None:
+                if (
+                    metrics.iteration % log.interval == 0
+                    or metrics.iteration == config.iterations
+                    or metrics.valid is not None
+                ):
                     sink(metrics)
+
             return wrapped
+
         yield tuple(map(now_and_then, made))

@@ -1,16 +1,18 @@
 """Losses over a vocabulary that is cut over the tensor-parallel group: the group is an argument, never a global."""
+
 from __future__ import annotations
 
-from typing import Any, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from attrs import field, frozen
 from torch import Tensor
 
-IGNORE = -100               # a label that takes no part, as in torch's cross_entropy
-_CPU_BLOCK = 2**20          # elements worked on at once: 4 MiB of fp32, which stays in the cache
-_GPU_BLOCK = 2**24          # 64 MiB of fp32: enough to fill a GPU
+IGNORE = -100  # a label that takes no part, as in torch's cross_entropy
+_CPU_BLOCK = 2**20  # elements worked on at once: 4 MiB of fp32, which stays in the cache
+_GPU_BLOCK = 2**24  # 64 MiB of fp32: enough to fill a GPU
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, pg: Any) -> Tensor:
@@ -55,11 +57,13 @@ def argmax(logits: Tensor, pg: Any) -> Tensor:
 
     Equal logits go to the lowest id, so the answer is the same for every tp. One all-gather over `pg.tp`.
     """
-    value, index = logits.max(-1)                                            # of equals, the first
+    value, index = logits.max(-1)  # of equals, the first
     index += pg.tp.rank() * logits.shape[-1]
     if pg.tp.size() > 1:
-        both = _gather_rows(torch.stack([value.double(), index.double()]), pg.tp)    # exact: ids are below 2**53
-        first = both[:, 0].max(0).indices                                    # ranks are in the order of ids
+        both = _gather_rows(
+            torch.stack([value.double(), index.double()]), pg.tp
+        )  # exact: ids are below 2**53
+        first = both[:, 0].max(0).indices  # ranks are in the order of ids
         index = both[:, 1].gather(0, first[None])[0].long()
     return index.t().contiguous()
 
@@ -84,13 +88,20 @@ class Loss:
 
     sum: Tensor = field(converter=lambda value: _scalar("Loss.sum", value))
     count: Tensor = field(converter=lambda value: _whole(value))
-    report: Mapping[str, Tensor] = field(factory=dict, converter=lambda report: {
-        name: _scalar(f"Loss.report[{name!r}]", value).detach() for name, value in report.items()})
+    report: Mapping[str, Tensor] = field(
+        factory=dict,
+        converter=lambda report: {
+            name: _scalar(f"Loss.report[{name!r}]", value).detach()
+            for name, value in report.items()
+        },
+    )
 
     @sum.validator
     def _is_floating(self, attribute: Any, value: Tensor) -> None:
         if not value.is_floating_point():
-            raise ValueError(f"Loss.sum: dtype {value.dtype} has no gradient; sum floating-point losses.")
+            raise ValueError(
+                f"Loss.sum: dtype {value.dtype} has no gradient; sum floating-point losses."
+            )
 
 
 def token_loss(logits: Tensor, batch: Mapping[str, Tensor], pg: Any) -> Loss:
@@ -122,33 +133,41 @@ def gather(tensors: Any, group: Any) -> Any:
     if isinstance(tensors, Tensor):
         tensor = tensors.reshape(1) if tensors.ndim == 0 else tensors.contiguous()
         shape = [tensor.element_size(), tensor.ndim, *tensor.shape]
-        shapes = _gather_rows(torch.tensor(shape + [0] * (16 - len(shape)), device=tensor.device), group).tolist()
+        shapes = _gather_rows(
+            torch.tensor(shape + [0] * (16 - len(shape)), device=tensor.device), group
+        ).tolist()
         if shapes != [shapes[0]] * len(shapes):
-            raise ValueError(f"gather: shapes {sorted({tuple(x[2:2 + x[1]]) for x in shapes})} (or dtypes) differ over the ranks; "
-                             "pad, or drop what is over.")
+            raise ValueError(
+                f"gather: shapes {sorted({tuple(x[2 : 2 + x[1]]) for x in shapes})} (or dtypes) differ over the ranks; "
+                "pad, or drop what is over."
+            )
         return _gather_rows(tensor, group).flatten(0, 1)
     if isinstance(tensors, Mapping):
         return type(tensors)({key: gather(value, group) for key, value in tensors.items()})
-    if isinstance(tensors, tuple) and hasattr(tensors, "_fields"):           # a named tuple
+    if isinstance(tensors, tuple) and hasattr(tensors, "_fields"):  # a named tuple
         return type(tensors)(*(gather(value, group) for value in tensors))
     if isinstance(tensors, (tuple, list)):
         return type(tensors)(gather(value, group) for value in tensors)
-    raise TypeError(f"gather: {type(tensors).__name__} is neither a tensor nor a list, tuple or dict of tensors.")
+    raise TypeError(
+        f"gather: {type(tensors).__name__} is neither a tensor nor a list, tuple or dict of tensors."
+    )
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, group: Any) -> Tensor:
         size = logits.shape[-1]
-        labels = labels.t()                                                  # [s, b], as the logits lie
-        column = labels - group.rank() * size                                # in this rank's slice, if 0 <= column < size
+        labels = labels.t()  # [s, b], as the logits lie
+        column = labels - group.rank() * size  # in this rank's slice, if 0 <= column < size
         mine, kept = (column >= 0) & (column < size), labels != IGNORE
         column = torch.where(mine, column, 0)
         target = logits.gather(-1, column[..., None])[..., 0]
         top, total, target = _reduce(logits, group, torch.where(mine, target, 0))
         # (top - target) first: exact where all logits lie far from 0
         losses = torch.where(kept, (top - target) + total.log(), 0)
-        losses = torch.where(kept & ((labels < 0) | (labels >= group.size() * size)), torch.nan, losses)
+        losses = torch.where(
+            kept & ((labels < 0) | (labels >= group.size() * size)), torch.nan, losses
+        )
         ctx.save_for_backward(logits, top, total, column, mine, kept)
         return losses.t().contiguous()
 
@@ -157,7 +176,11 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, top, total, column, mine, kept = ctx.saved_tensors
         grad = torch.where(kept, grad.t(), 0).to(top.dtype)
-        return _softmax_times(logits, top, grad / total, (column, torch.where(mine, -grad, 0))), None, None
+        return (
+            _softmax_times(logits, top, grad / total, (column, torch.where(mine, -grad, 0))),
+            None,
+            None,
+        )
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -177,7 +200,7 @@ class _LogSumExp(torch.autograd.Function):
 def _reduce(logits: Tensor, group: Any, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Largest logit, sum of exp(logit - largest) and sum of the ranks' targets, over the whole vocabulary, each [s, b]."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    low = torch.finfo(dtype).min                                             # a slice of -inf alone must not give inf - inf
+    low = torch.finfo(dtype).min  # a slice of -inf alone must not give inf - inf
     top = logits.new_empty(logits.shape[:2], dtype=dtype)
     total = torch.empty_like(top)
     for block, scratch in _blocks(logits, dtype):
@@ -186,18 +209,26 @@ def _reduce(logits: Tensor, group: Any, target: Tensor) -> tuple[Tensor, Tensor,
         torch.sum(y.exp_(), -1, out=total[block])
     if group.size() == 1:
         return top, total, target.to(dtype)
-    tops, totals, targets = _gather_rows(torch.stack([top, total, target.to(dtype)]), group).unbind(1)
+    tops, totals, targets = _gather_rows(torch.stack([top, total, target.to(dtype)]), group).unbind(
+        1
+    )
     # The same largest and sum of every token on every rank: whole vocabularies, whose loss would be log(tp) too much. A row of
     # equal logits, whose sum is its length, says nothing.
-    gathered = ((tops == tops[0]) & (totals == totals[0])).all() & (totals != logits.shape[-1]).any()
+    gathered = ((tops == tops[0]) & (totals == totals[0])).all() & (
+        totals != logits.shape[-1]
+    ).any()
     if logits.device.type == "cpu" and gathered:
-        raise ValueError(f"logits of shape {tuple(logits.shape)} are the same on all {group.size()} ranks of tp: each rank gives "
-                         "its slice of the vocabulary, [sequence, batch, vocab / tp]; don't gather them.")
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} are the same on all {group.size()} ranks of tp: each rank gives "
+            "its slice of the vocabulary, [sequence, batch, vocab / tp]; don't gather them."
+        )
     top = torch.where(gathered, torch.nan, tops.amax(0))
     return top, (totals * (tops - top).exp()).sum(0), targets.sum(0)
 
 
-def _softmax_times(logits: Tensor, top: Tensor, scale: Tensor, add: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def _softmax_times(
+    logits: Tensor, top: Tensor, scale: Tensor, add: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """exp(logits - top) * scale, then add[1] [s, b] added at column add[0] [s, b], in the dtype of logits."""
     result = torch.empty_like(logits)
     for block, scratch in _blocks(logits, top.dtype):
@@ -217,7 +248,7 @@ def _blocks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[tuple[slice, s
     scratch = logits.new_empty(min(deep, s), min(wide, b), size, dtype=dtype)
     for i in range(0, s, deep):
         for j in range(0, b, wide):
-            yield (slice(i, i + deep), slice(j, j + wide)), scratch[:s - i, :b - j]
+            yield (slice(i, i + deep), slice(j, j + wide)), scratch[: s - i, : b - j]
 
 
 def _gather_rows(tensor: Tensor, group: Any) -> Tensor:
@@ -231,16 +262,20 @@ def _gather_rows(tensor: Tensor, group: Any) -> Tensor:
 
 def _check(logits: Tensor, labels: Tensor, group: Any) -> None:
     if logits.ndim != 3 or labels.shape != logits.shape[1::-1]:
-        raise ValueError(f"labels of shape {tuple(labels.shape)} don't fit logits of shape {tuple(logits.shape)}: "
-                         "logits are [sequence, batch, vocab / tp], labels [batch, sequence].")
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} don't fit logits of shape {tuple(logits.shape)}: "
+            "logits are [sequence, batch, vocab / tp], labels [batch, sequence]."
+        )
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels of dtype {labels.dtype}: give token ids as integers.")
     vocab = group.size() * logits.shape[-1]
     if labels.device.type == "cpu":
         bad = labels[((labels < 0) | (labels >= vocab)) & (labels != IGNORE)]
         if len(bad):
-            raise ValueError(f"label {int(bad[0])} is outside the vocabulary of {vocab} ids; use 0 to {vocab - 1}, "
-                             f"or {IGNORE} for a token that does not count.")
+            raise ValueError(
+                f"label {int(bad[0])} is outside the vocabulary of {vocab} ids; use 0 to {vocab - 1}, "
+                f"or {IGNORE} for a token that does not count."
+            )
 
 
 def _scalar(name: str, value: Any) -> Tensor:
@@ -254,7 +289,9 @@ def _whole(value: Any) -> Tensor:
     count = _scalar("Loss.count", value)
     if count.is_floating_point():
         if not float(count).is_integer():
-            raise ValueError(f"Loss.count = {float(count)}: not a whole number; count tokens or samples, and put weights "
-                             "into Loss.sum.")
+            raise ValueError(
+                f"Loss.count = {float(count)}: not a whole number; count tokens or samples, and put weights "
+                "into Loss.sum."
+            )
         count = count.long()
     return count

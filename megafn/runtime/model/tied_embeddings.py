@@ -1,4 +1,5 @@
 """Tables that several pipeline stages hold a copy of: marked, and their gradients summed."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,9 +1,10 @@
 """Which parameter of the whole model a local one is, and which part of it lies here; initial values from the name alone."""
+
 from __future__ import annotations
 
 import math
 import re
-from typing import Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,10 @@ class LocalParameter:
         missing = self.parameter.shape[self.dim] * self.tp - whole.shape[self.dim]
         if missing:
             whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
-        blocks = [block.chunk(self.tp, self.dim)[self.tp_rank] for block in whole.chunk(self.stride, self.dim)]
+        blocks = [
+            block.chunk(self.tp, self.dim)[self.tp_rank]
+            for block in whole.chunk(self.stride, self.dim)
+        ]
         return torch.cat(blocks, self.dim) if self.stride > 1 else blocks[0]
 
     def join(self, parts: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -49,30 +53,47 @@ class LocalParameter:
         if self.dim is None:
             return parts[0]
         blocks = zip(*(part.chunk(self.stride, self.dim) for part in parts))
-        return torch.cat([torch.cat(block, self.dim) for block in blocks], self.dim).narrow(self.dim, 0, self.shape[self.dim])
+        return torch.cat([torch.cat(block, self.dim) for block in blocks], self.dim).narrow(
+            self.dim, 0, self.shape[self.dim]
+        )
 
 
-def local_parameters(chunk: torch.nn.Module, model: ModelConfig, pg: ProcessGroups) -> Iterator[LocalParameter]:
+def local_parameters(
+    chunk: torch.nn.Module, model: ModelConfig, pg: ProcessGroups
+) -> Iterator[LocalParameter]:
     """Every parameter of a model chunk, by its name in the whole model: layers are numbered over all stages,
     and a tied output table bears the name of the word embeddings."""
     if isinstance(chunk, DistributedDataParallel):
         chunk = chunk.module
-    layers = {name: f"{name.rpartition('.')[0]}.{module.layer_number - 1}"
-              for name, module in chunk.named_modules() if re.search(r"(^|\.)layers\.\d+$", name)}
+    layers = {
+        name: f"{name.rpartition('.')[0]}.{module.layer_number - 1}"
+        for name, module in chunk.named_modules()
+        if re.search(r"(^|\.)layers\.\d+$", name)
+    }
     for name, parameter in chunk.named_parameters():
         for local, whole in layers.items():
             if name.startswith(local + "."):
-                name = whole + name[len(local):]
+                name = whole + name[len(local) :]
                 break
         vocabulary = name.endswith((_WORDS, "output_layer.weight", "output_layer.bias"))
         if model.tie_word_embeddings and name == "output_layer.weight":
             name = _WORDS
         split = getattr(parameter, "tensor_model_parallel", False)
-        shape, dim = list(parameter.shape), getattr(parameter, "partition_dim", -1) if split else None
+        shape, dim = (
+            list(parameter.shape),
+            getattr(parameter, "partition_dim", -1) if split else None,
+        )
         if split:
             shape[dim] = model.vocab_size if vocabulary else shape[dim] * pg.groups.parallel.tp
-        yield LocalParameter(name=name, parameter=parameter, shape=tuple(shape), dim=dim, stride=getattr(parameter, "partition_stride", 1) if split else 1,
-                   tp=pg.groups.parallel.tp if split else 1, tp_rank=pg.place.tp if split else 0)
+        yield LocalParameter(
+            name=name,
+            parameter=parameter,
+            shape=tuple(shape),
+            dim=dim,
+            stride=getattr(parameter, "partition_stride", 1) if split else 1,
+            tp=pg.groups.parallel.tp if split else 1,
+            tp_rank=pg.place.tp if split else 0,
+        )
 
 
 def initial_value(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> torch.Tensor:
@@ -85,19 +106,27 @@ def initial_value(name: str, shape: tuple[int, ...], model: ModelConfig, seed: i
         return (torch.ones if name.endswith("norm.weight") else torch.zeros)(shape)
     std = model.init_method_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        std /= math.sqrt(2 * (model.decoder_layers if name.startswith("decoder.") else model.num_layers))
-    return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(derive_seed(seed, name)))
+        std /= math.sqrt(
+            2 * (model.decoder_layers if name.startswith("decoder.") else model.num_layers)
+        )
+    return torch.empty(shape).normal_(
+        0.0, std, generator=torch.Generator().manual_seed(derive_seed(seed, name))
+    )
 
 
 @torch.no_grad()
-def initialize_weights(chunk: torch.nn.Module, model: ModelConfig, pg: ProcessGroups, seed: int) -> None:
+def initialize_weights(
+    chunk: torch.nn.Module, model: ModelConfig, pg: ProcessGroups, seed: int
+) -> None:
     """Give every parameter of a model chunk its `initial_value`."""
     for part in local_parameters(chunk, model, pg):
         part.parameter.copy_(part.cut(initial_value(part.name, part.shape, model, seed)))
 
 
 @torch.no_grad()
-def whole_parameters(chunks: Iterable[torch.nn.Module], model: ModelConfig, pg: ProcessGroups) -> dict[str, torch.Tensor]:
+def whole_parameters(
+    chunks: Iterable[torch.nn.Module], model: ModelConfig, pg: ProcessGroups
+) -> dict[str, torch.Tensor]:
     """The parameters of this process's stage, gathered over tp: name in the whole model to tensor of the whole shape."""
     whole = {}
     for chunk in chunks:

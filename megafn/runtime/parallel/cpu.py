@@ -1,4 +1,5 @@
 """megatron-core where there is no CUDA: the one seam in which a CPU differs from a GPU."""
+
 from __future__ import annotations
 
 import contextlib
@@ -21,15 +22,21 @@ class _CudaMeansCpu(TorchFunctionMode):
         if function is torch.Tensor.cuda:
             return args[0]
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return function(*args).replace("torch.", "torch.cuda.", 1)   # the optimizer compares type names
-        if function == _GRAD and not args[0].is_leaf:                    # the distributed optimizer's shards are views;
-            with warnings.catch_warnings(action="ignore"):               # their gradient is set by hand, torch doubts it
+            return function(*args).replace(
+                "torch.", "torch.cuda.", 1
+            )  # the optimizer compares type names
+        if (
+            function == _GRAD and not args[0].is_leaf
+        ):  # the distributed optimizer's shards are views;
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # their gradient is set by hand, torch doubts it
                 return function(*args)
         device = kwargs.get("device")
         if device is not None and (isinstance(device, int) or "cuda" in str(device)):
             kwargs["device"] = "cpu"
         if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False                                 # pinned memory is CUDA's
+            kwargs["pin_memory"] = False  # pinned memory is CUDA's
         return function(*args, **kwargs)
 
 
@@ -55,8 +62,16 @@ def megatron_on_cpu():
         (torch.cuda, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
         (mcore_random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
         (mcore_random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
-        (logging.getLogger(mcore_random.__name__), "disabled", True),       # dropout does change the CPU's random state here
-        (mcore_layers.linear_with_grad_accumulation_and_async_allreduce, "warned", True),    # of a CUDA variable
+        (
+            logging.getLogger(mcore_random.__name__),
+            "disabled",
+            True,
+        ),  # dropout does change the CPU's random state here
+        (
+            mcore_layers.linear_with_grad_accumulation_and_async_allreduce,
+            "warned",
+            True,
+        ),  # of a CUDA variable
     )
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in answers]
     try:
@@ -89,6 +104,6 @@ def hold_gloo_back() -> None:
     would give way at once, but starve where other work keeps the cores busy.)
     """
     for name in Path("/proc/self/task").glob("*/comm"):
-        with contextlib.suppress(OSError):                               # a thread that ended meanwhile
+        with contextlib.suppress(OSError):  # a thread that ended meanwhile
             if name.read_text() == "gloo_tcp_loop\n":
                 os.setpriority(os.PRIO_PROCESS, int(name.parent.name), 19)

@@ -1,11 +1,13 @@
 """Process groups from a layout, as a value that is passed; and the objects that megatron-core keeps at module level, lent."""
+
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +33,7 @@ class ProcessGroups:
     rank: int
     place: Coordinates
     device: torch.device
-    timeout_seconds: float                   # that every one of them carries
+    timeout_seconds: float  # that every one of them carries
     tp: Any
     pp: Any
     cp: Any
@@ -45,8 +47,10 @@ class ProcessGroups:
     pos_embd: Any
     half: Any
     world: Any
-    collection: Any = field(repr=False)      # the same groups as megatron-core's ProcessGroupCollection
-    memory_buffer: Any = field(repr=False)   # megatron-core gathers sequence-parallel activations into it
+    collection: Any = field(repr=False)  # the same groups as megatron-core's ProcessGroupCollection
+    memory_buffer: Any = field(
+        repr=False
+    )  # megatron-core gathers sequence-parallel activations into it
 
     @property
     def is_rank_zero(self) -> bool:
@@ -98,15 +102,27 @@ def _default_group(timeout: timedelta) -> Iterator[None]:
     if cpu.device().type == "cuda":
         torch.cuda.set_device(cpu.device())
     if world_size() == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(cpu.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            cpu.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
     else:
-        store, rank, size = _store(*(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+        store, rank, size = _store(
+            *(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+        )
         store.set_timeout(timeout)
-        turn = store.add(f"megafn/{rank}", 1)             # a second use must not read the addresses of the first
-        dist.init_process_group(cpu.backend(), store=dist.PrefixStore(f"megafn/{turn}", store), rank=rank, world_size=size, timeout=timeout)
+        turn = store.add(
+            f"megafn/{rank}", 1
+        )  # a second use must not read the addresses of the first
+        dist.init_process_group(
+            cpu.backend(),
+            store=dist.PrefixStore(f"megafn/{turn}", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
     try:
         yield
-        dist.barrier()          # nobody closes a connection that another still reads from
+        dist.barrier()  # nobody closes a connection that another still reads from
     finally:
         dist.destroy_process_group()
 
@@ -121,8 +137,10 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
     Raises ConfigError where the layout is for another number of processes.
     """
     if groups.world_size != world_size():
-        raise ConfigError(f"world_size = {world_size()}: these groups are for {groups.world_size} processes; "
-                          f"start {groups.world_size} (torchrun --nproc-per-node {groups.world_size}) or build_groups for {world_size()}.")
+        raise ConfigError(
+            f"world_size = {world_size()}: these groups are for {groups.world_size} processes; "
+            f"start {groups.world_size} (torchrun --nproc-per-node {groups.world_size}) or build_groups for {world_size()}."
+        )
     from megatron.core.parallel_state import GlobalMemoryBuffer
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -130,32 +148,45 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
     with _default_group(timeout):
         rank, made = dist.get_rank(), {}
         try:
+
             def mine(lists):
                 found = None
-                for ranks in lists:                       # every process makes every group, in one order
-                    if ranks not in made:                 # equal groups are one
+                for ranks in lists:  # every process makes every group, in one order
+                    if ranks not in made:  # equal groups are one
                         made[ranks] = dist.new_group(ranks, timeout=timeout)
                     if rank in ranks:
                         found = made[ranks]
                 return found
 
             pg = {axis: mine(getattr(groups, axis)) for axis in _AXES}
-            half = mine(groups.half)                      # none of megatron-core's
+            half = mine(groups.half)  # none of megatron-core's
             pg["world"] = mine((tuple(range(groups.world_size)),))
             cpu.hold_gloo_back()
             collection = ProcessGroupCollection()
-            same = dict(expt_tp="tp", tp_ep="tp", tp_ep_pp="mp", expt_dp="dp_cp", intra_dp_cp="dp_cp",
-                        intra_expt_dp="dp_cp", intra_dist_opt="world")       # ep = 1: experts lie as the rest does
+            same = dict(
+                expt_tp="tp",
+                tp_ep="tp",
+                tp_ep_pp="mp",
+                expt_dp="dp_cp",
+                intra_dp_cp="dp_cp",
+                intra_expt_dp="dp_cp",
+                intra_dist_opt="world",
+            )  # ep = 1: experts lie as the rest does
             for name in (*_AXES, *same):
                 setattr(collection, name, pg[same.get(name, name)])
             collection.hcp, collection.inter_dist_opt = [], None
-            yield ProcessGroups(groups=groups, rank=rank, place=coordinates(groups, rank), device=cpu.device(), timeout_seconds=timeout_seconds,
-                                collection=collection, memory_buffer=GlobalMemoryBuffer(), half=half, **pg)
+            yield ProcessGroups(
+                groups=groups,
+                rank=rank,
+                place=coordinates(groups, rank),
+                device=cpu.device(),
+                timeout_seconds=timeout_seconds,
+                collection=collection,
+                memory_buffer=GlobalMemoryBuffer(),
+                half=half,
+                **pg,
+            )
         finally:
             for ranks, group in made.items():
                 if rank in ranks and dist.is_initialized():
                     dist.destroy_process_group(group)
-
-
-
-

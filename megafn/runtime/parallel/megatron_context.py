@@ -1,10 +1,11 @@
 """The few objects that megatron-core keeps at module level, set for one call and put back."""
+
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import warnings
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -33,19 +34,26 @@ def megatron_context(pg: ProcessGroups, *seed: object) -> Iterator[None]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random as mcore_random
 
-    kept = (("_CUDA_RNG_STATE_TRACKER", mcore_random), ("_CUDA_RNG_STATE_TRACKER_INITIALIZED", mcore_random),
-            ("_GLOBAL_MEMORY_BUFFER", parallel_state))
+    kept = (
+        ("_CUDA_RNG_STATE_TRACKER", mcore_random),
+        ("_CUDA_RNG_STATE_TRACKER_INITIALIZED", mcore_random),
+        ("_GLOBAL_MEMORY_BUFFER", parallel_state),
+    )
     before = [getattr(owner, name) for name, owner in kept]
     devices = [pg.device] if pg.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings(), cpu.megatron_on_cpu():
-        warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)      # megatron-core calls older names
+        warnings.filterwarnings(
+            "ignore", "`torch.distributed.", FutureWarning
+        )  # megatron-core calls older names
         try:
             parallel_state._GLOBAL_MEMORY_BUFFER = pg.memory_buffer
             mcore_random._CUDA_RNG_STATE_TRACKER = None
             mcore_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
             number = derive_seed(*seed, pg.place.pp, pg.place.dp, pg.place.cp)
             torch.manual_seed(number)
-            mcore_random.model_parallel_cuda_manual_seed(number, tp_rank=pg.place.tp, ep_rank=0, etp_rank=pg.place.tp)
+            mcore_random.model_parallel_cuda_manual_seed(
+                number, tp_rank=pg.place.tp, ep_rank=0, etp_rank=pg.place.tp
+            )
             yield
         finally:
             for (name, owner), value in zip(kept, before):

@@ -1,4 +1,5 @@
 """What ranks tell each other: rank zero's value, everyone's, and that a user's own batches fit together."""
+
 from __future__ import annotations
 
 from datetime import timedelta
@@ -11,12 +12,16 @@ from megafn.runtime.parallel.groups import ProcessGroups
 
 def _wait_for_all_ranks(during: str | None, pg: ProcessGroups) -> None:
     """Wait for all ranks. Where one does not come in time, the error says which, and what was going on."""
-    if during is None or pg.device.type == "cuda":          # NCCL has no such barrier: its watchdog ends the process with its own report
+    if (
+        during is None or pg.device.type == "cuda"
+    ):  # NCCL has no such barrier: its watchdog ends the process with its own report
         return
     try:
         dist.monitored_barrier(pg.world, timedelta(seconds=pg.timeout_seconds), wait_all_ranks=True)
     except RuntimeError as error:
-        raise RuntimeError(f"{during}: a rank hangs or is gone (timeout_seconds = {pg.timeout_seconds:g}): {error}") from None
+        raise RuntimeError(
+            f"{during}: a rank hangs or is gone (timeout_seconds = {pg.timeout_seconds:g}): {error}"
+        ) from None
 
 
 def broadcast_from_rank_zero(value: Any, pg: ProcessGroups, *, during: str | None = None) -> Any:
@@ -33,7 +38,3 @@ def gather_from_all_ranks(value: Any, pg: ProcessGroups, *, during: str | None =
     values = [None] * pg.world_size
     dist.all_gather_object(values, value, group=pg.world)
     return values
-
-
-
-

@@ -1,4 +1,5 @@
 """Text to token ids and back, as frozen records of two functions and the special ids."""
+
 from __future__ import annotations
 
 import hashlib
@@ -34,8 +35,10 @@ class Tokenizer:
     bos: int | None = None
     eos: int | None = None
     unk: int | None = None
-    additional_special_tokens_ids: tuple[int, ...] = ()    # T5's sentinels
-    inv_vocab: Mapping[int, str] = field(factory=dict, repr=False)     # id to token; one that goes on with a word begins with "##"
+    additional_special_tokens_ids: tuple[int, ...] = ()  # T5's sentinels
+    inv_vocab: Mapping[int, str] = field(
+        factory=dict, repr=False
+    )  # id to token; one that goes on with a word begins with "##"
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -55,17 +58,30 @@ def byte_tokenizer() -> Tokenizer:
 
     def encode(text: str) -> np.ndarray:
         if (at := text.find("\0")) >= 0:
-            raise ValueError(f"text: character {at} is NUL, the id that ends a document; remove NULs from the text")
+            raise ValueError(
+                f"text: character {at} is NUL, the id that ends a document; remove NULs from the text"
+            )
         return np.frombuffer(text.encode("utf-8"), np.uint8)
 
     def decode(ids: Iterable[int]) -> str:
         ids = np.fromiter(ids, np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < 256:
-            raise ValueError(f"ids from {ids.min()} to {ids.max()}: this tokenizer's ids are bytes, 0 to 255")
+            raise ValueError(
+                f"ids from {ids.min()} to {ids.max()}: this tokenizer's ids are bytes, 0 to 255"
+            )
         return ids[~np.isin(ids, drop)].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
-    return Tokenizer(name="bytes", vocab_size=256, encode=encode, decode=decode, eod=0, **special,
-                     additional_special_tokens_ids=never[len(special):], inv_vocab={i: chr(i) for i in range(256) if i not in never}, unique_identifiers={"tokenizer": "bytes"})
+    return Tokenizer(
+        name="bytes",
+        vocab_size=256,
+        encode=encode,
+        decode=decode,
+        eod=0,
+        **special,
+        additional_special_tokens_ids=never[len(special) :],
+        inv_vocab={i: chr(i) for i in range(256) if i not in never},
+        unique_identifiers={"tokenizer": "bytes"},
+    )
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -82,14 +98,18 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         import tokenizers
     except ImportError as error:
-        raise ConfigError(f"data.tokenizer = {name!r}: the library tokenizers is missing; install megafn[hf], "
-                          'or choose the tokenizer "bytes"') from error
+        raise ConfigError(
+            f"data.tokenizer = {name!r}: the library tokenizers is missing; install megafn[hf], "
+            'or choose the tokenizer "bytes"'
+        ) from error
     try:
         content = Path(name).read_bytes()
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:      # the library raises bare Exception
-        raise ConfigError(f"data.tokenizer = {name!r} is no Hugging Face tokenizer.json ({error}); "
-                          'give the path of one, or "bytes"') from error
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(
+            f"data.tokenizer = {name!r} is no Hugging Face tokenizer.json ({error}); "
+            'give the path of one, or "bytes"'
+        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -100,19 +120,35 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     ends = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
     if (eod := first(*ends)) is None:
-        raise ConfigError(f"data.tokenizer = {name!r} has no token that ends a document; add one of {', '.join(ends)}")
+        raise ConfigError(
+            f"data.tokenizer = {name!r} has no token that ends a document; add one of {', '.join(ends)}"
+        )
 
     def encode(text: str) -> np.ndarray:
-        text.encode("utf-8")        # the library's own word on a lone surrogate is that the text is no str
+        text.encode(
+            "utf-8"
+        )  # the library's own word on a lone surrogate is that the text is no str
         return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     pad = first("[PAD]", "<pad>", "<|pad|>")
     sentinels = (first(f"<extra_id_{i}>") for i in range(100))
     return Tokenizer(
-        name=name, vocab_size=max(vocab.values()) + 1, encode=encode,
+        name=name,
+        vocab_size=max(vocab.values()) + 1,
+        encode=encode,
         decode=lambda ids: tokenizer.decode([int(i) for i in ids], skip_special_tokens=True),
-        eod=eod, pad=-1 if pad is None else pad, cls=first("[CLS]", "<s>"), sep=first("[SEP]", "</s>"),
-        mask=first("[MASK]", "<mask>"), bos=first("<s>", "<bos>", "<|begin_of_text|>", "[CLS]"),
-        eos=first("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"), unk=first("<unk>", "[UNK]"),
-        additional_special_tokens_ids=tuple(i for i in sentinels if i is not None), inv_vocab={i: token for token, i in vocab.items()},
-        unique_identifiers={"tokenizer": "tokenizer.json", "sha256": hashlib.sha256(content).hexdigest()})
+        eod=eod,
+        pad=-1 if pad is None else pad,
+        cls=first("[CLS]", "<s>"),
+        sep=first("[SEP]", "</s>"),
+        mask=first("[MASK]", "<mask>"),
+        bos=first("<s>", "<bos>", "<|begin_of_text|>", "[CLS]"),
+        eos=first("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
+        unk=first("<unk>", "[UNK]"),
+        additional_special_tokens_ids=tuple(i for i in sentinels if i is not None),
+        inv_vocab={i: token for token, i in vocab.items()},
+        unique_identifiers={
+            "tokenizer": "tokenizer.json",
+            "sha256": hashlib.sha256(content).hexdigest(),
+        },
+    )

@@ -1,9 +1,11 @@
 """One training step, and an evaluation."""
+
 from __future__ import annotations
 
 import math
 import time
-from typing import Any, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import attrs
 import torch
@@ -21,14 +23,31 @@ from megafn.runtime.training.forward_backward import forward_backward
 from megafn.runtime.training.whole_logits import whole_logits
 
 
-def _report(totals: Mapping[str, float], kept: list[Any], config: TrainConfig, pg: ProcessGroups) -> Report:
+def _report(
+    totals: Mapping[str, float], kept: list[Any], config: TrainConfig, pg: ProcessGroups
+) -> Report:
     count = totals["count"]
     if count <= 0:
-        raise ValueError(f"loss_mask: {count:.0f} tokens count in this whole global batch, so it has no mean loss; give at least one token a label.")
+        raise ValueError(
+            f"loss_mask: {count:.0f} tokens count in this whole global batch, so it has no mean loss; give at least one token a label."
+        )
     loss = totals["loss"] / count
-    logits = whole_logits(kept, config, pg, every_stage=config.return_logits == "every_stage") if config.return_logits else None
-    return Report(loss=loss, perplexity=math.exp(min(20.0, loss)) if loss == loss else math.nan, count=int(count), logits=logits,
-                  report={key.removeprefix("report/"): value / count for key, value in totals.items() if key.startswith("report/")})
+    logits = (
+        whole_logits(kept, config, pg, every_stage=config.return_logits == "every_stage")
+        if config.return_logits
+        else None
+    )
+    return Report(
+        loss=loss,
+        perplexity=math.exp(min(20.0, loss)) if loss == loss else math.nan,
+        count=int(count),
+        logits=logits,
+        report={
+            key.removeprefix("report/"): value / count
+            for key, value in totals.items()
+            if key.startswith("report/")
+        },
+    )
 
 
 def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, Metrics]:
@@ -49,10 +68,22 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         kept: list[Any] = []
-        report = _report(forward_backward(state.chunks, batch, step, config, pg, forward_only=False, on_logits=kept.append if config.return_logits else None),
-                         kept, config, pg)
+        report = _report(
+            forward_backward(
+                state.chunks,
+                batch,
+                step,
+                config,
+                pg,
+                forward_only=False,
+                on_logits=kept.append if config.return_logits else None,
+            ),
+            kept,
+            config,
+            pg,
+        )
         stepping = time.perf_counter()
-        fp16 = config.precision.dtype == "fp16"              # its loss scale looks for overflows itself
+        fp16 = config.precision.dtype == "fp16"  # its loss scale looks for overflows itself
         limit = spike_limit(state.grad_norms, config.optimizer.spike_factor)
         finite = math.isfinite(report.loss)
         updated, norm = update(optimizer, limit=limit) if fp16 or finite else (False, math.nan)
@@ -60,17 +91,41 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
     now, samples = time.perf_counter(), config.global_batch_size
     seconds, more = now - started, {}
     if config.log.everything:
-        more = diagnostics(config, pg, state.chunks, zeros=zeros, seconds=seconds, optimizer_seconds=now - stepping,
-                       iteration=state.iteration + 1)
-    state = attrs.evolve(state, iteration=state.iteration + 1, consumed_samples=state.consumed_samples + samples,
-                         skipped_samples=state.skipped_samples + (0 if updated else samples),
-                         skipped_in_a_row=0 if updated else state.skipped_in_a_row + (norm is not None or not finite),
-                         grad_norms=append_norm(state.grad_norms, norm))
+        more = diagnostics(
+            config,
+            pg,
+            state.chunks,
+            zeros=zeros,
+            seconds=seconds,
+            optimizer_seconds=now - stepping,
+            iteration=state.iteration + 1,
+        )
+    state = attrs.evolve(
+        state,
+        iteration=state.iteration + 1,
+        consumed_samples=state.consumed_samples + samples,
+        skipped_samples=state.skipped_samples + (0 if updated else samples),
+        skipped_in_a_row=0
+        if updated
+        else state.skipped_in_a_row + (norm is not None or not finite),
+        grad_norms=append_norm(state.grad_norms, norm),
+    )
     return state, Metrics(
-        iteration=state.iteration, consumed_samples=state.consumed_samples, loss=report.loss, lr=at.lr, weight_decay=at.weight_decay,
-        grad_norm=norm if norm is not None and math.isfinite(norm) else None, count=report.count, skipped=not updated,
-        loss_scale=float(optimizer.get_loss_scale()), seconds=seconds,
-        tokens_per_second=samples * config.model.sample_tokens / seconds, report=report.report, details=more, logits=report.logits)
+        iteration=state.iteration,
+        consumed_samples=state.consumed_samples,
+        loss=report.loss,
+        lr=at.lr,
+        weight_decay=at.weight_decay,
+        grad_norm=norm if norm is not None and math.isfinite(norm) else None,
+        count=report.count,
+        skipped=not updated,
+        loss_scale=float(optimizer.get_loss_scale()),
+        seconds=seconds,
+        tokens_per_second=samples * config.model.sample_tokens / seconds,
+        report=report.report,
+        details=more,
+        logits=report.logits,
+    )
 
 
 def evaluate(state: State, batches: Iterable[Iterable[Any]], step: Step) -> Report:
@@ -84,11 +139,20 @@ def evaluate(state: State, batches: Iterable[Iterable[Any]], step: Step) -> Repo
         for chunk in state.chunks:
             chunk.eval()
         for batch in batches:
-            for key, value in forward_backward(state.chunks, batch, step, config, state.pg, forward_only=True,
-                                       on_logits=kept.append if config.return_logits else None).items():
+            for key, value in forward_backward(
+                state.chunks,
+                batch,
+                step,
+                config,
+                state.pg,
+                forward_only=True,
+                on_logits=kept.append if config.return_logits else None,
+            ).items():
                 totals[key] = totals.get(key, 0.0) + value
         for chunk in state.chunks:
             chunk.train()
     if not totals:
-        raise ValueError("batches: nothing to evaluate on; give at least one global batch (eval_iters, or a longer validation text).")
+        raise ValueError(
+            "batches: nothing to evaluate on; give at least one global batch (eval_iters, or a longer validation text)."
+        )
     return _report(totals, kept, config, state.pg)

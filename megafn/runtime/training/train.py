@@ -1,7 +1,9 @@
 """The recipe: `train`, and the functions that it is made of, each callable from a loop of one's own."""
+
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
@@ -19,8 +21,15 @@ from megafn.runtime.training.fit import fit
 from megafn.runtime.training.setup import setup
 
 
-def train(config: TrainConfig, *, step: Step | None = None, model: Callable | None = None, batches: Iterable[Any] | Callable | None = None,
-          valid_batches: Iterable[Any] | None = None, on_metrics: Sequence[Callable[[Metrics], Any]] = ()) -> State:
+def train(
+    config: TrainConfig,
+    *,
+    step: Step | None = None,
+    model: Callable | None = None,
+    batches: Iterable[Any] | Callable | None = None,
+    valid_batches: Iterable[Any] | None = None,
+    on_metrics: Sequence[Callable[[Metrics], Any]] = (),
+) -> State:
     """Train a config from start to end, or from its newest checkpoint on; returns the last state. Run it under torchrun, or as one plain process.
 
     step: the family's three functions, or your own. model: a function that builds one model chunk, see `setup`.
@@ -34,12 +43,21 @@ def train(config: TrainConfig, *, step: Step | None = None, model: Callable | No
     world = world_size()
     check(config, world, cuda=cpu.device().type == "cuda")
     if config.data is None and batches is None:
-        raise ConfigError("data = None: name a text or an indexed dataset in config.data, or give train your own batches.")
+        raise ConfigError(
+            "data = None: name a text or an indexed dataset in config.data, or give train your own batches."
+        )
     step = step if step is not None else step_of(config)
     if batches is None:
-        for split in ("train", "valid") if config.eval_iters and valid_batches is None else ("train",):
-            corpora(config, split)               # missing, damaged or too short: told now, not when it is first read
+        for split in (
+            ("train", "valid") if config.eval_iters and valid_batches is None else ("train",)
+        ):
+            corpora(
+                config, split
+            )  # missing, damaged or too short: told now, not when it is first read
     check_directory(config)
-    with init_groups(build_groups(config.parallel, world, model=config.model), timeout_seconds=config.timeout_seconds) as pg:
+    with init_groups(
+        build_groups(config.parallel, world, model=config.model),
+        timeout_seconds=config.timeout_seconds,
+    ) as pg:
         state, batches = resume(setup(config, pg, model=model), batches)
         return fit(state, step, batches=batches, valid_batches=valid_batches, on_metrics=on_metrics)

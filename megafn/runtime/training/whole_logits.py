@@ -1,7 +1,9 @@
 """Logits of micro-batches, whole again: gathered over tensor and context parallel, and sent over the pipeline if asked."""
+
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,11 +21,19 @@ def _parts(tensor: torch.Tensor, group) -> list[torch.Tensor]:
 
 def _each(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """Of each tensor in a tuple, nested or not, what a function makes of it; None of None."""
-    return tuple(_each(function, one) for one in value) if isinstance(value, tuple) else None if value is None else function(value)
+    return (
+        tuple(_each(function, one) for one in value)
+        if isinstance(value, tuple)
+        else None
+        if value is None
+        else function(value)
+    )
 
 
 @torch.no_grad()
-def whole_logits(outputs: Sequence[Any], config: TrainConfig, pg: ProcessGroups, *, every_stage: bool) -> tuple[Any, ...] | None:
+def whole_logits(
+    outputs: Sequence[Any], config: TrainConfig, pg: ProcessGroups, *, every_stage: bool
+) -> tuple[Any, ...] | None:
     """Logits [batch, sequence, vocabulary] of each micro-batch, from what the last stage put out for each.
 
     outputs: on the last pipeline stage, [sequence / cp, batch, padded vocabulary / tp] for each micro-batch; or a tensor
@@ -37,7 +47,12 @@ def whole_logits(outputs: Sequence[Any], config: TrainConfig, pg: ProcessGroups,
         if output.dim() < 3:
             return _parts(output, pg.cp)[0]
         joined = torch.cat(_parts(torch.cat(_parts(output, pg.tp), dim=-1), pg.cp))
-        order = torch.cat([cp_positions(len(joined), pg.cp.size(), rank, pg.device) for rank in range(pg.cp.size())])
+        order = torch.cat(
+            [
+                cp_positions(len(joined), pg.cp.size(), rank, pg.device)
+                for rank in range(pg.cp.size())
+            ]
+        )
         return joined[order.argsort(), :, :vocabulary].transpose(0, 1).contiguous()
 
     if pg.is_last_stage:
