@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megafn.pure.config.records import ModelConfig, ParallelConfig
 from megafn.pure.layout import (
     AXES,
+    GROUP_KINDS,
     Coordinates,
     Groups,
     build_groups,
@@ -18,12 +19,13 @@ from megafn.pure.layout import (
     rank_of,
 )
 
+# field: megatron-core's token
 TOKENS = {
     "mp": "tp-pp",
     "dp_cp": "dp-cp",
     "tp_cp": "tp-cp",
     "tp_dp_cp": "tp-dp-cp",
-}  # field: megatron-core's token
+}
 PARTITIONS = (*AXES, *TOKENS)
 sizes = st.integers(1, 4)
 
@@ -60,7 +62,10 @@ def test_groups_equal_megatron_cores_rank_generator_in_content_and_order(tp, cp,
 
 @given(tp=sizes, dp=sizes, pp=sizes, cp=sizes)
 def test_the_experts_generator_gives_the_same_groups_while_ep_is_1(tp, dp, pp, cp):
-    """In the default order experts' data-parallel groups are dp x cp: runtime may hand out the same groups twice."""
+    """In the default order experts' data-parallel groups are dp x cp.
+
+    So megatron-core may be given the same groups under two names.
+    """
     from megatron.core.parallel_state import RankGenerator
 
     groups = build_groups(ParallelConfig(tp=tp, cp=cp, pp=pp), tp * cp * dp * pp)
@@ -137,6 +142,15 @@ def test_an_axis_of_size_1_may_be_left_out_of_the_order(tp, dp, pp, order):
         ), name
 
 
+@given(layouts(), st.data())
+def test_group_of_finds_what_a_search_through_all_groups_finds(groups, data):
+    rank = data.draw(st.integers(0, groups.world_size - 1))
+    for kind in GROUP_KINDS:
+        holding = [group for group in getattr(groups, kind.name) if rank in group]
+        assert group_of(groups, kind.name, rank) == (holding[0] if holding else ())
+        assert len(holding) <= 1
+
+
 def test_a_layout_is_a_value():
     parallel = ParallelConfig(tp=2, pp=2)
     assert build_groups(parallel, 8) == build_groups(parallel, 8)
@@ -152,7 +166,7 @@ def test_a_world_size_is_refused_exactly_when_the_model_does_not_divide_it(tp, p
     assume(world_size % (tp * pp * cp))
     with pytest.raises(
         ValueError,
-        match=rf"^world_size = {world_size} is not divisible by .* = {tp * pp * cp}: start ",
+        match=rf"^world_size = {world_size}: must be a multiple of .* = {tp * pp * cp}; start ",
     ):
         build_groups(ParallelConfig(tp=tp, pp=pp, cp=cp), world_size)
 
@@ -160,29 +174,34 @@ def test_a_world_size_is_refused_exactly_when_the_model_does_not_divide_it(tp, p
 @pytest.mark.parametrize(
     ("parallel", "world_size", "says"),
     [
-        (ParallelConfig(tp=0), 1, "tp = 0 is no size: set it to 1 or more"),
-        (ParallelConfig(), 0, "world_size = 0 is no size"),
+        (ParallelConfig(tp=0), 1, "parallel.tp = 0: must be at least 1"),
+        (ParallelConfig(), 0, "world_size = 0: must be at least 1"),
         (
             ParallelConfig(ep=2),
             2,
-            "ep = 2 asks for expert parallelism, which is not built: set ep to 1",
+            "parallel.ep = 2: expert parallelism is not built; set ep to 1",
         ),
         (
             ParallelConfig(order="tp-tp-cp-ep-dp-pp"),
             1,
-            "order = 'tp-tp-cp-ep-dp-pp' repeats an axis",
+            "parallel.order = 'tp-tp-cp-ep-dp-pp': repeats an axis; "
+            "name each of tp, cp, ep, dp, pp once, as in tp-cp-ep-dp-pp",
         ),
         (
             ParallelConfig(order="tp-xp-cp-ep-dp-pp"),
             1,
-            "has an unknown one: name each of tp, cp, ep, dp, pp once",
+            "has an unknown axis 'xp'; name each of tp, cp, ep, dp, pp once",
         ),
         (
             ParallelConfig(tp=2, order="cp-ep-dp-pp"),
             2,
-            "order = 'cp-ep-dp-pp' leaves out tp, of size 2: name each",
+            "parallel.order = 'cp-ep-dp-pp': leaves out tp, of size 2; name each",
         ),
-        (ParallelConfig(order="tp-pp"), 2, "order = 'tp-pp' leaves out dp, of size 2: name each"),
+        (
+            ParallelConfig(order="tp-pp"),
+            2,
+            "parallel.order = 'tp-pp': leaves out dp, of size 2; name each",
+        ),
     ],
 )
 def test_a_layout_that_can_not_be_is_refused_by_field_value_and_remedy(parallel, world_size, says):
@@ -194,20 +213,18 @@ def test_a_layout_that_can_not_be_is_refused_by_field_value_and_remedy(parallel,
 def test_questions_about_ranks_and_axes_that_do_not_exist_are_refused():
     groups = build_groups(ParallelConfig(tp=2), 4)
     for rank in (-1, 4):
-        for ask in (lambda: coordinates(groups, rank), lambda: group_of(groups, "tp", rank)):
-            with pytest.raises(
-                ValueError, match=rf"^rank = {rank} is not in this layout: give a rank from 0 to 3$"
-            ):
-                ask()
-    for at in (-1, 2):
+        says = rf"^rank = {rank}: must be 0 to 3 in this layout$"
+        with pytest.raises(ValueError, match=says):
+            coordinates(groups, rank)
+        with pytest.raises(ValueError, match=says):
+            group_of(groups, "tp", rank)
+    for coordinate in (-1, 2):
         with pytest.raises(
-            ValueError, match=rf"^tp = {at} lies outside the axis: give a coordinate from 0 to 1$"
+            ValueError, match=rf"^tp = {coordinate}: must be 0 to 1 in this layout$"
         ):
-            rank_of(groups, Coordinates(tp=at))
+            rank_of(groups, Coordinates(tp=coordinate))
     for axis in ("world_size", "zz"):
-        with pytest.raises(
-            ValueError, match=rf"^axis = '{axis}' is no axis of a layout: choose one of tp, pp, "
-        ):
+        with pytest.raises(ValueError, match=rf"^axis = '{axis}': must be one of tp, pp, "):
             group_of(groups, axis, 0)
 
 
@@ -234,26 +251,30 @@ def test_a_split_adds_its_stage_to_the_tables_and_halves_each_pipeline_and_chang
         tie_word_embeddings=tied,
         position_embedding=positions,
     )
-    plain, groups = (
-        build_groups(parallel, tp * pp * dp),
-        build_groups(parallel, tp * pp * dp, model=model),
-    )
-    assert (
-        all(getattr(plain, name) == getattr(groups, name) for name in PARTITIONS)
-        and plain.half == plain.pp
-    )
-    assert plain == build_groups(parallel, tp * pp * dp, model=attrs.evolve(model, family="gpt"))
+    world_size = tp * pp * dp
+    plain = build_groups(parallel, world_size)
+    groups = build_groups(parallel, world_size, model=model)
+    for name in (*PARTITIONS, "world"):
+        assert getattr(plain, name) == getattr(groups, name), name
+    assert plain.half == plain.pp
+    assert plain == build_groups(parallel, world_size, model=attrs.evolve(model, family="gpt"))
+
+    tables = {0, split, pp - 1} if tied else {0, split}
+    with_positions = {0, split} if positions == "learned_absolute" else {0}
     for stages in groups.pp:
         assert stages[:split] in groups.half and stages[split:] in groups.half
-        assert group_of(groups, "embd", stages[0]) == tuple(
-            sorted({stages[0], stages[split]} | ({stages[-1]} if tied else set()))
+        assert group_of(groups, "embd", stages[0]) == tuple(stages[i] for i in sorted(tables))
+        assert group_of(groups, "pos_embd", stages[0]) == tuple(
+            stages[i] for i in sorted(with_positions)
         )
-        assert group_of(groups, "pos_embd", stages[0]) == (
-            (stages[0], stages[split]) if positions == "learned_absolute" else stages[:1]
-        )
-    assert len(groups.half) == 2 * len(groups.pp) and len(groups.embd) == len(
-        groups.pos_embd
-    ) == len(groups.pp)
+        for stage, rank in enumerate(stages):
+            assert (rank in group_of(groups, "embd", rank)) == (stage in tables)
+            assert (rank in group_of(groups, "pos_embd", rank)) == (stage in with_positions)
+            assert group_of(groups, "half", rank) == (
+                stages[:split] if stage < split else stages[split:]
+            )
+    assert len(groups.half) == 2 * len(groups.pp)
+    assert len(groups.embd) == len(groups.pos_embd) == len(groups.pp)
 
 
 def test_a_split_that_leaves_a_half_without_a_stage_is_refused():
@@ -263,8 +284,62 @@ def test_a_split_that_leaves_a_half_without_a_stage_is_refused():
     for split in (0, 2, -1):
         with pytest.raises(
             ValueError,
-            match=f"pipeline_model_parallel_split_rank = {split} leaves a half without a stage: give 1 to 1",
+            match=f"pipeline_model_parallel_split_rank = {split}: must be 1 to 1, so that both",
         ):
             build_groups(
                 ParallelConfig(pp=2, pipeline_model_parallel_split_rank=split), 2, model=model
             )
+
+
+def fields_of(record):
+    return [attribute.name for attribute in attrs.fields(record)]
+
+
+def test_the_records_have_the_fields_that_the_table_of_groups_names():
+    from megafn.runtime.parallel.groups import ProcessGroups
+
+    names = [kind.name for kind in GROUP_KINDS]
+    assert len(set(names)) == len(names)
+    assert fields_of(Groups) == ["parallel", "world_size", *names]
+
+    place = ["groups", "rank", "place", "device", "timeout_seconds"]
+    assert fields_of(ProcessGroups) == [*place, *names, "collection", "memory_buffer"]
+
+
+def test_the_records_have_the_axes_that_the_table_names():
+    assert sorted(fields_of(Coordinates)) == sorted(AXES)
+    assert ParallelConfig().order == "-".join(AXES)
+    for axis in AXES:
+        assert hasattr(Groups, f"{axis}_size")
+        # The data-parallel size follows from the world size.
+        assert hasattr(ParallelConfig(), axis) == (axis != "dp")
+    for kind in GROUP_KINDS:
+        assert set(kind.axes) <= set(AXES) and len(set(kind.axes)) == len(kind.axes)
+
+
+def test_the_table_gives_megatron_cores_collection_each_of_its_groups_once():
+    from dataclasses import fields
+
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    given = [name for kind in GROUP_KINDS for name in kind.megatron_names]
+    # Several instances of the distributed optimizer, and hierarchical context parallelism.
+    left_out = ["inter_dist_opt", "hcp"]
+    assert sorted(given + left_out) == sorted(
+        attribute.name for attribute in fields(ProcessGroupCollection)
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, dict(tp=8, pp=16), dict(tp=2, pp=2, cp=2, order="pp-dp-cp-tp-ep")]
+)
+def test_groups_of_131072_ranks_take_less_than_200_mb(sizes):
+    import tracemalloc
+
+    tracemalloc.start()
+    groups = build_groups(ParallelConfig(**sizes), 131_072)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200e6
+    assert groups.world == (tuple(range(131_072)),)
+    assert group_of(groups, "world", 131_071) is groups.world[0]

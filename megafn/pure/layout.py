@@ -1,15 +1,96 @@
-"""The rank grid as data: which rank stands where, and which ranks form a group along each axis."""
+"""The rank grid as data: which rank stands where, and which ranks form a group along each axis.
+
+`AXES` names the axes and `GROUP_KINDS` is the one table of groups. The fields of `Groups` and of
+`ProcessGroups`, the groups that `init_groups` creates and their names in megatron-core's
+`ProcessGroupCollection` all follow from it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 
 from attrs import field, frozen
 
 from megafn.pure.config.records import ModelConfig, ParallelConfig, split_rank
 
+# In the default order: the axis that changes fastest with the rank comes first.
 AXES = ("tp", "cp", "ep", "dp", "pp")
+
 RankGroups = tuple[tuple[int, ...], ...]
+Stages = tuple[int, ...]
+
+
+def word_table_stages(parallel: ParallelConfig, model: ModelConfig | None) -> tuple[Stages, ...]:
+    """The stages of a pipeline that share the word table, as one group.
+
+    The first and the last stage, as in megatron-core. If T5 is cut at a split rank: the first
+    stage, the first of the decoder, and the last if the output layer is tied to the table.
+    """
+    split = split_rank(parallel, model)
+    last = parallel.pp - 1
+    stages = {0, last}
+    if split is not None:
+        stages = {0, split, last} if model.tie_word_embeddings else {0, split}
+    return (tuple(sorted(stages)),)
+
+
+def position_table_stages(
+    parallel: ParallelConfig, model: ModelConfig | None
+) -> tuple[Stages, ...]:
+    """The stages of a pipeline that share the table of learned positions, as one group."""
+    split = split_rank(parallel, model)
+    if split is not None and model.position_embedding == "learned_absolute":
+        return ((0, split),)
+    return ((0,),)
+
+
+def halves_of_pipeline(parallel: ParallelConfig, model: ModelConfig | None) -> tuple[Stages, ...]:
+    """The stages of T5's encoder and those of its decoder; for other families all in one group."""
+    split = split_rank(parallel, model)
+    stages = tuple(range(parallel.pp))
+    if split is None:
+        return (stages,)
+    return (stages[:split], stages[split:])
+
+
+@frozen(kw_only=True)
+class GroupKind:
+    """One kind of process group: a row of the table."""
+
+    name: str  # the field of `Groups` and of `ProcessGroups`
+    axes: tuple[str, ...]  # the ranks of a group differ on these axes only
+    megatron_names: tuple[str, ...]  # its fields in megatron-core's ProcessGroupCollection
+    # Groups along pp that hold some stages only: the stages of each group in one pipeline.
+    stages: Callable[[ParallelConfig, ModelConfig | None], tuple[Stages, ...]] | None = None
+
+
+# As long as ep is 1, experts are placed as the rest of the model is: their groups, which
+# megatron-core names expt_* and tp_ep*, equal those of the dense layers.
+GROUP_KINDS = (
+    GroupKind(name="tp", axes=("tp",), megatron_names=("tp", "expt_tp", "tp_ep")),
+    GroupKind(name="pp", axes=("pp",), megatron_names=("pp",)),
+    GroupKind(name="cp", axes=("cp",), megatron_names=("cp",)),
+    GroupKind(name="dp", axes=("dp",), megatron_names=("dp",)),
+    GroupKind(name="ep", axes=("ep",), megatron_names=("ep",)),
+    GroupKind(name="mp", axes=("tp", "pp"), megatron_names=("mp", "tp_ep_pp")),
+    GroupKind(
+        name="dp_cp",
+        axes=("dp", "cp"),
+        megatron_names=("dp_cp", "intra_dp_cp", "expt_dp", "intra_expt_dp"),
+    ),
+    GroupKind(name="tp_cp", axes=("tp", "cp"), megatron_names=("tp_cp",)),
+    GroupKind(name="tp_dp_cp", axes=("tp", "dp", "cp"), megatron_names=("tp_dp_cp",)),
+    GroupKind(name="embd", axes=("pp",), megatron_names=("embd",), stages=word_table_stages),
+    GroupKind(
+        name="pos_embd",
+        axes=("pp",),
+        megatron_names=("pos_embd",),
+        stages=position_table_stages,
+    ),
+    GroupKind(name="half", axes=("pp",), megatron_names=(), stages=halves_of_pipeline),
+    GroupKind(name="world", axes=AXES, megatron_names=("intra_dist_opt",)),
+)
 
 
 @frozen(kw_only=True)
@@ -25,12 +106,11 @@ class Coordinates:
 
 @frozen(kw_only=True)
 class Groups:
-    """Every group of a layout. Per field a tuple of groups, each a tuple of ascending ranks; made by `build_groups`.
+    """Every group of a layout, made by `build_groups`.
 
-    Each field but `embd` and `pos_embd` partitions the ranks. Where the decoder of a T5 begins on a stage of its own,
-    that stage holds both tables too. The names and the order of the groups are those of
-    megatron-core's `ProcessGroupCollection` and `RankGenerator.get_ranks`. As long as ep is 1, experts live on this
-    same grid, so their groups are no fields.
+    Each field below `world_size` is a tuple of groups, each a tuple of ascending ranks. Each of
+    them partitions the ranks, except `embd` and `pos_embd`. The names and the order of the groups
+    are those of megatron-core's `ProcessGroupCollection` and `RankGenerator.get_ranks`.
     """
 
     parallel: ParallelConfig
@@ -40,19 +120,21 @@ class Groups:
     cp: RankGroups = field(repr=False)
     dp: RankGroups = field(repr=False)
     ep: RankGroups = field(repr=False)
-    mp: RankGroups = field(repr=False)  # tp x pp: one whole copy of the model's parameters
-    dp_cp: RankGroups = field(repr=False)  # the ranks over which gradients are reduced
+    # tp x pp: one whole copy of the model's parameters
+    mp: RankGroups = field(repr=False)
+    # the ranks over which gradients are reduced
+    dp_cp: RankGroups = field(repr=False)
     tp_cp: RankGroups = field(repr=False)
-    tp_dp_cp: RankGroups = field(repr=False)  # all ranks of one pipeline stage
-    embd: RankGroups = field(
-        repr=False
-    )  # first and last stage of each pipeline: they share a tied word table
-    pos_embd: RankGroups = field(
-        repr=False
-    )  # first stage of each pipeline: it holds the position table
-    half: RankGroups = field(
-        repr=False
-    )  # the stages of T5's encoder, and those of its decoder; elsewhere the pipelines
+    # all ranks of one pipeline stage
+    tp_dp_cp: RankGroups = field(repr=False)
+    # the stages that share the word table, see `word_table_stages`
+    embd: RankGroups = field(repr=False)
+    # the stages that share the table of learned positions
+    pos_embd: RankGroups = field(repr=False)
+    # the stages of T5's encoder, and those of its decoder; for other families the pipelines
+    half: RankGroups = field(repr=False)
+    # one group of all ranks
+    world: RankGroups = field(repr=False)
 
     @property
     def tp_size(self) -> int:
@@ -72,88 +154,56 @@ class Groups:
 
     @property
     def dp_size(self) -> int:
-        return self.world_size // (self.parallel.tp * self.parallel.pp * self.parallel.cp)
+        return _axis_sizes(self.parallel, self.world_size)["dp"]
 
 
 def build_groups(
     parallel: ParallelConfig, world_size: int, *, model: ModelConfig | None = None
 ) -> Groups:
-    """The groups of `world_size` ranks cut by `parallel`; what is left over tp, pp and cp is data parallel.
+    """The groups of `world_size` ranks cut by `parallel`; what remains is data parallel.
 
-    `model` is wanted for a T5 over a pipeline: it decides at which stage the decoder begins and which stages hold a
-    copy of which table. `parallel.order` names the axes, the one that changes fastest with the rank first; an axis of size 1 may be
-    left out. Follows megatron-core's `RankGenerator` and the groups of its `initialize_model_parallel`.
+    Pass `model=config.model` wherever there is a config. A T5 over a pipeline needs it: its split
+    rank decides on which stage the decoder begins and which stages hold a copy of which table, and
+    `setup` refuses groups that were built without it. For every other model and layout
+    `build_groups(parallel, world_size)` gives the same groups.
+
+    `parallel.order` names the axes, the one that changes fastest with the rank first; an axis of
+    size 1 may be left out. Follows megatron-core's `RankGenerator` and the groups of its
+    `initialize_model_parallel`.
 
     Raises:
-        ValueError: a size below 1, a world size that tp * pp * cp does not divide, an order that does not name each
-            axis once, or ep > 1, which is not built.
+        ValueError: a size is below 1, tp * pp * cp does not divide the world size, the order does
+            not name each axis once, the split rank leaves T5's encoder or decoder without a stage,
+            or ep > 1, which is not built.
 
     >>> groups = build_groups(ParallelConfig(tp=2, pp=2), world_size=8)
     >>> groups.dp_size, groups.tp[0], groups.pp[0], groups.dp[0]
     (2, (0, 1), (0, 4), (0, 2))
-    >>> t5 = ModelConfig(family="t5", num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> t5 = ModelConfig(
+    ...     family="t5", num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
     >>> groups = build_groups(ParallelConfig(pp=4), world_size=4, model=t5)
     >>> groups.half, groups.embd, groups.pos_embd
     (((0, 1), (2, 3)), ((0, 2, 3),), ((0, 2),))
     >>> build_groups(ParallelConfig(tp=3), world_size=8)        # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: world_size = 8 is not divisible by tp * pp * cp = 3 * 1 * 1 = 3: start a multiple of 3 processes ...
+    ValueError: world_size = 8: must be a multiple of tp * pp * cp = 3 * 1 * 1 = 3; start ...
     """
-    for name, size in (
-        ("world_size", world_size),
-        *((a, getattr(parallel, a)) for a in ("tp", "pp", "cp", "ep")),
-    ):
-        if size < 1:
-            raise ValueError(f"{name} = {size} is no size: set it to 1 or more")
-    if parallel.ep > 1:
-        raise ValueError(
-            f"ep = {parallel.ep} asks for expert parallelism, which is not built: set ep to 1"
-        )
-    tp, pp, cp = parallel.tp, parallel.pp, parallel.cp
-    if world_size % (tp * pp * cp):
-        raise ValueError(
-            f"world_size = {world_size} is not divisible by tp * pp * cp = {tp} * {pp} * {cp} = {tp * pp * cp}: "
-            f"start a multiple of {tp * pp * cp} processes or change tp, pp or cp"
-        )
-    sizes = _sizes(parallel, world_size)
-    places = [_place(sizes, rank) for rank in range(world_size)]
+    _check_sizes(parallel, world_size)
+    _check_split_rank(parallel, model)
+    sizes = _axis_sizes(parallel, world_size)
+    _check_order(parallel, sizes)
 
-    def along(*axes: str) -> RankGroups:
-        """Ranks that differ on these axes alone. Rising ranks give megatron-core's order, between groups and in them."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for rank, place in enumerate(places):
-            groups.setdefault(
-                tuple(at for axis, at in place.items() if axis not in axes), []
-            ).append(rank)
-        return tuple(map(tuple, groups.values()))
-
-    pipelines, split = along("pp"), split_rank(parallel, model)
-    if split is not None and not 0 < split < pp:
-        raise ValueError(
-            f"pipeline_model_parallel_split_rank = {split} leaves a half without a stage: give 1 to {pp - 1}"
-        )
-    # stages that begin with an embedding; the last one has the word table too where it is tied
-    first = (0,) if split is None else (0, split)
-    words = {*first, pp - 1} if split is None or model.tie_word_embeddings else {*first}
-    positions = first if split is None or model.position_embedding == "learned_absolute" else (0,)
-    return Groups(
-        parallel=parallel,
-        world_size=world_size,
-        tp=along("tp"),
-        pp=pipelines,
-        cp=along("cp"),
-        dp=along("dp"),
-        ep=along("ep"),
-        mp=along("tp", "pp"),
-        dp_cp=along("dp", "cp"),
-        tp_cp=along("tp", "cp"),
-        tp_dp_cp=along("tp", "dp", "cp"),
-        embd=tuple(tuple(stages[at] for at in sorted(words)) for stages in pipelines),
-        pos_embd=tuple(tuple(stages[at] for at in positions) for stages in pipelines),
-        half=pipelines
-        if split is None
-        else tuple(half for stages in pipelines for half in (stages[:split], stages[split:])),
-    )
+    groups = {}
+    along_axes = {}
+    for kind in GROUP_KINDS:
+        # Axes of size 1 add no rank: kinds that differ only in these share one tuple of groups.
+        axes = frozenset(axis for axis in kind.axes if sizes[axis] > 1)
+        if axes not in along_axes:
+            along_axes[axes] = _groups_along(axes, sizes)
+        groups[kind.name] = along_axes[axes]
+        if kind.stages is not None:
+            groups[kind.name] = _stages_of_each(along_axes[axes], kind.stages(parallel, model))
+    return Groups(parallel=parallel, world_size=world_size, **groups)
 
 
 def coordinates(groups: Groups, rank: int) -> Coordinates:
@@ -162,7 +212,8 @@ def coordinates(groups: Groups, rank: int) -> Coordinates:
     >>> coordinates(build_groups(ParallelConfig(tp=2, pp=2), world_size=8), 6)
     Coordinates(tp=0, pp=1, cp=0, dp=1, ep=0)
     """
-    return Coordinates(**_place(_sizes(groups.parallel, groups.world_size), _known(groups, rank)))
+    _check_rank(groups, rank)
+    return Coordinates(**_place(_axis_sizes(groups.parallel, groups.world_size), rank))
 
 
 def rank_of(groups: Groups, coordinates: Coordinates) -> int:
@@ -173,62 +224,160 @@ def rank_of(groups: Groups, coordinates: Coordinates) -> int:
     >>> rank_of(build_groups(ParallelConfig(tp=2, pp=2), world_size=8), Coordinates(pp=1, dp=1))
     6
     """
-    rank, stride = 0, 1
-    for axis, size in _sizes(groups.parallel, groups.world_size).items():
-        at = getattr(coordinates, axis)
-        if not 0 <= at < size:
-            raise ValueError(
-                f"{axis} = {at} lies outside the axis: give a coordinate from 0 to {size - 1}"
-            )
-        rank, stride = rank + at * stride, stride * size
+    rank = 0
+    stride = 1
+    for axis, size in _axis_sizes(groups.parallel, groups.world_size).items():
+        coordinate = getattr(coordinates, axis)
+        if not 0 <= coordinate < size:
+            raise ValueError(f"{axis} = {coordinate}: must be 0 to {size - 1} in this layout")
+        rank += coordinate * stride
+        stride *= size
     return rank
 
 
 def group_of(groups: Groups, axis: str, rank: int) -> tuple[int, ...]:
-    """The ranks of the group that `rank` belongs to; `axis` is any of the fields ("tp", "dp_cp", "embd", ...).
+    """The ranks of the group that `rank` belongs to.
 
-    () where the rank is in none: `embd` and `pos_embd` of stages that hold no such table. Raises ValueError if there
-    is no such rank or field.
+    `axis` is any name of the table of groups ("tp", "dp_cp", "embd", ...). Returns () if the rank
+    is in no such group: a stage that does not hold the table of `embd` or `pos_embd`. Found from
+    the rank's coordinates, without a search through all groups. Raises ValueError if there is no
+    such rank or axis.
 
     >>> group_of(build_groups(ParallelConfig(tp=2, pp=2), world_size=8), "mp", 3)
     (2, 3, 6, 7)
     """
-    names = [name for name in Groups.__annotations__ if name not in ("parallel", "world_size")]
-    if axis not in names:
-        raise ValueError(
-            f"axis = {axis!r} is no axis of a layout: choose one of {', '.join(names)}"
-        )
-    return next((group for group in getattr(groups, axis) if _known(groups, rank) in group), ())
+    kinds = {kind.name: kind for kind in GROUP_KINDS}
+    if axis not in kinds:
+        raise ValueError(f"axis = {axis!r}: must be one of {', '.join(kinds)}")
+    _check_rank(groups, rank)
+
+    kind = kinds[axis]
+    groups_of_kind = getattr(groups, axis)
+    sizes = _axis_sizes(groups.parallel, groups.world_size)
+    place = _place(sizes, rank)
+    # Groups are in the order of their first ranks: the slowest of the other axes counts most.
+    number = 0
+    count = 1
+    for other, size in sizes.items():
+        if other not in kind.axes:
+            number += place[other] * count
+            count *= size
+    if kind.stages is None:
+        return groups_of_kind[number]
+
+    parts = len(groups_of_kind) // count
+    for group in groups_of_kind[number * parts : (number + 1) * parts]:
+        if rank in group:
+            return group
+    return ()
 
 
-def _sizes(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
-    """Ranks along each axis, fastest axis first: an order is the dict's own."""
-    size = {"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "ep": parallel.ep}
-    size["dp"] = world_size // prod(size.values())
-    order = parallel.order.lower().split("-")
-    left_out = [axis for axis in AXES if axis not in order]
-    remedy = f"name each of {', '.join(AXES)} once, the fastest first, as in {'-'.join(AXES)!r}"
-    if len(set(order)) < len(order) or set(order) - set(AXES):
-        raise ValueError(
-            f"order = {parallel.order!r} repeats an axis or has an unknown one: {remedy}"
-        )
-    if missing := [axis for axis in left_out if size[axis] > 1]:
-        raise ValueError(
-            f"order = {parallel.order!r} leaves out {missing[0]}, of size {size[missing[0]]}: {remedy}"
-        )
-    return {axis: size[axis] for axis in (*order, *left_out)}
+def order_problem(order: str, sizes: Mapping[str, int]) -> str | None:
+    """What is wrong with `ParallelConfig.order` for axes of these sizes; None if nothing is.
+
+    >>> order_problem("tp-pp", {"tp": 2, "cp": 1, "ep": 1, "dp": 4, "pp": 2})
+    'leaves out dp, of size 4; name each of tp, cp, ep, dp, pp once, as in tp-cp-ep-dp-pp'
+    """
+    remedy = f"name each of {', '.join(AXES)} once, as in {'-'.join(AXES)}"
+    named = _axes_in(order)
+    unknown = [axis for axis in named if axis not in AXES]
+    if unknown:
+        return f"has an unknown axis {unknown[0]!r}; {remedy}"
+    if len(set(named)) < len(named):
+        return f"repeats an axis; {remedy}"
+    for axis in AXES:
+        if axis not in named and sizes[axis] > 1:
+            return f"leaves out {axis}, of size {sizes[axis]}; {remedy}"
+    return None
 
 
-def _place(sizes: dict[str, int], rank: int) -> dict[str, int]:
+def _axes_in(order: str) -> list[str]:
+    return order.lower().split("-")
+
+
+def _axis_sizes(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
+    """Ranks along each axis, the fastest axis first. Axes that the order leaves out come last."""
+    sizes = {axis: getattr(parallel, axis) for axis in AXES if axis != "dp"}
+    sizes["dp"] = world_size // prod(sizes.values())
+    named = [axis for axis in _axes_in(parallel.order) if axis in sizes]
+    left_out = [axis for axis in AXES if axis not in named]
+    return {axis: sizes[axis] for axis in (*named, *left_out)}
+
+
+def _place(sizes: Mapping[str, int], rank: int) -> dict[str, int]:
+    """The coordinate of a rank on each axis."""
     place = {}
     for axis, size in sizes.items():
         rank, place[axis] = divmod(rank, size)
     return place
 
 
-def _known(groups: Groups, rank: int) -> int:
-    if not 0 <= rank < groups.world_size:
+def _groups_along(axes: Collection[str], sizes: Mapping[str, int]) -> RankGroups:
+    """Ranks that differ only on these axes.
+
+    Both the groups and the ranks in a group ascend, which is megatron-core's order.
+    """
+    others = [axis for axis in sizes if axis not in axes]
+    starts = _ranks_over(others, sizes)
+    offsets = _ranks_over(axes, sizes)
+    return tuple(tuple([start + offset for offset in offsets]) for start in starts)
+
+
+def _ranks_over(axes: Collection[str], sizes: Mapping[str, int]) -> list[int]:
+    """Ranks whose coordinate is 0 on all axes but these, ascending."""
+    ranks = [0]
+    stride = 1
+    for axis, size in sizes.items():
+        if axis in axes:
+            steps = range(0, size * stride, stride)
+            ranks = [step + rank for step in steps for rank in ranks]
+        stride *= size
+    return ranks
+
+
+def _stages_of_each(pipelines: RankGroups, stage_groups: tuple[Stages, ...]) -> RankGroups:
+    """The ranks of the given stages, for each pipeline in turn."""
+    return tuple(
+        tuple(pipeline[stage] for stage in stages)
+        for pipeline in pipelines
+        for stages in stage_groups
+    )
+
+
+def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
+    sizes = {f"parallel.{axis}": getattr(parallel, axis) for axis in AXES if axis != "dp"}
+    for name, size in {"world_size": world_size, **sizes}.items():
+        if size < 1:
+            raise ValueError(f"{name} = {size}: must be at least 1")
+    if parallel.ep > 1:
         raise ValueError(
-            f"rank = {rank} is not in this layout: give a rank from 0 to {groups.world_size - 1}"
+            f"parallel.ep = {parallel.ep}: expert parallelism is not built; set ep to 1"
         )
-    return rank
+
+    copy = parallel.tp * parallel.pp * parallel.cp
+    if world_size % copy:
+        raise ValueError(
+            f"world_size = {world_size}: must be a multiple of tp * pp * cp = "
+            f"{parallel.tp} * {parallel.pp} * {parallel.cp} = {copy}; "
+            f"start a multiple of {copy} processes or change tp, pp or cp"
+        )
+
+
+def _check_order(parallel: ParallelConfig, sizes: Mapping[str, int]) -> None:
+    problem = order_problem(parallel.order, sizes)
+    if problem is not None:
+        raise ValueError(f"parallel.order = {parallel.order!r}: {problem}")
+
+
+def _check_split_rank(parallel: ParallelConfig, model: ModelConfig | None) -> None:
+    split = split_rank(parallel, model)
+    if split is not None and not 0 < split < parallel.pp:
+        raise ValueError(
+            f"parallel.pipeline_model_parallel_split_rank = {split}: must be 1 to "
+            f"{parallel.pp - 1}, so that both the encoder and the decoder have a stage"
+        )
+
+
+def _check_rank(groups: Groups, rank: int) -> None:
+    if not 0 <= rank < groups.world_size:
+        raise ValueError(f"rank = {rank}: must be 0 to {groups.world_size - 1} in this layout")

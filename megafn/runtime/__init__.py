@@ -2,7 +2,8 @@
 
 import warnings
 
-with warnings.catch_warnings():  # megatron-core tells of optional packages that megafn does without
+# megatron-core warns of optional packages that megafn does without, when it is first imported.
+with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import megatron.core.datasets.gpt_dataset
     import megatron.core.models.gpt

@@ -1,4 +1,4 @@
-"""Process groups from a layout, as a value that is passed; and the objects that megatron-core keeps at module level, lent."""
+"""Process groups from a layout, as a value that is passed: nothing is registered anywhere."""
 
 from __future__ import annotations
 
@@ -7,50 +7,50 @@ import os
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from attrs import field, frozen
+from megatron.core.parallel_state import GlobalMemoryBuffer
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megafn.pure.config.problems import ConfigError
-from megafn.pure.layout import Coordinates, Groups, coordinates
+from megafn.pure.layout import GROUP_KINDS, Coordinates, Groups, coordinates, group_of
 from megafn.runtime.parallel import cpu
-
-_AXES = ("tp", "pp", "cp", "dp", "ep", "mp", "dp_cp", "tp_cp", "tp_dp_cp", "embd", "pos_embd")
 
 
 @frozen(kw_only=True)
 class ProcessGroups:
-    """The process groups of one layout, from this process's place in it. Made by `init_groups`.
+    """The process groups of one layout, as this process sees it. Made by `init_groups`.
 
-    `tp`, `pp`, `cp`, `dp`, `ep`, `mp` (tp x pp), `dp_cp`, `tp_cp`, `tp_dp_cp`, `world` are torch process groups;
-    `embd` and `pos_embd` (the stages that hold a copy of a table) are None where this process is in none; `half` is the
-    stages of T5's encoder or decoder, whichever this one belongs to, elsewhere `pp`.
+    The fields from `tp` to `world` are the kinds of `megafn.pure.layout.GROUP_KINDS`: each is the
+    torch process group that this process belongs to. `embd` and `pos_embd` (the stages that hold a
+    copy of a table) are None if this process is in none; `half` is the stages of T5's encoder or
+    decoder, whichever this one belongs to, and equals `pp` for other families.
     """
 
     groups: Groups
     rank: int
     place: Coordinates
     device: torch.device
-    timeout_seconds: float  # that every one of them carries
-    tp: Any
-    pp: Any
-    cp: Any
-    dp: Any
-    ep: Any
-    mp: Any
-    dp_cp: Any
-    tp_cp: Any
-    tp_dp_cp: Any
-    embd: Any
-    pos_embd: Any
-    half: Any
-    world: Any
-    collection: Any = field(repr=False)  # the same groups as megatron-core's ProcessGroupCollection
-    memory_buffer: Any = field(
-        repr=False
-    )  # megatron-core gathers sequence-parallel activations into it
+    timeout_seconds: float  # every process group below carries it
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    mp: dist.ProcessGroup  # tp x pp
+    dp_cp: dist.ProcessGroup
+    tp_cp: dist.ProcessGroup
+    tp_dp_cp: dist.ProcessGroup
+    embd: dist.ProcessGroup | None
+    pos_embd: dist.ProcessGroup | None
+    half: dist.ProcessGroup
+    world: dist.ProcessGroup
+    # the same groups under megatron-core's names
+    collection: ProcessGroupCollection = field(repr=False)
+    # megatron-core gathers sequence-parallel activations into it
+    memory_buffer: GlobalMemoryBuffer = field(repr=False)
 
     @property
     def is_rank_zero(self) -> bool:
@@ -74,28 +74,97 @@ class ProcessGroups:
 
     @property
     def is_last_stage(self) -> bool:
-        return self.place.pp == self.groups.parallel.pp - 1
+        return self.place.pp == self.groups.pp_size - 1
 
 
 def world_size() -> int:
-    """Number of processes of this run: the process group's, else WORLD_SIZE as torchrun sets it, else 1."""
+    """Number of processes of this run.
+
+    That of torch's default process group, else WORLD_SIZE as torchrun sets it, else 1.
+    """
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-@lru_cache(maxsize=1)
-def _store(*_: str | None) -> tuple[Any, int, int]:
-    """Where the processes of this run meet, rank and world size, as torchrun's environment says.
+@contextlib.contextmanager
+def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[ProcessGroups]:
+    """Create the process groups of a layout; leaving the `with` destroys them.
 
-    Kept, for it belongs to the run and not to a layout: opened anew at once, the others would find the one that closes.
+    Joins the processes that torchrun started (gloo on CPU, NCCL on GPUs), or makes a group of one
+    process if nothing was started. Nesting and repetition are fine: two layouts can be open at
+    once. Every group carries the timeout, so that a dead or hung peer ends a collective instead of
+    blocking it for ever. Raises ConfigError if the layout is for another number of processes.
     """
-    return next(dist.rendezvous("env://"))
+    _check_world_size(groups)
+    timeout = timedelta(seconds=timeout_seconds)
+    with _default_group(timeout), _every_group(groups, timeout) as group_of_ranks:
+        cpu.hold_gloo_back()
+        rank = dist.get_rank()
+        own_groups = {
+            kind.name: group_of_ranks.get(group_of(groups, kind.name, rank)) for kind in GROUP_KINDS
+        }
+        yield ProcessGroups(
+            groups=groups,
+            rank=rank,
+            place=coordinates(groups, rank),
+            device=cpu.device(),
+            timeout_seconds=timeout_seconds,
+            collection=_megatron_collection(own_groups),
+            memory_buffer=GlobalMemoryBuffer(),
+            **own_groups,
+        )
+
+
+def _check_world_size(groups: Groups) -> None:
+    started = world_size()
+    if groups.world_size != started:
+        raise ConfigError(
+            f"world_size = {started}: these groups are for {groups.world_size} processes; "
+            f"start {groups.world_size} (torchrun --nproc-per-node {groups.world_size}) "
+            f"or call build_groups for {started}."
+        )
+
+
+@contextlib.contextmanager
+def _every_group(
+    groups: Groups, timeout: timedelta
+) -> Iterator[dict[tuple[int, ...], dist.ProcessGroup]]:
+    """Each distinct group of the layout, by its ranks.
+
+    Every process creates every group, those without it too, and all in the same order: torch pairs
+    the calls of `new_group` by their order. Groups of the same ranks are one.
+    """
+    created: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    try:
+        for kind in GROUP_KINDS:
+            for ranks in getattr(groups, kind.name):
+                if ranks not in created:
+                    created[ranks] = dist.new_group(ranks, timeout=timeout)
+        yield created
+    finally:
+        for ranks, group in created.items():
+            if dist.is_initialized() and dist.get_rank() in ranks:
+                dist.destroy_process_group(group)
+
+
+def _megatron_collection(
+    own_groups: dict[str, dist.ProcessGroup | None],
+) -> ProcessGroupCollection:
+    """The same groups under the names that megatron-core reads."""
+    collection = ProcessGroupCollection()
+    for kind in GROUP_KINDS:
+        for name in kind.megatron_names:
+            setattr(collection, name, own_groups[kind.name])
+    # Neither hierarchical context parallelism nor several instances of the distributed optimizer.
+    collection.hcp = []
+    collection.inter_dist_opt = None
+    return collection
 
 
 @contextlib.contextmanager
 def _default_group(timeout: timedelta) -> Iterator[None]:
-    """torch's default process group: the one that is there, or one of our own for the length of the `with`."""
+    """torch's default process group: the existing one, or our own until the `with` is left."""
     if dist.is_initialized():
         yield
         return
@@ -106,87 +175,36 @@ def _default_group(timeout: timedelta) -> Iterator[None]:
             cpu.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     else:
-        store, rank, size = _store(
-            *(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
-        )
-        store.set_timeout(timeout)
-        turn = store.add(
-            f"megafn/{rank}", 1
-        )  # a second use must not read the addresses of the first
-        dist.init_process_group(
-            cpu.backend(),
-            store=dist.PrefixStore(f"megafn/{turn}", store),
-            rank=rank,
-            world_size=size,
-            timeout=timeout,
-        )
+        _join_started_processes(timeout)
     try:
         yield
-        dist.barrier()  # nobody closes a connection that another still reads from
+        # No process may close a connection from which another still reads.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[ProcessGroups]:
-    """Make the process groups of a layout; leaving the `with` takes them away again.
+def _join_started_processes(timeout: timedelta) -> None:
+    addresses = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    store, rank, size = _rendezvous(*(os.environ.get(name) for name in addresses))
+    store.set_timeout(timeout)
+    # A prefix for each use: the second must not read the addresses that the first has left.
+    use = store.add(f"megafn/{rank}", 1)
+    dist.init_process_group(
+        cpu.backend(),
+        store=dist.PrefixStore(f"megafn/{use}", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+    )
 
-    Joins the processes that torchrun started (gloo on CPU, NCCL on GPUs), or makes a group of one process where
-    nothing was started. Nesting and repetition are fine: two layouts can be open at once. Every group carries
-    the timeout, so that a dead or hung peer ends a collective instead of holding it for ever.
-    Raises ConfigError where the layout is for another number of processes.
+
+@lru_cache(maxsize=1)
+def _rendezvous(*environment: str | None) -> tuple[dist.Store, int, int]:
+    """The store where the processes of this run meet, this process's rank and the world size.
+
+    Read from torchrun's environment; `environment` is only the key of the cache. Cached because
+    the store belongs to the run and not to a layout: if it were opened again at once, the other
+    processes could find the one that is just closing.
     """
-    if groups.world_size != world_size():
-        raise ConfigError(
-            f"world_size = {world_size()}: these groups are for {groups.world_size} processes; "
-            f"start {groups.world_size} (torchrun --nproc-per-node {groups.world_size}) or build_groups for {world_size()}."
-        )
-    from megatron.core.parallel_state import GlobalMemoryBuffer
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    timeout = timedelta(seconds=timeout_seconds)
-    with _default_group(timeout):
-        rank, made = dist.get_rank(), {}
-        try:
-
-            def mine(lists):
-                found = None
-                for ranks in lists:  # every process makes every group, in one order
-                    if ranks not in made:  # equal groups are one
-                        made[ranks] = dist.new_group(ranks, timeout=timeout)
-                    if rank in ranks:
-                        found = made[ranks]
-                return found
-
-            pg = {axis: mine(getattr(groups, axis)) for axis in _AXES}
-            half = mine(groups.half)  # none of megatron-core's
-            pg["world"] = mine((tuple(range(groups.world_size)),))
-            cpu.hold_gloo_back()
-            collection = ProcessGroupCollection()
-            same = dict(
-                expt_tp="tp",
-                tp_ep="tp",
-                tp_ep_pp="mp",
-                expt_dp="dp_cp",
-                intra_dp_cp="dp_cp",
-                intra_expt_dp="dp_cp",
-                intra_dist_opt="world",
-            )  # ep = 1: experts lie as the rest does
-            for name in (*_AXES, *same):
-                setattr(collection, name, pg[same.get(name, name)])
-            collection.hcp, collection.inter_dist_opt = [], None
-            yield ProcessGroups(
-                groups=groups,
-                rank=rank,
-                place=coordinates(groups, rank),
-                device=cpu.device(),
-                timeout_seconds=timeout_seconds,
-                collection=collection,
-                memory_buffer=GlobalMemoryBuffer(),
-                half=half,
-                **pg,
-            )
-        finally:
-            for ranks, group in made.items():
-                if rank in ranks and dist.is_initialized():
-                    dist.destroy_process_group(group)
+    return next(dist.rendezvous("env://"))
