@@ -1,7 +1,11 @@
-"""Boxes cover what a process holds, at its place in the whole tensor, exactly once; and who writes them, and what is kept."""
+"""Boxes cover what a process holds, at its place in the whole tensor, exactly once.
+
+And who writes them, and which checkpoints are kept.
+"""
 
 from math import prod
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,25 +19,24 @@ SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 
 
 def at(tensor, box):
-    return tensor[tuple(slice(start, start + n) for start, n in zip(*box))]
+    return tensor[tuple(slice(start, start + n) for start, n in zip(*box, strict=True))]
 
 
 @st.composite
 def cuts(draw):
-    """(a whole tensor of its own element numbers, [Part of each tp rank, its values], dim, stride, tp)"""
-    shape, tp, stride = (
-        list(draw(SHAPES)),
-        draw(st.integers(1, 4)),
-        draw(st.sampled_from([1, 1, 2])),
-    )
+    """(a tensor of its own element numbers, [(part of a tp rank, its values)], dim, stride, tp)"""
+    shape = list(draw(SHAPES))
+    tp = draw(st.integers(1, 4))
+    stride = draw(st.sampled_from([1, 1, 2]))
     dim = draw(st.integers(0, len(shape) - 1))
     shape[dim] *= tp * stride
     if dim == 0 and stride == 1 and draw(st.booleans()):
-        shape[0] = max(1, shape[0] - draw(st.integers(0, tp - 1)))  # padded to a multiple of tp
+        # The part is then padded to a multiple of tp.
+        shape[0] = max(1, shape[0] - draw(st.integers(0, tp - 1)))
     whole = torch.arange(1, prod(shape) + 1).reshape(shape)
     local = list(shape)
     local[dim] = -(-shape[dim] // tp)
-    made = [
+    parts = [
         LocalParameter(
             name="",
             parameter=torch.empty(local),
@@ -45,7 +48,7 @@ def cuts(draw):
         )
         for rank in range(tp)
     ]
-    return whole, [(part, part.cut(whole)) for part in made], dim, stride, tp
+    return whole, [(part, part.cut(whole)) for part in parts], dim, stride, tp
 
 
 @given(SHAPES, st.data())
@@ -53,11 +56,10 @@ def test_boxes_cover_a_range_of_elements_in_order(shape, data):
     start = data.draw(st.integers(0, prod(shape)))
     end = data.draw(st.integers(start, prod(shape)))
     numbers = torch.arange(prod(shape)).reshape(shape)
-    found = list(boxes(shape, start, end))
-    assert [int(i) for box in found for i in at(numbers, box).flatten()] == list(range(start, end))
-    assert len(found) <= 2 * len(shape) - 1 and all(
-        flat(offset, shape) == int(numbers[offset]) for offset, _ in found
-    )
+    cover = list(boxes(shape, start, end))
+    assert [int(i) for box in cover for i in at(numbers, box).flatten()] == list(range(start, end))
+    assert len(cover) <= 2 * len(shape) - 1
+    assert all(flat(offset, shape) == int(numbers[offset]) for offset, _ in cover)
 
 
 @given(cuts(), st.data())
@@ -65,9 +67,8 @@ def test_a_box_of_a_part_lies_where_the_part_was_cut_from(cut, data):
     whole, ranks, dim, stride, tp = cut
     times = torch.zeros_like(whole)
     for part, values in ranks:
-        middle = data.draw(
-            st.integers(0, values.numel())
-        )  # two shards of the distributed optimizer
+        # two shards of the distributed optimizer
+        middle = data.draw(st.integers(0, values.numel()))
         for start, end in ((0, middle), (middle, values.numel())):
             for box in boxes(tuple(values.shape), start, end):
                 for there, offset in in_whole(
@@ -88,16 +89,17 @@ def test_a_box_of_a_part_lies_where_the_part_was_cut_from(cut, data):
 def test_overlap_is_what_two_boxes_have_in_common(shape, data):
     def draw():
         offset = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
-        return offset, tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offset))
+        return offset, tuple(
+            data.draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True)
+        )
 
     one, other = draw(), draw()
     times = torch.zeros(shape)
     at(times, one).add_(1)
     at(times, other).add_(1)
     common = overlap(one, other)
-    assert (times == 2).sum() == (prod(common[1]) if common else 0) and (
-        common is None or (at(times, common) == 2).all()
-    )
+    assert (times == 2).sum() == (prod(common[1]) if common else 0)
+    assert common is None or (at(times, common) == 2).all()
 
 
 @given(
@@ -121,13 +123,8 @@ def test_replicas_share_the_work_and_what_does_not_cover_the_whole_is_refused():
         writer for _, written in plan_writes([(0, rows)] * 4).values() for _, writer in written
     ]
     assert sorted(writers) == [0, 0, 1, 1, 2, 2, 3, 3]
-    for wrong in (
-        [("t", (4, 2), ((0, 0), (3, 2)), 24)],
-        [("t", (4, 2), ((0, 0), (4, 2)), 32), ("t", (4, 2), ((1, 0), (1, 2)), 8)],
-    ):
-        try:
+    too_little = [("t", (4, 2), ((0, 0), (3, 2)), 24)]
+    too_much = [("t", (4, 2), ((0, 0), (4, 2)), 32), ("t", (4, 2), ((1, 0), (1, 2)), 8)]
+    for wrong in (too_little, too_much):
+        with pytest.raises(ValueError, match=r"^t: its boxes hold \d+ elements, expected 8; "):
             plan_writes([(0, wrong)])
-        except ValueError as error:
-            assert "t: its boxes hold" in str(error)
-        else:
-            raise AssertionError(wrong)

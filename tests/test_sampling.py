@@ -1,7 +1,7 @@
-"""Every sample is read by exactly one rank, in an order that only seed and consumed samples decide."""
+"""Every sample is read by one rank only, in an order that seed and consumed samples decide."""
 
 from collections import Counter
-from itertools import islice, permutations
+from itertools import islice, pairwise, permutations
 
 import pytest
 from hypothesis import given
@@ -78,10 +78,10 @@ def test_ranks_together_read_the_global_batch_each_sample_by_one_rank(
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
-def test_deal_is_megatrons_sampler_a_run_of_samples_for_each_rank_in_turn(
+def test_the_split_is_megatrons_sampler_a_run_of_samples_for_each_rank_in_turn(
     micro_batch_size, dp, num_micro_batches
 ):
-    """`MegatronPretrainingSampler`: collect micro_batch_size * dp samples, keep one's own slice, go on."""
+    """`MegatronPretrainingSampler` collects micro_batch_size * dp samples and keeps its slice."""
     step = micro_batch_size * dp
     for rank in range(dp):
         expected, collected = [], []
@@ -118,7 +118,7 @@ def test_cyclic_stays_within_the_samples_and_repeats_none_of_an_epoch_at_any_siz
     batch = global_batch(consumed, seed=seed, num_samples=n, global_batch_size=64)
     assert all(0 <= index < n for index in batch)
     epochs = [(consumed + k) // n for k in range(64)]
-    assert len(set(zip(epochs, batch))) == 64
+    assert len(set(zip(epochs, batch, strict=True))) == 64
 
 
 @given(styles, seeds, st.integers(1, 100), st.integers(1, 12), st.data())
@@ -183,8 +183,9 @@ def test_count_ends_a_cyclic_stream_which_has_no_end_of_its_own(count, consumed)
 
 
 def test_epochs_and_seeds_draw_every_permutation_equally_often():
-    """Chi-squared within 4 standard deviations for every permutation of 4 samples, over epochs and over seeds."""
-    draws, degrees = 6000, 23
+    """Chi-squared within 4 standard deviations for every permutation of 4 samples."""
+    draws = 6000
+    degrees = 23
     by_epoch = Counter(
         global_batch(4 * epoch, num_samples=4, global_batch_size=4) for epoch in range(draws)
     )
@@ -198,13 +199,13 @@ def test_epochs_and_seeds_draw_every_permutation_equally_often():
         assert abs(chi2 - degrees) < 4 * (2 * degrees) ** 0.5
 
 
-def test_neighbours_in_the_data_are_no_neighbours_in_the_order():
-    """Differences of successive samples are uniform: a shuffle that keeps runs together fails this."""
+def test_neighbours_in_the_data_are_not_neighbours_in_the_order():
+    """Differences of successive samples are uniform: a shuffle that keeps runs fails this."""
     n = 100
     differences = Counter()
     for seed in range(200):
         order = global_batch(0, seed=seed, num_samples=n, global_batch_size=n)
-        differences.update((b - a) % n for a, b in zip(order, order[1:]))
+        differences.update((b - a) % n for a, b in pairwise(order))
     degrees = n - 2
     chi2 = sum((differences[d] - 200) ** 2 / 200 for d in range(1, n))
     assert abs(chi2 - degrees) < 4 * (2 * degrees) ** 0.5
@@ -217,23 +218,23 @@ def test_the_shuffled_order_never_changes_between_versions_since_checkpoints_rel
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"style": "random"}, "style = 'random': choose one of single, cyclic"),
-        ({"consumed_samples": -8}, "consumed_samples = -8: .*give 0 or more"),
-        ({"num_samples": 0}, "num_samples = 0: give 1 or more"),
+        ({"style": "random"}, "style = 'random': must be one of single, cyclic"),
+        ({"consumed_samples": -8}, "consumed_samples = -8: must be 0 or more"),
+        ({"num_samples": 0}, "num_samples = 0: must be at least 1"),
         ({"num_samples": 7}, "num_samples = 7: less than one global batch of 8"),
-        ({"global_batch_size": 0}, "global_batch_size = 0: give 1 or more"),
-        ({"micro_batch_size": 0}, "micro_batch_size = 0: give 1 or more"),
-        ({"dp": 0}, "dp = 0: give 1 or more"),
-        ({"dp_rank": 2}, "dp_rank = 2: choose 0 to dp - 1 = 1"),
-        ({"dp_rank": -1}, "dp_rank = -1: choose 0 to dp - 1 = 1"),
+        ({"global_batch_size": 0}, "global_batch_size = 0: must be at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size = 0: must be at least 1"),
+        ({"dp": 0}, "dp = 0: must be at least 1"),
+        ({"dp_rank": 2}, "dp_rank = 2: must be 0 to dp - 1 = 1"),
+        ({"dp_rank": -1}, "dp_rank = -1: must be 0 to dp - 1 = 1"),
         (
             {"micro_batch_size": 3},
-            r"global_batch_size = 8: choose a multiple of micro_batch_size \* dp = 3 \* 2",
+            r"global_batch_size = 8: must be a multiple of micro_batch_size \* dp = 3 \* 2",
         ),
-        ({"count": -1}, "count = -1: give 0 or more"),
+        ({"count": -1}, "count = -1: must be 0 or more"),
     ],
 )
-def test_bad_arguments_are_told_before_the_first_batch_is_asked_for(changes, message):
+def test_bad_arguments_are_reported_before_the_first_batch_is_asked_for(changes, message):
     good = dict(
         consumed_samples=0,
         style="single",

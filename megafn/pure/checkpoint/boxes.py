@@ -1,7 +1,8 @@
-"""Rectangles of a tensor: what of a whole parameter a process holds, whatever the layout that cut it.
+"""Rectangles of a tensor: the part of a whole parameter that a process holds, in any layout.
 
-A box is (offset, size), one number of each per dimension. An optimizer's shard is a range of flattened elements,
-which a few boxes cover; tensor parallelism says where in the whole parameter they lie.
+A box is (offset, size), one number of each per dimension. An optimizer's shard is a range of
+flattened elements, which a few boxes cover; tensor parallelism says where in the whole parameter
+they lie.
 """
 
 from __future__ import annotations
@@ -14,35 +15,40 @@ Box = tuple[Index, Index]
 
 
 def boxes(shape: Index, start: int, end: int) -> Iterator[Box]:
-    """The fewest boxes in order that cover the elements start to end - 1 of a flattened tensor: rows, and parts of the first and last.
+    """The fewest boxes that cover the elements start to end - 1 of a flattened tensor, in order.
+
+    These are whole rows, and parts of the first and of the last row.
 
     >>> list(boxes((4, 5), 3, 17))
     [((0, 3), (1, 2)), ((1, 0), (2, 5)), ((3, 0), (1, 2))]
     """
     if start >= end:
         return
-    if len(shape) <= 1:
-        yield ((start,), (end - start,)) if shape else ((), ())
+    if not shape:
+        yield (), ()
         return
-    row = prod(shape[1:])
-    first, last = -(-start // row), end // row  # whole rows are first to last - 1
-    if start // row == (end - 1) // row and first >= last:  # within one row
-        spans = [(start // row, start % row, start % row + end - start)]
-        first = last = 0
-    else:
-        spans = [(start // row, start % row, row)] * (start % row > 0) + [(last, 0, end % row)] * (
-            end % row > 0
-        )
-    inner = [
-        [((at, *offset), (1, *size)) for offset, size in boxes(shape[1:], low, high)]
-        for at, low, high in spans
-    ]
-    if first < last:
-        inner.insert(
-            int(start % row > 0), [((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))]
-        )
-    for part in inner:
-        yield from part
+    if len(shape) == 1:
+        yield (start,), (end - start,)
+        return
+
+    row_size = prod(shape[1:])
+    first_row, start_in_row = divmod(start, row_size)
+    last_row, end_in_row = divmod(end, row_size)
+    if first_row == last_row:
+        yield from _boxes_in_row(shape, first_row, start_in_row, end_in_row)
+        return
+    if start_in_row > 0:
+        yield from _boxes_in_row(shape, first_row, start_in_row, row_size)
+        first_row += 1
+    if first_row < last_row:
+        yield (first_row, *(0 for _ in shape[1:])), (last_row - first_row, *shape[1:])
+    yield from _boxes_in_row(shape, last_row, 0, end_in_row)
+
+
+def _boxes_in_row(shape: Index, row: int, start: int, end: int) -> Iterator[Box]:
+    """The boxes that cover the elements start to end - 1 of one row."""
+    for offset, size in boxes(shape[1:], start, end):
+        yield (row, *offset), (1, *size)
 
 
 def in_whole(
@@ -55,9 +61,12 @@ def in_whole(
     tp: int = 1,
     tp_rank: int = 0,
 ) -> Iterator[tuple[Box, Index]]:
-    """Where a box of a process's part lies in the whole tensor: (box there, offset in the part), one for each block that it meets.
+    """Where a box of a process's part lies in the whole tensor.
 
-    The whole is cut over tp along `dim` (None: not at all), in `stride` blocks cut one by one. What only pads `dim` is left out.
+    `local` and `whole` are the shapes of the part and of the whole tensor, which is cut over tp
+    along `dim` (None: not at all), in `stride` blocks that are each cut. Yields (box in the whole,
+    its offset in the part) for each block that the box meets; rows that only pad `dim` to a
+    multiple of tp are left out.
 
     >>> list(in_whole(((0, 0), (4, 3)), (4, 3), (8, 3), 0, stride=2, tp=2, tp_rank=1))
     [(((2, 0), (2, 3)), (0, 0)), (((6, 0), (2, 3)), (2, 0))]
@@ -70,17 +79,19 @@ def in_whole(
     offset, size = box
     block = local[dim] // stride
     for i in range(stride):
-        low, high = max(offset[dim], i * block), min(offset[dim] + size[dim], (i + 1) * block)
-        shift = (
-            i * block * tp + tp_rank * block - i * block
-        )  # from a place in this block to the whole's
-        high = min(high, whole[dim] - shift)
+        block_start = i * block
+        # What is added to a position in this block of the part to get that in the whole.
+        shift = (i * tp + tp_rank) * block - block_start
+        low = max(offset[dim], block_start)
+        high = min(offset[dim] + size[dim], block_start + block, whole[dim] - shift)
         if low < high:
-            at, extent = list(offset), list(size)
-            at[dim], extent[dim] = low, high - low
-            there = list(at)
-            there[dim] += shift
-            yield (tuple(there), tuple(extent)), tuple(at)
+            in_part = _with(offset, dim, low)
+            extent = _with(size, dim, high - low)
+            yield (_with(offset, dim, low + shift), extent), in_part
+
+
+def _with(index: Index, dim: int, value: int) -> Index:
+    return (*index[:dim], value, *index[dim + 1 :])
 
 
 def overlap(one: Box, other: Box) -> Box | None:
@@ -89,18 +100,25 @@ def overlap(one: Box, other: Box) -> Box | None:
     >>> overlap(((0, 2), (4, 4)), ((3, 0), (4, 3)))
     ((3, 2), (1, 1))
     """
-    low = tuple(map(max, one[0], other[0]))
-    size = tuple(min(a + n, b + m) - at for a, n, b, m, at in zip(*one, *other, low))
-    return (low, size) if all(n > 0 for n in size) else None
+    low = []
+    size = []
+    for start, length, other_start, other_length in zip(*one, *other, strict=True):
+        common_start = max(start, other_start)
+        common_end = min(start + length, other_start + other_length)
+        if common_start >= common_end:
+            return None
+        low.append(common_start)
+        size.append(common_end - common_start)
+    return tuple(low), tuple(size)
 
 
 def flat(offset: Index, shape: Index) -> int:
-    """The place of an index in the flattened tensor.
+    """The position of an index in the flattened tensor.
 
     >>> flat((2, 3), (4, 5))
     13
     """
-    at = 0
-    for i, n in zip(offset, shape):
-        at = at * n + i
-    return at
+    position = 0
+    for index, length in zip(offset, shape, strict=True):
+        position = position * length + index
+    return position
