@@ -1,19 +1,19 @@
 """Learning rate and weight decay as a closed form of the samples consumed so far.
 
-Equal, float for float, to megatron-core's `OptimizerParamScheduler` as Megatron-LM builds it: every length is counted
-in samples, iterations times the global batch size. Nothing is stepped, so resuming has nothing to restore.
+Equal, float for float, to megatron-core's `OptimizerParamScheduler` as Megatron-LM builds it: every
+length is counted in samples, iterations times the global batch size. Nothing is stepped, so
+resuming has nothing to restore.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from attrs import frozen
 
-from megafn.pure.config.problems import ConfigError
-from megafn.pure.config.records import TrainConfig
+from megafn.pure.config.problems import Problem, config_error
+from megafn.pure.config.records import ScheduleConfig, TrainConfig
 
 
 @frozen
@@ -32,236 +32,284 @@ _FALL: Mapping[str, Callable[[float], float]] = {
     "minus_sqrt": lambda ratio: 1.0 - math.sqrt(ratio),
 }
 
-# What of end_weight_decay - start_weight_decay is reached after a fraction of the run. Each runs from 0 to 1.
+# How much of end_weight_decay - start_weight_decay is reached after a fraction of the run. Each
+# runs from 0 to 1.
 _RISE: Mapping[str, Callable[[float], float]] = {
     "linear": lambda ratio: ratio,
     "cosine": lambda ratio: 0.5 * (math.cos(math.pi * (1 - ratio)) + 1.0),
-}
-
-# The fields that give a length; at most one of each.
-_LENGTHS = {
-    "decay": ("decay_iters", "decay_samples"),
-    "warmup": ("warmup_iters", "warmup_samples", "warmup_fraction"),
-    "wsd_decay": ("wsd_decay_iters", "wsd_decay_samples"),
 }
 
 DECAYS = ("constant", "linear", "cosine", "inverse-square-root", "wsd")
 WSD_DECAY_STYLES = tuple(_FALL)
 WEIGHT_DECAY_INCR_STYLES = ("constant", *_RISE)
 
+_CHOICES = {
+    "decay": DECAYS,
+    "wsd_decay_style": WSD_DECAY_STYLES,
+    "weight_decay_incr_style": WEIGHT_DECAY_INCR_STYLES,
+}
 
-def schedule_problems(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
-    """Every reason for which `make_schedule` would refuse the config, each as (field, value, remedy).
+# The fields that give a length; at most one of each.
+_LENGTH_FIELDS = {
+    "decay": ("decay_iters", "decay_samples"),
+    "warmup": ("warmup_iters", "warmup_samples", "warmup_fraction"),
+    "wsd_decay": ("wsd_decay_iters", "wsd_decay_samples"),
+}
 
-    Refused beside what `OptimizerParamScheduler` asserts: negative lengths and rates, which it takes silently, and a
-    WSD decay that reaches into the warm-up, where the learning rate would jump.
-    """
-    schedule = config.schedule
-    for name, allowed in (
-        ("decay", DECAYS),
-        ("wsd_decay_style", WSD_DECAY_STYLES),
-        ("weight_decay_incr_style", WEIGHT_DECAY_INCR_STYLES),
-    ):
-        if (value := getattr(schedule, name)) not in allowed:
-            yield f"schedule.{name}", value, f"choose one of {', '.join(allowed)}"
-
-    given = {
-        length: {name: value for name in names if (value := getattr(schedule, name)) is not None}
-        for length, names in _LENGTHS.items()
-    }
-    for length in given.values():
-        for name, value in length.items():
-            if not 0 <= value < math.inf:
-                yield f"schedule.{name}", value, "a length is 0 or more"
-        for name in tuple(length)[1:]:
-            yield f"schedule.{name}", length[name], f"give only one of {' and '.join(length)}"
-    if schedule.decay != "wsd":
-        for name, value in given["wsd_decay"].items():
-            yield f"schedule.{name}", value, 'leave it out, or set decay = "wsd"'
-
-    if not 0 <= schedule.lr < math.inf:
-        yield "schedule.lr", schedule.lr, "a learning rate is finite and 0 or more"
-    for name in ("min_lr", "init_lr"):
-        if not 0 <= (value := getattr(schedule, name)) <= schedule.lr:
-            yield f"schedule.{name}", value, f"choose 0 to lr = {schedule.lr}"
-
-    start, end = schedule.start_weight_decay, schedule.end_weight_decay
-    if not 0 <= schedule.weight_decay < math.inf:
-        yield "schedule.weight_decay", schedule.weight_decay, "weight decay is finite and 0 or more"
-    if schedule.weight_decay_incr_style == "constant":
-        for name, value in (("start_weight_decay", start), ("end_weight_decay", end)):
-            if value is not None:
-                yield (
-                    f"schedule.{name}",
-                    value,
-                    'leave it out, or set weight_decay_incr_style to "linear" or "cosine"',
-                )
-    elif start is None or end is None:
-        yield (
-            "schedule.weight_decay_incr_style",
-            schedule.weight_decay_incr_style,
-            "give start_weight_decay and end_weight_decay, the two ends of the ramp",
-        )
-    elif not 0 <= start <= end < math.inf:
-        yield (
-            "schedule.start_weight_decay",
-            start,
-            f"choose 0 to end_weight_decay = {end}, which is finite",
-        )
-
-    lengths = _lengths(config)
-    if (config.train_iters is None) == (config.train_samples is None):
-        yield "train_iters", config.train_iters, "give exactly one of train_iters and train_samples"
-    elif lengths.horizon <= 0:
-        name = "train_iters" if config.train_iters is not None else "train_samples"
-        yield name, getattr(config, name), "a run is longer than 0 samples"
-    elif lengths.decay <= 0:
-        for name, value in given["decay"].items():
-            yield f"schedule.{name}", value, "the learning rate needs more than 0 samples to decay"
-    elif not lengths.warmup < lengths.decay:
-        for name, value in given["warmup"].items():
-            yield (
-                f"schedule.{name}",
-                value,
-                f"the warm-up ({lengths.warmup:g} samples) is part of the decay length "
-                f"({lengths.decay:g}) and must be shorter than it: shorten the one or lengthen the other",
-            )
-    elif schedule.decay == "wsd" and lengths.warmup + lengths.wsd_decay > lengths.decay * (
-        1 + 1e-12
-    ):  # sums round
-        for name, value in (given["wsd_decay"] or given["warmup"]).items():
-            yield (
-                f"schedule.{name}",
-                value,
-                f"the warm-up ({lengths.warmup:g} samples) and the WSD decay "
-                f"({lengths.wsd_decay:g}) must fit into the decay length ({lengths.decay:g}): shorten one of them",
-            )
+# (field, value, remedy)
+FieldProblem = tuple[str, float | str | None, str]
 
 
 def make_schedule(config: TrainConfig) -> Callable[[int], LrWd]:
     """A pure function of consumed samples; a step uses `schedule(samples consumed before it)`.
 
-    With n consumed samples, and the lengths in samples of decay D (default: the run), warm-up W (default: 0) and
-    WSD decay C (default: D / 10):
+    With n consumed samples, and the lengths in samples of decay D (default: the run), warm-up W
+    (default: 0) and WSD decay C (default: D / 10):
 
     - n <= W: from init_lr to lr, linearly
     - "constant": lr
     - n > D: min_lr
-    - "inverse-square-root": max(min_lr, lr * sqrt(W / n)) with W at least 1 (without a warm-up it falls at once)
+    - "inverse-square-root": max(min_lr, lr * sqrt(W / n)) with W at least 1 (without a warm-up it
+      falls at once)
     - "linear", "cosine": from lr at W to min_lr at D
     - "wsd": lr until D - C, then to min_lr at D in the shape of wsd_decay_style (arXiv 2404.06395)
 
-    Weight decay is `weight_decay`, or ramps from start_weight_decay to end_weight_decay over the whole run, as
-    weight_decay_incr_style says. Follows megatron-core's `OptimizerParamScheduler` and Megatron-LM's
-    `get_optimizer_param_scheduler`; W = 0 and C = 0 are allowed, as there.
+    Weight decay is `weight_decay`, or ramps from start_weight_decay to end_weight_decay over the
+    whole run, in the shape of weight_decay_incr_style. Follows megatron-core's
+    `OptimizerParamScheduler` and Megatron-LM's `get_optimizer_param_scheduler`; W = 0 and C = 0 are
+    allowed, as there.
 
-    Raises ConfigError with all of `schedule_problems`; the schedule raises ValueError for a negative n.
+    Raises ConfigError with all of `schedule_problems`; the schedule raises ValueError for a
+    negative n.
 
-    >>> from megafn.pure.config.records import ModelConfig, ScheduleConfig
+    >>> from megafn.pure.config.records import ModelConfig
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
     >>> schedule = make_schedule(TrainConfig(
     ...     model=model, micro_batch_size=2, global_batch_size=16, train_iters=100,
-    ...     schedule=ScheduleConfig(lr=1e-3, min_lr=1e-5, decay="linear", warmup_iters=10, weight_decay=0.1)))
+    ...     schedule=ScheduleConfig(
+    ...         lr=1e-3, min_lr=1e-5, decay="linear", warmup_iters=10, weight_decay=0.1)))
     >>> [schedule(16 * iteration).lr for iteration in (0, 5, 10, 100)]
     [0.0, 0.0005, 0.001, 1e-05]
     >>> schedule(80)
     LrWd(lr=0.0005, weight_decay=0.1)
     """
-    if problems := tuple(schedule_problems(config)):
-        raise ConfigError(
-            "; ".join(f"{field} = {value!r}: {remedy}" for field, value, remedy in problems)
-        )
-    lr, weight_decay = _learning_rate(config), _weight_decay(config)
+    problems = tuple(schedule_problems(config))
+    if problems:
+        raise config_error(Problem(*problem) for problem in problems)
+    lr = _learning_rate(config)
+    weight_decay = _weight_decay(config)
 
     def schedule(consumed_samples: int) -> LrWd:
         if not consumed_samples >= 0:
-            raise ValueError(
-                f"consumed_samples = {consumed_samples}: a run starts at 0 samples; give 0 or more"
-            )
+            raise ValueError(f"consumed_samples = {consumed_samples}: must be 0 or more")
         return LrWd(lr=lr(consumed_samples), weight_decay=weight_decay(consumed_samples))
 
     return schedule
+
+
+def schedule_problems(config: TrainConfig) -> Iterator[FieldProblem]:
+    """Every reason for which `make_schedule` refuses the config.
+
+    Refused besides what `OptimizerParamScheduler` asserts: negative lengths and rates, which it
+    accepts silently, and a WSD decay that reaches into the warm-up, where the learning rate would
+    jump.
+    """
+    yield from _choice_problems(config.schedule)
+    yield from _length_problems(config.schedule)
+    yield from _rate_problems(config.schedule)
+    yield from _weight_decay_problems(config.schedule)
+    yield from _fit_problems(config)
+
+
+def _choice_problems(schedule: ScheduleConfig) -> Iterator[FieldProblem]:
+    for name, choices in _CHOICES.items():
+        value = getattr(schedule, name)
+        if value not in choices:
+            yield f"schedule.{name}", value, f"choose one of {', '.join(choices)}"
+
+
+def _length_problems(schedule: ScheduleConfig) -> Iterator[FieldProblem]:
+    """What is wrong with the fields of a length, each for itself."""
+    for length in _LENGTH_FIELDS:
+        given = _given(schedule, length)
+        for name, value in given.items():
+            if not 0 <= value < math.inf:
+                yield f"schedule.{name}", value, "must be finite and 0 or more"
+        for name in tuple(given)[1:]:
+            yield f"schedule.{name}", given[name], f"give only one of {' and '.join(given)}"
+    if schedule.decay != "wsd":
+        for name, value in _given(schedule, "wsd_decay").items():
+            yield f"schedule.{name}", value, 'leave it out, or set decay = "wsd"'
+
+
+def _rate_problems(schedule: ScheduleConfig) -> Iterator[FieldProblem]:
+    if not 0 <= schedule.lr < math.inf:
+        yield "schedule.lr", schedule.lr, "must be finite and 0 or more"
+    for name in ("min_lr", "init_lr"):
+        value = getattr(schedule, name)
+        if not 0 <= value <= schedule.lr:
+            yield f"schedule.{name}", value, f"choose 0 to lr = {schedule.lr}"
+
+
+def _weight_decay_problems(schedule: ScheduleConfig) -> Iterator[FieldProblem]:
+    if not 0 <= schedule.weight_decay < math.inf:
+        yield "schedule.weight_decay", schedule.weight_decay, "must be finite and 0 or more"
+
+    style = schedule.weight_decay_incr_style
+    start = schedule.start_weight_decay
+    end = schedule.end_weight_decay
+    if style == "constant":
+        remedy = 'leave it out, or set weight_decay_incr_style to "linear" or "cosine"'
+        if start is not None:
+            yield "schedule.start_weight_decay", start, remedy
+        if end is not None:
+            yield "schedule.end_weight_decay", end, remedy
+    elif start is None or end is None:
+        remedy = "give start_weight_decay and end_weight_decay, the two ends of the ramp"
+        yield "schedule.weight_decay_incr_style", style, remedy
+    elif not 0 <= start <= end < math.inf:
+        remedy = f"choose 0 to end_weight_decay = {end}, which must be finite"
+        yield "schedule.start_weight_decay", start, remedy
+
+
+def _fit_problems(config: TrainConfig) -> Iterator[FieldProblem]:
+    """What is wrong between the length of the run, decay, warm-up and WSD decay; the first only."""
+    if (config.train_iters is None) == (config.train_samples is None):
+        yield "train_iters", config.train_iters, "give exactly one of train_iters and train_samples"
+        return
+
+    schedule = config.schedule
+    lengths = _lengths(config)
+    if lengths.horizon <= 0:
+        name = "train_iters" if config.train_iters is not None else "train_samples"
+        yield name, getattr(config, name), "a run must be longer than 0 samples"
+    elif lengths.decay <= 0:
+        for name, value in _given(schedule, "decay").items():
+            remedy = "the learning rate needs more than 0 samples to decay"
+            yield f"schedule.{name}", value, remedy
+    elif not lengths.warmup < lengths.decay:
+        for name, value in _given(schedule, "warmup").items():
+            remedy = (
+                f"the warm-up ({lengths.warmup:g} samples) is part of the decay length "
+                f"({lengths.decay:g}) and must be shorter; shorten the one or lengthen the other"
+            )
+            yield f"schedule.{name}", value, remedy
+    elif schedule.decay == "wsd" and not _wsd_fits(lengths):
+        given = _given(schedule, "wsd_decay") or _given(schedule, "warmup")
+        for name, value in given.items():
+            remedy = (
+                f"the warm-up ({lengths.warmup:g} samples) and the WSD decay "
+                f"({lengths.wsd_decay:g}) must fit into the decay length ({lengths.decay:g}); "
+                "shorten one of them"
+            )
+            yield f"schedule.{name}", value, remedy
+
+
+def _given(schedule: ScheduleConfig, length: str) -> dict[str, float]:
+    """The fields of a length that are set, with their values."""
+    values = {name: getattr(schedule, name) for name in _LENGTH_FIELDS[length]}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @frozen(kw_only=True)
 class _Lengths:
     """In samples. A fraction of another length may fall between two samples, as upstream."""
 
-    horizon: int  # the whole run: weight decay ramps over it
-    decay: int  # contains the warm-up; beyond it the learning rate is min_lr, unless constant
+    # The whole run: weight decay ramps over it.
+    horizon: int
+    # Contains the warm-up; after it the learning rate is min_lr, unless constant.
+    decay: int
     warmup: float
-    wsd_decay: float  # the last part of `decay`, for "wsd"
+    # The last part of `decay`, for "wsd".
+    wsd_decay: float
 
 
 def _lengths(config: TrainConfig) -> _Lengths:
     schedule = config.schedule
-
-    def first(iters: int | None, samples: int | None, default: float) -> float:
-        return (
-            iters * config.global_batch_size
-            if iters is not None
-            else samples
-            if samples is not None
-            else default
-        )
-
-    horizon = first(config.train_iters, config.train_samples, 0)
-    decay = first(schedule.decay_iters, schedule.decay_samples, horizon)
+    batch = config.global_batch_size
+    horizon = _in_samples(config.train_iters, config.train_samples, batch, 0)
+    decay = _in_samples(schedule.decay_iters, schedule.decay_samples, batch, horizon)
+    warmup = (schedule.warmup_fraction or 0) * decay
     return _Lengths(
         horizon=horizon,
         decay=decay,
-        warmup=first(
-            schedule.warmup_iters, schedule.warmup_samples, (schedule.warmup_fraction or 0) * decay
+        warmup=_in_samples(schedule.warmup_iters, schedule.warmup_samples, batch, warmup),
+        wsd_decay=_in_samples(
+            schedule.wsd_decay_iters, schedule.wsd_decay_samples, batch, decay / 10
         ),
-        wsd_decay=first(schedule.wsd_decay_iters, schedule.wsd_decay_samples, decay / 10),
     )
 
 
-# Below, the order of the floating point operations is upstream's, so that the results are equal to the last bit.
+def _in_samples(iters: int | None, samples: int | None, batch: int, default: float) -> float:
+    if iters is not None:
+        return iters * batch
+    return samples if samples is not None else default
+
+
+def _wsd_fits(lengths: _Lengths) -> bool:
+    # The sum of two fractions of the decay length may round up.
+    return lengths.warmup + lengths.wsd_decay <= lengths.decay * (1 + 1e-12)
+
+
+# Below, the order of the floating point operations is upstream's, so that the results are equal to
+# the last bit.
 
 
 def _learning_rate(config: TrainConfig) -> Callable[[int], float]:
-    schedule, lengths = config.schedule, _lengths(config)
-    lr, min_lr, init_lr, warmup = (
-        float(schedule.lr),
-        schedule.min_lr,
-        schedule.init_lr,
-        lengths.warmup,
-    )
+    schedule = config.schedule
+    lengths = _lengths(config)
+    lr = float(schedule.lr)
+    decayed = _decay(config, lr)
 
-    def inverse_square_root(n: int) -> float:
-        return max(min_lr, lr * max(warmup, 1) ** 0.5 / max(n, 1) ** 0.5)
-
-    def fall(
-        coefficient: Callable[[float], float], start: float, length: float
-    ) -> Callable[[int], float]:
-        return lambda n: (
-            min_lr + (coefficient((n - start) / length) if n > start else 1.0) * (lr - min_lr)
-        )
-
-    if schedule.decay == "inverse-square-root":
-        decay = inverse_square_root
-    elif schedule.decay == "wsd":
-        decay = fall(
-            _FALL[schedule.wsd_decay_style], lengths.decay - lengths.wsd_decay, lengths.wsd_decay
-        )
-    elif schedule.decay != "constant":
-        decay = fall(_FALL[schedule.decay], warmup, lengths.decay - warmup)
-
-    def at(n: int) -> float:
-        if warmup > 0 and n <= warmup:
-            return init_lr + (lr - init_lr) * n / warmup
+    def learning_rate(n: int) -> float:
+        if lengths.warmup > 0 and n <= lengths.warmup:
+            return schedule.init_lr + (lr - schedule.init_lr) * n / lengths.warmup
         if schedule.decay == "constant":
             return lr
-        return min_lr if n > lengths.decay else decay(n)
+        if n > lengths.decay:
+            return schedule.min_lr
+        return decayed(n)
 
-    return at
+    return learning_rate
+
+
+def _decay(config: TrainConfig, lr: float) -> Callable[[int], float]:
+    """The learning rate between warm-up and the end of the decay length, if it is not constant."""
+    schedule = config.schedule
+    lengths = _lengths(config)
+    min_lr = schedule.min_lr
+
+    def inverse_square_root(n: int) -> float:
+        return max(min_lr, lr * max(lengths.warmup, 1) ** 0.5 / max(n, 1) ** 0.5)
+
+    def fall(shape: str, start: float, length: float) -> Callable[[int], float]:
+        def decayed(n: int) -> float:
+            left = _FALL[shape]((n - start) / length) if n > start else 1.0
+            return min_lr + left * (lr - min_lr)
+
+        return decayed
+
+    if schedule.decay == "inverse-square-root":
+        return inverse_square_root
+    if schedule.decay == "wsd":
+        start = lengths.decay - lengths.wsd_decay
+        return fall(schedule.wsd_decay_style, start, lengths.wsd_decay)
+    return fall(schedule.decay, lengths.warmup, lengths.decay - lengths.warmup)
 
 
 def _weight_decay(config: TrainConfig) -> Callable[[int], float]:
-    schedule, horizon = config.schedule, _lengths(config).horizon
-    start, end = schedule.start_weight_decay, schedule.end_weight_decay
+    schedule = config.schedule
     if schedule.weight_decay_incr_style == "constant":
         return lambda n: schedule.weight_decay
+
+    horizon = _lengths(config).horizon
+    start = schedule.start_weight_decay
+    end = schedule.end_weight_decay
     rise = _RISE[schedule.weight_decay_incr_style]
-    return lambda n: end if n > horizon else start + rise(n / horizon) * (end - start)
+
+    def weight_decay(n: int) -> float:
+        if n > horizon:
+            return end
+        return start + rise(n / horizon) * (end - start)
+
+    return weight_decay
