@@ -298,17 +298,17 @@ def test_interleaving_divides_the_bubbles_time_by_the_number_of_chunks(pipeline)
 @pytest.mark.parametrize(
     ("pipeline", "says"),
     [
-        ((0, 1, 4), "pp = 0 is no size: set it to 1 or more"),
-        ((2, 0, 4), "vpp = 0 is no size: set it to 1 or more"),
-        ((2, 1, 0), "num_micro_batches = 0 is no size: set it to 1 or more"),
+        ((0, 1, 4), "pp = 0: must be at least 1"),
+        ((2, 0, 4), "vpp = 0: must be at least 1"),
+        ((2, 1, 0), "num_micro_batches = 0: must be at least 1"),
         (
             (1, 2, 4),
-            "vpp = 2 interleaves the chunks of a pipeline, but pp = 1: set vpp to 1 or pp to 2 or more",
+            "vpp = 2: interleaving needs a pipeline, but pp = 1; set vpp to 1 or pp to 2 or more",
         ),
         (
             (4, 2, 6),
-            "num_micro_batches = 6 is not divisible by pp = 4, which interleaving (vpp = 2) needs: "
-            "set it to a multiple of 4, or vpp to 1",
+            "num_micro_batches = 6: interleaving (vpp = 2) needs a multiple of pp = 4; "
+            "set it to one, or vpp to 1",
         ),
     ],
 )
@@ -321,9 +321,7 @@ def test_a_pipeline_that_can_not_be_is_refused_by_field_value_and_remedy(ask, pi
 
 @pytest.mark.parametrize("times", [(-1, 1), (1, -1)])
 def test_a_negative_time_is_refused(times):
-    with pytest.raises(
-        ValueError, match=r"^(for|back)ward_time = -1 is no duration: set it to 0 or more$"
-    ):
+    with pytest.raises(ValueError, match=r"^(for|back)ward_time = -1: must be 0 or more$"):
         timeline(pipeline_order(2, 1, 2), *times)
 
 
@@ -357,7 +355,7 @@ def test_a_missing_op_is_pointed_at(pipeline, data):
         at = order[stage].index(backward) - 1
         assert (
             says
-            == f"stage {stage}, index {at}: {backward} stands before its forward; put {lost} before it"
+            == f"stage {stage}, index {at}: {backward} comes before its forward; put {lost} before it"
         )
 
 
@@ -383,7 +381,7 @@ def test_a_repeated_op_is_pointed_at(pipeline, data):
     says = refusal(changed(order, stage, (*order[stage][:again], op, *order[stage][again:])))
     assert (
         says
-        == f"stage {stage}, index {again}: {op} has run before, at index {index}; remove one of them"
+        == f"stage {stage}, index {again}: {op} is repeated, first at index {index}; remove one of them"
     )
 
 
@@ -398,14 +396,14 @@ def test_a_backward_before_its_forward_is_pointed_at(pipeline, data):
     says = refusal(changed(order, stage, ops))
     assert (
         says
-        == f"stage {stage}, index {index}: {ops[index]} stands before its forward; put {forward} before it"
+        == f"stage {stage}, index {index}: {ops[index]} comes before its forward; put {forward} before it"
     )
 
 
 @pytest.mark.parametrize("op", [Op("W", 0), Op("F", -1), Op("B", 0, -1)])
-def test_what_is_no_op_is_pointed_at(op):
+def test_what_is_not_an_op_is_pointed_at(op):
     assert refusal(changed(pipeline_order(2, 1, 2), 1, [Op("F", 0), op])).startswith(
-        f"stage 1, index 1: {op!r} is no op"
+        f"stage 1, index 1: {op!r} is not an op"
     )
 
 
