@@ -1,4 +1,4 @@
-"""The order of a pipeline: equal to what megatron-core's own schedules run, and the laws that follow from it."""
+"""The order of a pipeline: equal to what megatron-core runs, and the laws that follow from it."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -28,15 +28,18 @@ def pipelines(draw, max_pp=6, max_vpp=4):
     return pp, vpp, draw(st.integers(1, 14)) if vpp == 1 else pp * draw(st.integers(1, 4))
 
 
-# The oracle: megatron-core's own schedule functions run, one thread a stage. Their forward and backward are recorded
-# instead of computed, and their communicator hands over labels, so that what arrives where is theirs too.
+# The oracle: megatron-core's own schedule functions run, one thread a stage. Their forward and
+# backward are recorded instead of computed, and their communicator passes labels, so that what
+# arrives where is theirs too.
 
 
 class Channel:
-    """What one stage sends to the next in one direction; receives are posted and answered in order."""
+    """What one stage sends to the next in one direction; receives are answered in order."""
 
     def __init__(self):
-        self.sent, self.posted, self.change = [], 0, Condition()
+        self.sent = []
+        self.posted = 0
+        self.change = Condition()
 
     def send(self, label):
         with self.change:
@@ -52,7 +55,8 @@ class Arriving:
     label = None
 
     def __init__(self, channel, number):
-        self.channel, self.number = channel, number
+        self.channel = channel
+        self.number = number
 
     def wait(self):
         with self.channel.change:
@@ -64,13 +68,16 @@ class Arriving:
 
 
 class FakeCommunicator:
-    """The methods of megatron-core's P2PCommunicator that its schedules call, on channels in a ring."""
+    """What megatron-core's schedules call of its P2PCommunicator, on channels in a ring."""
 
     def __init__(self, stage, pp, vpp, config, forward, backward):
-        self.config, self.virtual_pipeline_model_parallel_size = config, vpp if vpp > 1 else None
+        self.config = config
+        self.virtual_pipeline_model_parallel_size = vpp if vpp > 1 else None
         self.pp_group = SimpleNamespace(rank=lambda: stage, size=lambda: pp)
-        self.to_next, self.to_prev = forward[(stage + 1) % pp], backward[(stage - 1) % pp]
-        self.from_prev, self.from_next = forward[stage], backward[stage]
+        self.to_next = forward[(stage + 1) % pp]
+        self.to_prev = backward[(stage - 1) % pp]
+        self.from_prev = forward[stage]
+        self.from_next = backward[stage]
 
     def recv_forward(self, shape, is_first_stage):
         return None if is_first_stage else self.from_prev.post().wait()
@@ -99,12 +106,9 @@ class FakeCommunicator:
             to.send(sent)
         arriving = channel.post() if receive else None
         if overlap:
-            done = SimpleNamespace(wait=lambda: None)
-            return arriving, {
-                name: h
-                for name, h in zip(names, (done if sent is not None else None, arriving))
-                if h
-            }
+            done = SimpleNamespace(wait=lambda: None) if sent is not None else None
+            handles = zip(names, (done, arriving), strict=True)
+            return arriving, {name: handle for name, handle in handles if handle}
         return arriving and arriving.wait()
 
     def send_forward_recv_forward(
@@ -143,7 +147,10 @@ class FakeCommunicator:
 
 
 def megatron_cores(pp, vpp, num_micro_batches, overlap=False):
-    """(order, arrivals): what each stage of megatron-core ran, and per (stage, op) the (stage, op) it got a tensor of."""
+    """(order, arrivals): what each stage of megatron-core ran, and what it received.
+
+    Per (stage, op) the (stage, op) whose tensor arrived.
+    """
     import torch
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import schedules
@@ -160,7 +167,8 @@ def megatron_cores(pp, vpp, num_micro_batches, overlap=False):
         batch_p2p_comm=not overlap,
         deallocate_pipeline_outputs=False,
     )
-    rows, arrivals = [[] for _ in range(pp)], {}
+    rows = [[] for _ in range(pp)]
+    arrivals = {}
 
     def record(stage, op, arrived):
         rows[stage].append(op)
@@ -176,18 +184,17 @@ def megatron_cores(pp, vpp, num_micro_batches, overlap=False):
         stage, op = output_tensor
         return record(stage, Op("B", op.micro_batch, op.chunk), output_tensor_grad)
 
-    forward, backward = [Channel() for _ in range(pp)], [Channel() for _ in range(pp)]
+    forward = [Channel() for _ in range(pp)]
+    backward = [Channel() for _ in range(pp)]
     one = SimpleNamespace(size=lambda: 1)
     groups = SimpleNamespace(tp=one, cp=one, embd=None, pos_embd=None, pp=None, dp_cp=None)
 
     def run(stage):
         model = [torch.nn.Module() for _ in range(vpp)]
         for chunk in model:
-            chunk.config, chunk.model_type, chunk.set_input_tensor = (
-                config,
-                ModelType.encoder_or_decoder,
-                None,
-            )
+            chunk.config = config
+            chunk.model_type = ModelType.encoder_or_decoder
+            chunk.set_input_tensor = None
         communicator = FakeCommunicator(stage, pp, vpp, config, forward, backward)
         schedule = schedules.get_forward_backward_func(pp_size=pp, vp_size=vpp if vpp > 1 else None)
         schedule(
@@ -225,13 +232,13 @@ def test_the_order_equals_what_megatron_cores_schedules_run(pipeline, overlap):
 
 @settings(max_examples=60)
 @given(pipelines().filter(lambda p: p[0] > 1), st.integers(0, 5), st.integers(0, 5))
-def test_the_timeline_waits_for_exactly_the_tensors_that_megatron_core_hands_over(pipeline, tf, tb):
+def test_the_timeline_waits_for_exactly_the_tensors_that_megatron_core_passes(pipeline, tf, tb):
     order, arrivals = megatron_cores(*pipeline)
     slots = timeline(order, tf, tb)
     ends = {
         (stage, op): end
         for stage, ops in enumerate(order)
-        for op, (_, end) in zip(ops, slots[stage])
+        for op, (_, end) in zip(ops, slots[stage], strict=True)
     }
     for stage, ops in enumerate(order):
         free = 0
@@ -242,7 +249,7 @@ def test_the_timeline_waits_for_exactly_the_tensors_that_megatron_core_hands_ove
 
 
 @given(st.integers(1, 14))
-def test_a_pipeline_of_one_stage_runs_each_backward_behind_its_forward(m):
+def test_a_pipeline_of_one_stage_runs_each_backward_after_its_forward(m):
     """As megatron-core's `forward_backward_no_pipelining`."""
     assert pipeline_order(1, 1, m) == (tuple(Op(kind, i) for i in range(m) for kind in "FB"),)
 
@@ -328,6 +335,14 @@ def test_a_negative_time_is_refused(times):
 # check_order points at the wrong cell
 
 
+def F(micro_batch):
+    return Op("F", micro_batch)
+
+
+def B(micro_batch):
+    return Op("B", micro_batch)
+
+
 def changed(order, stage, ops):
     return (*order[:stage], tuple(ops), *order[stage + 1 :])
 
@@ -346,16 +361,13 @@ def test_a_missing_op_is_pointed_at(pipeline, data):
     lost = order[stage][index]
     says = refusal(changed(order, stage, order[stage][:index] + order[stage][index + 1 :]))
     if lost.kind == "B":
-        assert (
-            says
-            == f"stage {stage}, index {len(order[stage]) - 1}: the ops end without {lost}; add it"
-        )
+        end = len(order[stage]) - 1
+        assert says == f"stage {stage}, index {end}: the ops end without {lost}; add it"
     else:
         backward = Op("B", lost.micro_batch, lost.chunk)
         at = order[stage].index(backward) - 1
-        assert (
-            says
-            == f"stage {stage}, index {at}: {backward} comes before its forward; put {lost} before it"
+        assert says == (
+            f"stage {stage}, index {at}: {backward} comes before its forward; put {lost} before it"
         )
 
 
@@ -379,9 +391,9 @@ def test_a_repeated_op_is_pointed_at(pipeline, data):
     again = data.draw(st.integers(index + 1, len(order[stage])))
     op = order[stage][index]
     says = refusal(changed(order, stage, (*order[stage][:again], op, *order[stage][again:])))
-    assert (
-        says
-        == f"stage {stage}, index {again}: {op} is repeated, first at index {index}; remove one of them"
+    assert says == (
+        f"stage {stage}, index {again}: "
+        f"{op} is repeated, first at index {index}; remove one of them"
     )
 
 
@@ -391,12 +403,14 @@ def test_a_backward_before_its_forward_is_pointed_at(pipeline, data):
     stage = data.draw(st.integers(0, len(order) - 1))
     ops = list(order[stage])
     index = data.draw(st.sampled_from([i for i, op in enumerate(ops) if op.kind == "F"]))
-    forward, behind = ops[index], ops.index(Op("B", ops[index].micro_batch, ops[index].chunk))
-    ops[index], ops[behind] = ops[behind], ops[index]
+    forward = ops[index]
+    backward = Op("B", forward.micro_batch, forward.chunk)
+    ops[ops.index(backward)] = forward
+    ops[index] = backward
     says = refusal(changed(order, stage, ops))
-    assert (
-        says
-        == f"stage {stage}, index {index}: {ops[index]} comes before its forward; put {forward} before it"
+    assert says == (
+        f"stage {stage}, index {index}: "
+        f"{backward} comes before its forward; put {forward} before it"
     )
 
 
@@ -408,48 +422,61 @@ def test_what_is_not_an_op_is_pointed_at(op):
 
 
 def test_a_deadlock_between_stages_is_pointed_at_by_the_whole_cycle():
-    """Complete, each once, forwards first: but stage 0 wants B0 before it sends F1, for which stage 1 waits with B0."""
-    F, B = (lambda i: Op("F", i)), (lambda i: Op("B", i))
-    assert refusal(((F(0), B(0), F(1), B(1)), (F(0), F(1), B(0), B(1)))) == (
-        "deadlock: stage 0, index 1: B0 waits for B0 of stage 1, while stage 1, index 1: F1 waits for F1 of stage 0"
+    """Complete, each once, forwards first: but each stage waits for what the other does next.
+
+    Stage 0 needs B0 before it sends F1, for which stage 1 waits before it does B0.
+    """
+    order = ((F(0), B(0), F(1), B(1)), (F(0), F(1), B(0), B(1)))
+    assert refusal(order) == (
+        "deadlock: stage 0, index 1: B0 waits for B0 of stage 1, "
+        "while stage 1, index 1: F1 waits for F1 of stage 0"
     )
 
 
 def test_a_stage_outside_the_cycle_is_not_blamed_for_it():
-    F, B = (lambda i: Op("F", i)), (lambda i: Op("B", i))
     order = ((F(0), F(1), B(0), B(1)), (F(0), B(0), F(1), B(1)), (F(0), F(1), B(0), B(1)))
     assert refusal(order) == (
-        "deadlock: stage 1, index 1: B0 waits for B0 of stage 2, while stage 2, index 1: F1 waits for F1 of stage 1"
+        "deadlock: stage 1, index 1: B0 waits for B0 of stage 2, "
+        "while stage 2, index 1: F1 waits for F1 of stage 1"
     )
 
 
 @given(pipelines().filter(lambda p: p[1] > 1), st.data())
 def test_a_chunk_before_the_one_that_feeds_it_is_a_deadlock(pipeline, data):
-    """Forwards are fed from the last stage's chunk before to stage 0, backwards from stage 0's chunk behind to the last."""
+    """Stage 0 is fed by the last stage's previous chunk; backwards it is the other way round."""
     pp, vpp, m = pipeline
-    kind, i, chunk = (
-        data.draw(st.sampled_from("FB")),
-        data.draw(st.integers(0, m - 1)),
-        data.draw(st.integers(0, vpp - 2)),
-    )
-    stage, feeder, fed, feeding = (
-        (0, pp - 1, chunk + 1, chunk) if kind == "F" else (pp - 1, 0, chunk, chunk + 1)
-    )
+    kind = data.draw(st.sampled_from("FB"))
+    i = data.draw(st.integers(0, m - 1))
+    chunk = data.draw(st.integers(0, vpp - 2))
+    if kind == "F":
+        stage, feeder = 0, pp - 1
+        fed, feeding = Op("F", i, chunk + 1), Op("F", i, chunk)
+    else:
+        stage, feeder = pp - 1, 0
+        fed, feeding = Op("B", i, chunk), Op("B", i, chunk + 1)
+
     ops = list(pipeline_order(*pipeline)[stage])
-    early, late = ops.index(Op(kind, i, feeding)), ops.index(Op(kind, i, fed))
-    ops[early], ops[late] = ops[late], ops[early]
+    early = ops.index(feeding)
+    ops[ops.index(fed)] = feeding
+    ops[early] = fed
     says = refusal(changed(pipeline_order(*pipeline), stage, ops))
     assert says.startswith("deadlock: ")
-    assert (
-        f"stage {stage}, index {early}: {Op(kind, i, fed)} waits for {Op(kind, i, feeding)} of stage {feeder}"
-    ) in says
+    assert f"stage {stage}, index {early}: {fed} waits for {feeding} of stage {feeder}" in says
+
+
+def inputs_have_run(op, way, last_way, ran):
+    """Whether what an op needs is in `ran`; `way` counts the chunks that a micro-batch passes."""
+    if op.kind == "F":
+        return way == 0 or ("F", op.micro_batch, way - 1) in ran
+    fed = way == last_way or ("B", op.micro_batch, way + 1) in ran
+    return fed and ("F", op.micro_batch, way) in ran
 
 
 @given(pipelines(max_pp=4, max_vpp=3), st.randoms(use_true_random=False))
 def test_an_order_is_accepted_exactly_when_some_interleaving_of_the_stages_finishes_it(
     pipeline, random
 ):
-    """A second opinion on the dependencies: repeatedly take any op at the head of its stage whose inputs have run."""
+    """A second opinion: repeatedly take any op at the head of its stage whose inputs have run."""
     pp, vpp, m = pipeline
     order = []
     for ops in pipeline_order(pp, vpp, m):
@@ -458,27 +485,20 @@ def test_an_order_is_accepted_exactly_when_some_interleaving_of_the_stages_finis
             i = random.randrange(len(ops) - 1)
             ops[i], ops[i + 1] = ops[i + 1], ops[i]
         order.append(ops)
-    piece = {
-        (stage, chunk): chunk * pp + stage for stage in range(pp) for chunk in range(vpp)
-    }  # on a micro-batch's way
-    ran, heads = set(), [0] * pp
-    while ready := [
-        s
-        for s in range(pp)
-        if heads[s] < len(order[s])
-        for op in [order[s][heads[s]]]
-        for way in [piece[s, op.chunk]]
-        if (op.kind == "F" and (way == 0 or ("F", op.micro_batch, way - 1) in ran))
-        or (
-            op.kind == "B"
-            and ("F", op.micro_batch, way) in ran
-            and (way == pp * vpp - 1 or ("B", op.micro_batch, way + 1) in ran)
-        )
-    ]:
+
+    waiting = [list(ops) for ops in order]
+    ran = set()
+    while True:
+        ready = [
+            stage
+            for stage, ops in enumerate(waiting)
+            if ops and inputs_have_run(ops[0], ops[0].chunk * pp + stage, pp * vpp - 1, ran)
+        ]
+        if not ready:
+            break
         stage = random.choice(ready)
-        op = order[stage][heads[stage]]
-        ran.add((op.kind, op.micro_batch, piece[stage, op.chunk]))
-        heads[stage] += 1
+        op = waiting[stage].pop(0)
+        ran.add((op.kind, op.micro_batch, op.chunk * pp + stage))
     if len(ran) == 2 * m * vpp * pp:
         check_order(order)
     else:
@@ -494,7 +514,7 @@ def test_the_picture_shows_every_op_in_its_turn_and_every_row_over_the_whole_ste
     *rows, _, closing = draw_pipeline(*pipeline).splitlines()
     assert len(rows) == pp and len({len(row) for row in rows}) == 1
     superscripts = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
-    for row, ops in zip(rows, pipeline_order(*pipeline)):
+    for row, ops in zip(rows, pipeline_order(*pipeline), strict=True):
         drawn = re.findall(r"(\[?) *(\d+)([⁰¹²³⁴⁵⁶⁷⁸⁹]*)", row.split("|")[1])
         assert ops == tuple(
             Op("B" if bracket else "F", int(number), int(chunk.translate(superscripts) or 0))
@@ -512,6 +532,7 @@ def test_the_picture_of_interleaving_marks_the_chunk():
             "stage 0 |0 1 0¹1¹· · [0¹]· [1¹][0 ][1 ]|",
             "stage 1 |· 0 1 0¹[0¹]1¹[1¹][0 ][1 ]· · |",
             "n forward of micro-batch n, [n] its backward, n¹ in chunk 1, · idle",
-            "bubble 20.0% of the step; peak activations by stage 4 3 (micro-batches of one chunk, 1/2 of a stage)",
+            "bubble 20.0% of the step; peak activations by stage 4 3 "
+            "(micro-batches of one chunk, 1/2 of a stage)",
         ]
     )

@@ -311,9 +311,10 @@ def _op_problem(op: Op, index_of: dict[Op, int]) -> str | None:
         return f'{op!r} is not an op; expected kind "F" or "B", and micro_batch and chunk from 0'
     if op in index_of:
         return f"{op} is repeated, first at index {index_of[op]}; remove one of them"
-    forward = Op("F", op.micro_batch, op.chunk)
-    if op.kind == "B" and forward not in index_of:
-        return f"{op} comes before its forward; put {forward} before it"
+    if op.kind == "B":
+        forward = Op("F", op.micro_batch, op.chunk)
+        if forward not in index_of:
+            return f"{op} comes before its forward; put {forward} before it"
     return None
 
 
