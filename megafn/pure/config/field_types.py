@@ -46,6 +46,17 @@ def all_field_types(cls: type, prefix: str = "") -> Iterator[tuple[str, FieldTyp
             yield from all_field_types(section, f"{path}.")
 
 
+def section_types(cls: type) -> dict[str, type]:
+    """The sections of a config class: the class of each, by the name of its field.
+
+    >>> from megafn.pure.config.records import TrainConfig
+    >>> section_types(TrainConfig)["data"].__name__
+    'DataConfig'
+    """
+    kinds = get_type_hints(cls)
+    return {name: _sections_in(kind)[0] for name, kind in kinds.items() if is_section(kind)}
+
+
 def is_section(kind: FieldType) -> bool:
     """Whether a field's type is a config, which has fields itself.
 
