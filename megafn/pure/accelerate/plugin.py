@@ -120,12 +120,7 @@ did you mean "tp_degree"?
     if merged.problems:
         raise config_error(merged.problems)
     config = _build(merged.values)
-    problems = [
-        attrs.evolve(problem, field=merged.sources.get(problem.field, problem.field))
-        for problem in validate(config, world_size)
-    ]
-    if problems:
-        raise config_error(problems)
+    _check(config, world_size, merged.sources)
     return config
 
 
@@ -199,3 +194,13 @@ def _build(values: Mapping[str, Any]) -> TrainConfig:
         whole = fields.get(name)
         fields[name] = classes[name](**changes) if whole is None else attrs.evolve(whole, **changes)
     return TrainConfig(**fields)
+
+
+def _check(config: TrainConfig, world_size: int, sources: Mapping[str, str]) -> None:
+    """Raises ConfigError with all that `validate` finds, under the names of the user's arguments."""
+    problems = validate(config, world_size)
+    if problems:
+        raise config_error(
+            attrs.evolve(problem, field=sources.get(problem.field, problem.field))
+            for problem in problems
+        )
