@@ -448,7 +448,7 @@ TOML = (
             ["model.num_layers = '2'", "give an integer"],
         ),
         (TOML.replace("num_layers = 2", ""), ["model.num_layers is missing"]),
-        (TOML + "hidden_dropout = \n", ["no TOML", "correct it"]),
+        (TOML + "hidden_dropout = \n", ["not valid TOML", "correct it"]),
         (TOML, ["data = None", "name a text"]),
         (TOML + "[data]\ntrain = 'nowhere.txt'\n", ["data.train = 'nowhere.txt'", "no such file"]),
         (TOML + "[parallel]\ntp = 3\n", ["world_size = 1", "tp * pp * cp = 3"]),

@@ -1,4 +1,4 @@
-"""Configs go through dicts and TOML unchanged, and what is wrong in a file is told at once, by field."""
+"""Configs go through dicts and TOML unchanged; all that is wrong in a file is reported by field."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megafn.pure.config import serialization as dicts
+from megafn.pure.config import serialization
 from megafn.pure.config.field_types import all_fields, has_type
 from megafn.pure.config.problems import ConfigError, Problem, did_you_mean
 from megafn.pure.config.records import (
@@ -35,7 +35,7 @@ def values_of(kind: Any) -> st.SearchStrategy:
         return whole if kind is int else st.floats(allow_nan=False) | whole
     if kind in (bool, str, types.NoneType):
         return {bool: st.booleans(), str: st.text(), types.NoneType: st.none()}[kind]
-    if kind is Callable:
+    if get_origin(kind) is Callable:
         return st.nothing()  # no file holds one
     if get_origin(kind) in (Union, types.UnionType):
         return st.one_of(*map(values_of, get_args(kind)))
@@ -91,7 +91,7 @@ def test_a_dict_is_plain_and_without_none():
 
 @pytest.mark.parametrize("train", ["a.txt", ["a", "b"], [[0.3, "a"], [1, "b"]], []])
 def test_every_form_of_a_source_is_read(train):
-    assert from_dict({"train": train}, DataConfig).train == dicts._tupled(train)
+    assert from_dict({"train": train}, DataConfig).train == serialization._tuples_for_lists(train)
 
 
 @pytest.mark.parametrize(
@@ -152,19 +152,20 @@ def test_every_form_of_a_source_is_read(train):
             {**RUN, "log": {"zzz": 1}},
             TrainConfig,
             "log.zzz",
-            "= 1: there is no such field; there are progress, tensorboard_dir, jsonl, interval",
+            "= 1: there is no such field; choose one of progress, tensorboard_dir, jsonl, interval",
         ),
         (
             {**RUN, "parallel": {"dp": 2}},
             TrainConfig,
             "parallel.dp",
-            "= 2: there is no such field; data parallelism is what the number of processes leaves over: world_size / (tp * pp * cp)",
+            "= 2: there is no such field; data parallelism follows from the number of processes: "
+            "world_size / (tp * pp * cp)",
         ),
         (
             {**RUN, 3: 4},
             TrainConfig,
             "3",
-            "= 4: there is no such field; docs/configuration.md lists the 23 there are",
+            "= 4: there is no such field; docs/configuration.md lists the 23 fields",
         ),
         (
             {name: value for name, value in RUN.items() if name != "micro_batch_size"},
@@ -226,7 +227,7 @@ def test_the_nearest_name_heeds_no_case_and_is_not_far_fetched():
     [
         (len, "a function"),
         (object(), "a value of type object"),
-        ("\ud800", "a string that is no Unicode"),
+        ("\ud800", "a string that is not Unicode"),
     ],
 )
 def test_what_a_file_cannot_hold_is_refused_by_field(value, told):
@@ -254,9 +255,9 @@ def test_a_dump_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
     "content, told",
     [
         (None, "cannot be read (No such file or directory)"),
-        (b"seed = ", "is no TOML ("),
-        (b"\xff", "is no TOML ('utf-8' codec"),
-        (b"a = " + b"[" * 100_000, "is no TOML ("),
+        (b"seed = ", "is not valid TOML ("),
+        (b"\xff", "is not valid TOML ('utf-8' codec"),
+        (b"a = " + b"[" * 100_000, "is not valid TOML ("),
         (b"seed = '1'", "4 problems:\n  model is missing: give a table (ModelConfig)\n"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megafn.pure.accelerate.from_objects import model_fields
+from megafn.pure.accelerate.from_models import model_fields
 from megafn.pure.accelerate.plugin import from_plugin
 from megafn.pure.accelerate.plugin_fields import PluginFields, from_env
 from megafn.pure.config.problems import ConfigError
@@ -296,7 +296,7 @@ def test_a_gpt_has_no_encoder_and_no_split():
     [
         (dict(tp_degre=2), 'tp_degre = 2: there is no such field; did you mean "tp_degree"?'),
         (dict(tp_degree="2"), "tp_degree = '2': give an integer"),
-        (dict(tp_degree=0), "tp_degree = 0: give 1 or more"),
+        (dict(tp_degree=0), "tp_degree = 0: must be at least 1"),
         (dict(sequence_parallelism=1, tp_degree=2), "sequence_parallelism = 1: give true or false"),
         (dict(is_train_batch_min="True"), "is_train_batch_min = 'True': give true or false"),
         (
@@ -310,7 +310,7 @@ def test_a_gpt_has_no_encoder_and_no_split():
         ),
         (
             dict(train_samples=320),
-            "train_samples = 320: train_iters = 100 says how long the run is",
+            "train_samples = 320: train_iters = 100 is the length of the run already",
         ),
         (
             dict(train_iters=...),
@@ -319,11 +319,11 @@ def test_a_gpt_has_no_encoder_and_no_split():
         (dict(micro_batch_size=...), "micro_batch_size = None: give it, or dataloaders"),
         (
             dict(dataloaders=SimpleNamespace(batch_size=4)),
-            "dataloaders = 4: micro_batch_size says 2; give one of the two",
+            "dataloaders = 4: contradicts micro_batch_size = 2; give one of the two",
         ),
         (
             dict(dataloaders=SimpleNamespace(batch_size=None), micro_batch_size=...),
-            "dataloaders: SimpleNamespace tells no batch_size",
+            "dataloaders: SimpleNamespace has no batch_size",
         ),
         (
             dict(dataloaders=SimpleNamespace(batch_size=2), data=DataConfig(train="a")),
@@ -365,13 +365,16 @@ def test_a_gpt_has_no_encoder_and_no_split():
         (dict(no_wd_decay_cond="bias"), "no_wd_decay_cond = 'bias': give a function"),
         (
             dict(megatron_dataset_flag=True),
-            "megatron_dataset_flag = True: the indexed data are named by data",
+            "megatron_dataset_flag = True: there are no indexed data; give data = DataConfig",
         ),
         (
             dict(megatron_dataset_flag=False, data=DataConfig(train="a")),
-            "megatron_dataset_flag = False: it says that the batches are loaders'",
+            "megatron_dataset_flag = False: batches would come from loaders of Hugging Face",
         ),
-        (dict(seq_length=32, decoder_seq_length=16), "decoder_seq_length = 16: seq_length says 32"),
+        (
+            dict(seq_length=32, decoder_seq_length=16),
+            "decoder_seq_length = 16: contradicts seq_length = 32",
+        ),
         (dict(seq_length=65), "model.max_position_embeddings = 64: it must reach seq_length = 65"),
         (
             dict(num_layers_per_virtual_pipeline_stage=2),
@@ -421,7 +424,8 @@ def test_a_gpt_has_no_encoder_and_no_split():
         ),
         (
             dict(other_megatron_args={"recompute_granularity": "full"}, recompute_activations=True),
-            "other_megatron_args['recompute_granularity'] = 'full': recompute_activations says 'selective'",
+            "other_megatron_args['recompute_granularity'] = 'full': "
+            "contradicts recompute_activations = 'selective'",
         ),
         (dict(eval_interval=0), "eval_interval = 0: give 1 or more"),
         (dict(tensorboard_dir=""), "tensorboard_dir = '': give a name"),
@@ -621,7 +625,9 @@ def test_hugging_face_configs_give_the_model():
         model_fields(transformers.T5Config(architectures=["T5EncoderModel"]))
     with pytest.raises(ConfigError, match="^model.is_encoder_decoder = False"):
         model_fields(transformers.T5Config(is_encoder_decoder=False))
-    with pytest.raises(ConfigError, match="^model.model_type = 'bert': its norms stand behind"):
+    with pytest.raises(
+        ConfigError, match="^model.model_type = 'bert': its norms come after the residual sum"
+    ):
         made(model=transformers.BertConfig())
     with pytest.raises(ConfigError, match="^model.scale_attn_by_inverse_layer_idx = True"):
         made(model=transformers.GPT2Config(scale_attn_by_inverse_layer_idx=True))
@@ -703,7 +709,7 @@ def test_every_name_of_t5_reaches_the_config():
         made(model=t5, other_megatron_args={"num_decoder_layers": 5}).model.num_decoder_layers == 5
     )
     with pytest.raises(
-        ConfigError, match="encoder_num_layers.* it is the model's; give another model config"
+        ConfigError, match="encoder_num_layers.* it belongs to the model; give another model config"
     ):
         made(model=t5, other_megatron_args={"encoder_num_layers": 5})
     with pytest.raises(
@@ -752,7 +758,8 @@ def test_torch_optimizers_give_the_optimizer():
         ),
         (
             torch.optim.RMSprop(parameters(0.0)),
-            "optimizer = 'RMSprop': give torch.optim.AdamW, Adam or SGD",
+            "optimizer = 'RMSprop': megatron-core has no such optimizer; "
+            "give torch.optim.AdamW, Adam or SGD",
         ),
         (torch.optim.AdamW(parameters(0.1, 0.2)), r"optimizer.weight_decay = \(0.1, 0.2\)"),
         (torch.optim.AdamW(parameters(0.1), amsgrad=True), "optimizer.amsgrad = True"),
@@ -769,7 +776,9 @@ def test_torch_optimizers_give_the_optimizer():
     ):
         with pytest.raises(ConfigError, match=f"^{told}"):
             made(optimizer=optimizer, lr=...)
-    with pytest.raises(ConfigError, match="^optimizer = 0.002: lr says 0.01; give one of the two"):
+    with pytest.raises(
+        ConfigError, match="^optimizer = 0.002: contradicts lr = 0.01; give one of the two"
+    ):
         made(optimizer=torch.optim.AdamW(parameters(0.0), lr=2e-3))
 
 
@@ -808,7 +817,9 @@ def test_a_scheduler_gives_steps_and_accelerates_dummy_counts_micro_batches_of_a
         1e-2,
         0.0,
     )
-    with pytest.raises(ConfigError, match="^scheduler = 'cosine': lr_decay_style says 'linear'"):
+    with pytest.raises(
+        ConfigError, match="^scheduler = 'cosine': contradicts lr_decay_style = 'linear'"
+    ):
         made(
             scheduler=transformers.get_cosine_schedule_with_warmup(optimizer, 5, 40),
             lr_decay_style="linear",

@@ -330,7 +330,7 @@ def test_a_thing_that_is_no_step_is_refused_by_name():
     ):
         mf.step_of(plugin(custom_train_step_class=Half))
     with pytest.raises(
-        mf.ConfigError, match="parallel.cp = 2: Methods's methods see whole sequences"
+        mf.ConfigError, match="parallel.cp = 2: the methods of Methods need whole sequences"
     ):
         mf.step_of(
             plugin(

@@ -1,4 +1,4 @@
-"""The names and variables of accelerate's MegatronLMPlugin; `plugin.from_plugin` says what they mean.
+"""The fields of accelerate's MegatronLMPlugin and its variables; `plugin.from_plugin` reads them.
 
 The 40 names and their meanings are those of accelerate 0.27.2; `docs/accelerate.md` has the table.
 """
@@ -6,18 +6,20 @@ The 40 names and their meanings are those of accelerate 0.27.2; `docs/accelerate
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, get_type_hints
 
+import attrs
 from attrs import frozen
 
-from megafn.pure.config.field_types import type_in_words
+from megafn.pure.config.field_types import has_type, type_problem
 from megafn.pure.config.problems import Problem, config_error, did_you_mean
+from megafn.pure.config.records import ModelFunction, ParameterCondition, PrepareModel
 
 
 @frozen(kw_only=True)
 class PluginFields:
-    """The 40 fields with accelerate's types and defaults; None is the default of each, as there."""
+    """The 40 fields with accelerate's types and defaults; None stands for the default of each."""
 
     tp_degree: int = 1
     pp_degree: int = 1
@@ -42,8 +44,8 @@ class PluginFields:
     lr_warmup_fraction: float | None = None
     min_lr: float = 0.0
     consumed_samples: object = None  # a list or tuple of three integers
-    no_wd_decay_cond: Callable | None = None
-    scale_lr_cond: Callable | None = None
+    no_wd_decay_cond: ParameterCondition | None = None
+    scale_lr_cond: ParameterCondition | None = None
     lr_mult: float = 1.0
     megatron_dataset_flag: bool = False
     seq_length: int | None = None
@@ -54,17 +56,18 @@ class PluginFields:
     eval_iters: int = 100
     eval_interval: int = 1000
     return_logits: bool = False
-    custom_train_step_class: object = (
-        None  # a class or function (config, **kwargs) -> train step, or a Step
-    )
+    # A class or function (config, **kwargs) -> train step, or a Step.
+    custom_train_step_class: object = None
     custom_train_step_kwargs: object = None  # a dict
-    custom_model_provider_function: Callable | None = None
-    custom_prepare_model_function: Callable | None = None
+    custom_model_provider_function: ModelFunction | None = None
+    custom_prepare_model_function: PrepareModel | None = None
     other_megatron_args: object = None  # a dict
 
 
-# Fields that are one config field each, under another name.
-SAME = {
+FIELD_NAMES: tuple[str, ...] = tuple(attribute.name for attribute in attrs.fields(PluginFields))
+
+# Fields that are one config field each, most under another name.
+SAME: dict[str, str] = {
     "tp_degree": "parallel.tp",
     "pp_degree": "parallel.pp",
     "gradient_clipping": "optimizer.clip_grad",
@@ -92,7 +95,47 @@ SAME = {
     "custom_model_provider_function": "model_function",
     "custom_prepare_model_function": "prepare_model",
 }
-_ENVIRONMENT = {
+
+# Fields that count something.
+_AT_LEAST_ONE = (
+    "tp_degree",
+    "pp_degree",
+    "num_micro_batches",
+    "num_layers_per_virtual_pipeline_stage",
+)
+
+
+def field_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+    """Why the fields cannot be read: values of wrong types, counts below 1. All names are known."""
+    kinds = get_type_hints(PluginFields)
+    for name, value in fields.items():
+        if not has_type(value, kinds[name]):
+            yield type_problem(name, value, kinds[name])
+    samples = fields.get("consumed_samples")
+    if samples is not None and not _are_three_integers(samples):
+        yield Problem(
+            "consumed_samples", samples, "give three integers: samples of train, valid and test"
+        )
+    for name in ("custom_train_step_kwargs", "other_megatron_args"):
+        if name in fields and not _is_dict_of_names(fields[name]):
+            yield Problem(name, fields[name], "give a dict from names to values")
+    for name in _AT_LEAST_ONE:
+        if isinstance(fields.get(name), int) and fields[name] < 1:
+            yield Problem(name, fields[name], "must be at least 1")
+
+
+def _are_three_integers(samples: object) -> bool:
+    return isinstance(samples, (list, tuple)) and has_type(tuple(samples), tuple[int, int, int])
+
+
+def _is_dict_of_names(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+# ---- Environment variables
+
+_PREFIX = "MEGATRON_LM_"
+_VARIABLES: dict[str, type] = {
     "TP_DEGREE": int,
     "PP_DEGREE": int,
     "NUM_MICRO_BATCHES": int,
@@ -102,48 +145,42 @@ _ENVIRONMENT = {
     "USE_DISTRIBUTED_OPTIMIZER": bool,
 }
 _BOOLS = {
-    "1": True,
-    "true": True,
-    "t": True,
-    "yes": True,
-    "y": True,
-    "on": True,
-    "0": False,
-    "false": False,
-    "f": False,
-    "no": False,
-    "n": False,
-    "off": False,
+    **dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True),
+    **dict.fromkeys(("0", "false", "f", "no", "n", "off"), False),
 }
 
 
 def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Arguments for `from_plugin` from accelerate's seven variables MEGATRON_LM_*, those that are set.
+    """Arguments for `from_plugin` from accelerate's seven environment variables MEGATRON_LM_*.
 
-    Raises ConfigError for a value that is no number or truth value, and for a MEGATRON_LM_ variable that is none of them.
+    A variable that is not set gives no argument. Raises ConfigError for a value that cannot be
+    parsed, and for a MEGATRON_LM_ variable that is none of the seven.
 
-    >>> from_env({"MEGATRON_LM_TP_DEGREE": "2", "MEGATRON_LM_SEQUENCE_PARALLELISM": "true", "HOME": "/"})
+    >>> environ = {"MEGATRON_LM_TP_DEGREE": "2", "MEGATRON_LM_SEQUENCE_PARALLELISM": "true"}
+    >>> from_env(environ | {"HOME": "/"})
     {'tp_degree': 2, 'sequence_parallelism': True}
     """
-    found, problems = {}, []
-    for name, text in (os.environ if environ is None else environ).items():
-        if not name.startswith("MEGATRON_LM_"):
+    fields: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for variable, text in (os.environ if environ is None else environ).items():
+        if not variable.startswith(_PREFIX):
             continue
-        key = name.removeprefix("MEGATRON_LM_")
-        if key not in _ENVIRONMENT:
-            problems.append(
-                Problem(
-                    name,
-                    text,
-                    f"there is no such variable{did_you_mean(name, [f'MEGATRON_LM_{known}' for known in _ENVIRONMENT])}",
-                )
-            )
+        name = variable.removeprefix(_PREFIX)
+        if name not in _VARIABLES:
+            known = [_PREFIX + other for other in _VARIABLES]
+            hint = did_you_mean(variable, known)
+            problems.append(Problem(variable, text, f"there is no such variable{hint}"))
             continue
-        kind, word = _ENVIRONMENT[key], text.strip().lower()
         try:
-            found[key.lower()] = _BOOLS[word] if kind is bool else kind(word)
+            fields[name.lower()] = _parsed(text, _VARIABLES[name])
         except (ValueError, KeyError):
-            problems.append(Problem(name, text, f"give {type_in_words(kind)}"))
+            problems.append(type_problem(variable, text, _VARIABLES[name]))
     if problems:
         raise config_error(problems)
-    return found
+    return fields
+
+
+def _parsed(text: str, kind: type) -> int | float | bool:
+    """A variable's value. Raises ValueError or KeyError if it is not of the type."""
+    word = text.strip().lower()
+    return _BOOLS[word] if kind is bool else kind(word)

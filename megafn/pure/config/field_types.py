@@ -1,4 +1,4 @@
-"""The fields of a config: their paths and types, whether a value is of its type, and a type in words."""
+"""The types of config fields: each field with its type, whether a value has it, a type in words."""
 
 from __future__ import annotations
 
@@ -8,55 +8,128 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import attrs
 
+from megafn.pure.config.problems import Problem
 
-def all_fields(config: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted path, value, type) of every field of a config, sections included; one that has a wrong type is not entered."""
+# A type as an annotation holds it: int, str | None, tuple[float, ...], Callable[[str, Any], bool].
+FieldType = Any
+
+_WORDS: dict[FieldType, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+}
+_PLURALS: dict[FieldType, str] = {int: "integers", float: "numbers", str: "strings"}
+
+
+def all_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, FieldType]]:
+    """(dotted path, value, type) of every field of a config and of its sections.
+
+    A section whose value has a wrong type is not entered.
+    """
     kinds = get_type_hints(type(config))
     for attribute in attrs.fields(type(config)):
-        value, kind = getattr(config, attribute.name), kinds[attribute.name]
-        yield at + attribute.name, value, kind
-        if attrs.has(type(value)) and has_type(value, kind):
-            yield from all_fields(value, f"{at}{attribute.name}.")
+        path = prefix + attribute.name
+        value = getattr(config, attribute.name)
+        kind = kinds[attribute.name]
+        yield path, value, kind
+        if is_section(kind) and attrs.has(type(value)) and has_type(value, kind):
+            yield from all_fields(value, f"{path}.")
 
 
-def has_type(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type. An int will do for a float, a bool for no number; an int has 64 bits, as in TOML.
+def all_field_types(cls: type, prefix: str = "") -> Iterator[tuple[str, FieldType]]:
+    """(dotted path, type) of every field of a config class and of its sections."""
+    for name, kind in get_type_hints(cls).items():
+        path = prefix + name
+        yield path, kind
+        for section in _sections_in(kind):
+            yield from all_field_types(section, f"{path}.")
+
+
+def section_types(cls: type) -> dict[str, type]:
+    """The sections of a config class: the class of each, by the name of its field.
+
+    >>> from megafn.pure.config.records import TrainConfig
+    >>> section_types(TrainConfig)["data"].__name__
+    'DataConfig'
+    """
+    kinds = get_type_hints(cls)
+    return {name: _sections_in(kind)[0] for name, kind in kinds.items() if is_section(kind)}
+
+
+def is_section(kind: FieldType) -> bool:
+    """Whether a field's type is a config, which has fields itself.
+
+    >>> from megafn.pure.config.records import DataConfig
+    >>> is_section(DataConfig | None), is_section(int)
+    (True, False)
+    """
+    return bool(_sections_in(kind))
+
+
+def _sections_in(kind: FieldType) -> list[type]:
+    return [arm for arm in (kind, *get_args(kind)) if attrs.has(arm)]
+
+
+def has_type(value: Any, kind: FieldType) -> bool:
+    """Whether a value is of a field's type.
+
+    An int passes for a float, a bool does not pass for a number; an int has 64 bits, as in TOML.
 
     >>> has_type(3, float), has_type(True, int), has_type(("a", "b"), tuple[str, ...] | None)
     (True, False, True)
     """
-    arms = get_args(kind)
-    if get_origin(kind) in (Union, UnionType):
-        return any(has_type(value, arm) for arm in arms)
-    if get_origin(kind) is tuple:
-        if not isinstance(value, tuple):
-            return False
-        return (
-            all(has_type(item, arms[0]) for item in value)
-            if arms[-1] is Ellipsis
-            else len(value) == len(arms) and all(map(has_type, value, arms))
-        )
+    origin = get_origin(kind)
+    if origin in (Union, UnionType):
+        return any(has_type(value, arm) for arm in get_args(kind))
+    if origin is tuple:
+        return isinstance(value, tuple) and _has_item_types(value, get_args(kind))
+    if origin is Callable:
+        return callable(value)
     if isinstance(value, int) and kind in (int, float):
         return not isinstance(value, bool) and -(2**63) <= value < 2**63
     return isinstance(value, kind)
 
 
-def type_in_words(kind: Any) -> str:
+def _has_item_types(items: tuple[Any, ...], kinds: tuple[FieldType, ...]) -> bool:
+    """Whether the items have the types that tuple[...] is written with."""
+    if kinds[-1] is Ellipsis:
+        return all(has_type(item, kinds[0]) for item in items)
+    return len(items) == len(kinds) and all(map(has_type, items, kinds))
+
+
+def type_in_words(kind: FieldType) -> str:
     """A field's type in words.
 
     >>> type_in_words(str | tuple[tuple[float, str], ...] | None)
     'a string or an array (tuple) of [number, string] pairs, or leave it out'
     """
-    arms = get_args(kind)
-    if get_origin(kind) in (Union, UnionType):
+    origin = get_origin(kind)
+    if origin in (Union, UnionType):
+        arms = get_args(kind)
         words = " or ".join(type_in_words(arm) for arm in arms if arm is not NoneType)
         return f"{words}, or leave it out" if NoneType in arms else words
-    if kind is Callable:
+    if origin is tuple:
+        return f"an array (tuple) of {_items_in_words(get_args(kind)[0])}"
+    if origin is Callable:
         return "a function, in code"
-    words = {int: "integer", float: "number", bool: "true or false", str: "string"}
-    if get_origin(kind) is tuple:
-        pair = ", ".join(words[arm] for arm in get_args(arms[0]) if arm in words)
-        return f"an array (tuple) of {f'[{pair}] pairs' if pair else f'{words[arms[0]]}s'}"
-    if kind not in words:
-        return f"a table ({kind.__name__})"
-    return words[kind] if kind is bool else f"{'an' if kind is int else 'a'} {words[kind]}"
+    if kind in _WORDS:
+        return _WORDS[kind]
+    return f"a table ({kind.__name__})"
+
+
+def _items_in_words(kind: FieldType) -> str:
+    """The items of an array: numbers, strings, or pairs of them."""
+    if get_origin(kind) is not tuple:
+        return _PLURALS[kind]
+    names = [_PLURALS[arm].removesuffix("s") for arm in get_args(kind)]
+    return f"[{', '.join(names)}] pairs"
+
+
+def type_problem(field: str, value: Any, kind: FieldType) -> Problem:
+    """The problem of a value that is not of its field's type.
+
+    >>> print(type_problem("parallel.tp", "2", int))
+    parallel.tp = '2': give an integer
+    """
+    return Problem(field, value, f"give {type_in_words(kind)}")

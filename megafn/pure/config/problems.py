@@ -1,4 +1,4 @@
-"""What is wrong with a config, as values: field, value, remedy; and the error that reports them all."""
+"""What is wrong with a config as values (field, value, remedy), and the error that reports them."""
 
 from __future__ import annotations
 
@@ -8,41 +8,59 @@ from typing import Any
 
 from attrs import frozen
 
+# Characters of a value that an error shows.
+_LONGEST_VALUE = 100
+
 
 class ConfigError(ValueError):
-    """A config that cannot be read or cannot run; the message names each field, its value and the remedy."""
+    """A config that cannot be read or cannot run; names each field, its value and the remedy."""
 
 
 @frozen
 class Problem:
-    """One reason for which a config is refused. `str` of it is "field = value: remedy"."""
+    """One reason why a config is refused. `str` of it is "field = value: remedy"."""
 
-    field: str  # dotted, as in "parallel.tp"
+    # Dotted, as in "parallel.tp".
+    field: str
     value: Any
-    remedy: str  # what is asked of the field, and what to do
+    # What is required of the field, and what to do.
+    remedy: str
 
     def __str__(self) -> str:
-        return f"{self.field} = {_shown(self.value)}: {self.remedy}"
+        return f"{self.field} = {_shortened(self.value)}: {self.remedy}"
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     try:
         text = repr(value)
-    except Exception:  # an int of thousands of digits has no repr, nor has every object
+    except Exception:  # an int of thousands of digits has no repr, and some objects have none
         text = f"<{type(value).__name__}>"
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    return f"{text[: _LONGEST_VALUE - 3]}..."
 
 
-def config_error(problems: Iterable[Problem | str]) -> ConfigError:
-    """The error that tells of all problems, one a line."""
+def config_error(problems: Iterable[Problem | ConfigError | str]) -> ConfigError:
+    """The error that reports all problems, one a line."""
     lines = [str(problem) for problem in problems]
-    return ConfigError(
-        lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines])
-    )
+    if len(lines) == 1:
+        return ConfigError(lines[0])
+    return ConfigError("\n  ".join([f"{len(lines)} problems:", *lines]))
+
+
+def choice_problem(field: str, value: Any, choices: Iterable[str]) -> Problem:
+    """The problem of a value that is none of the choices of its field.
+
+    >>> print(choice_problem("optimizer.name", "adan", ("adam", "sgd")))
+    optimizer.name = 'adan': choose one of adam, sgd; did you mean "adam"?
+    """
+    names = list(choices)
+    hint = did_you_mean(value, names) if isinstance(value, str) else ""
+    return Problem(field, value, f"choose one of {', '.join(names)}{hint}")
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence that proposes the name most like `name`; empty where none is like it.
+    """The end of a sentence that proposes the name most like `name`, or "" if none is like it.
 
     >>> did_you_mean("GTP", ["gpt", "bert"])
     '; did you mean "gpt"?'

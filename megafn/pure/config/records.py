@@ -1,85 +1,134 @@
-"""Everything a run is decided by, as frozen values. `dicts` reads and writes them, `validate` judges them."""
+"""The config of a run as frozen values: a record for each section, `TrainConfig` for the whole.
+
+`serialization` reads and writes them, `validate` says whether they can run. None stands for what
+follows from other fields, or for "off"; the comments say which.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from attrs import frozen
+
+# Types of the fields that hold functions. No file holds a function: set these fields in code.
+# `Any` stands for types of torch and of `megafn.runtime`, which `megafn.pure` does not import.
+
+# (name in the whole model, this rank's part of the parameter) -> whether it is chosen. The name is
+# the same in every layout.
+ParameterCondition = Callable[[str, Any], bool]
+
+# (config) -> a `megafn.Step`, or an object with the three methods of accelerate's train steps.
+StepFunction = Callable[["TrainConfig"], Any]
+
+# (config, pg, *, pre_process, post_process, vp_stage) -> the module of one model chunk, as
+# `megafn.build_chunk`.
+ModelFunction = Callable[..., Any]
+
+# (a function without arguments that builds the chunk) -> the chunk, prepared: say with some layers
+# frozen, or with adapters.
+PrepareModel = Callable[[Callable[[], Any]], Any]
 
 
 @frozen(kw_only=True)
 class ModelConfig:
-    """The architecture. Lengths are in tokens; a field left None follows from the others (see the properties)."""
+    """The architecture. Lengths are in tokens.
+
+    family: what the model learns, and so its layers, its data and its loss. "gpt": a decoder that
+        predicts the next token. "bert": an encoder that predicts masked tokens, or labels. "t5": an
+        encoder and a decoder that predicts masked spans, or any second sequence.
+
+    Some fields are left None where they follow from others: the properties below give their values.
+    """
 
     family: str = "gpt"
+
+    # ---- Sizes. Of T5, num_layers and seq_length are those of the encoder.
     num_layers: int
     hidden_size: int
     num_attention_heads: int
     seq_length: int
-    vocab_size: int = 256  # the true number of token ids; padding for tp is not part of it
-    num_query_groups: int | None = (
-        None  # key and value heads of grouped-query attention; None: one per head
-    )
-    kv_channels: int | None = None  # width of a head; None: hidden_size / num_attention_heads
-    ffn_hidden_size: int | None = None  # None: 4 * hidden_size
-    max_position_embeddings: int | None = (
-        None  # rows of a learned position table; None: the longest sequence
-    )
-    position_embedding: str = "learned_absolute"  # or "rope", "none", and T5's "relative"
+    # The true number of token ids; padding for tensor parallelism is not part of it.
+    vocab_size: int = 256
+    # Key and value heads (grouped-query attention, arXiv 2305.13245). None: one per query head.
+    num_query_groups: int | None = None
+    # Width of a head. None: hidden_size / num_attention_heads.
+    kv_channels: int | None = None
+    # Inner width of the MLP. None: 4 * hidden_size.
+    ffn_hidden_size: int | None = None
+
+    # ---- Positions
+    # Rows of a learned position table. None: the longest sequence.
+    max_position_embeddings: int | None = None
+    position_embedding: str = "learned_absolute"  # or "rope", "none"; "relative": T5 only
     rotary_base: float = 10_000.0
     rotary_percent: float = 1.0
-    activation: str = "gelu"  # or "gelu_tanh" (GPT-2), "relu", and the gated "swiglu", "geglu", "geglu_tanh" (T5 1.1)
+
+    # ---- Layers
+    # "gelu", "gelu_tanh" (GPT-2), "relu", and the gated "swiglu", "geglu", "geglu_tanh" (T5 1.1).
+    activation: str = "gelu"
     normalization: str = "LayerNorm"  # or "RMSNorm"
     norm_epsilon: float = 1e-5
     qk_layernorm: bool = False
     add_bias_linear: bool = True
-    add_qkv_bias: bool = (
-        False  # a bias on query, key and value alone (where add_bias_linear is off)
-    )
-    tie_word_embeddings: bool = True  # the output layer shares the word embeddings' table
+    # A bias on query, key and value, when add_bias_linear is off.
+    add_qkv_bias: bool = False
+    # The output layer shares the word embeddings' table.
+    tie_word_embeddings: bool = True
+
+    # ---- Dropout and initial values
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init_method_std: float = 0.02
-    # BERT's alone.
-    num_tokentypes: int = 0  # rows of the token type table, 2 for pairs of sentences; 0: none
-    bert_binary_head: bool = False  # the order of two sentences is predicted too
-    num_labels: int | None = (
-        None  # fine-tuning: a head of so many labels stands in place of the masked-token head
-    )
-    problem_type: str | None = (
-        None  # "single_label_classification", "multi_label_classification", "regression"; None: by labels
-    )
-    # T5's alone: num_layers and seq_length are its encoder's.
+
+    # ---- BERT only
+    # Rows of the token type table, 2 for pairs of sentences; 0: no table.
+    num_tokentypes: int = 0
+    # Predict the order of two sentences too.
+    bert_binary_head: bool = False
+    # Fine-tuning: a head with this many labels replaces the masked-token head. None: it does not.
+    num_labels: int | None = None
+    # "single_label_classification", "multi_label_classification" or "regression". None: regression
+    # if num_labels is 1, multi-label if a batch's labels are floats, else single-label.
+    problem_type: str | None = None
+
+    # ---- T5 only
     num_decoder_layers: int | None = None  # None: num_layers
     decoder_seq_length: int | None = None  # None: seq_length
-    decoder_start_token_id: int = 0  # put before labels that are shifted right into decoder inputs
-    relative_attention_num_buckets: int = (
-        32  # of distances, each with a learned bias per head (arXiv 1910.10683)
-    )
-    relative_attention_max_distance: int = 128  # from which on distances share a bucket
+    # Put before the labels, which are shifted right to become the decoder's input.
+    decoder_start_token_id: int = 0
+    # Buckets of distances, each with a learned bias per head (arXiv 1910.10683).
+    relative_attention_num_buckets: int = 32
+    # All longer distances share the last bucket.
+    relative_attention_max_distance: int = 128
 
     @property
     def ffn_size(self) -> int:
-        return self.ffn_hidden_size if self.ffn_hidden_size is not None else 4 * self.hidden_size
+        """Inner width of the MLP."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return 4 * self.hidden_size
 
     @property
     def head_size(self) -> int:
-        return (
-            self.kv_channels
-            if self.kv_channels is not None
-            else self.hidden_size // self.num_attention_heads
-        )
+        """Width of an attention head."""
+        if self.kv_channels is not None:
+            return self.kv_channels
+        return self.hidden_size // self.num_attention_heads
 
     @property
     def query_groups(self) -> int:
-        return (
-            self.num_query_groups if self.num_query_groups is not None else self.num_attention_heads
-        )
+        """Heads of keys and values."""
+        if self.num_query_groups is not None:
+            return self.num_query_groups
+        return self.num_attention_heads
 
     @property
     def position_rows(self) -> int:
-        longest = max(self.seq_length, self.decoder_length)
-        return self.max_position_embeddings if self.max_position_embeddings is not None else longest
+        """Rows of a learned position table."""
+        if self.max_position_embeddings is not None:
+            return self.max_position_embeddings
+        return max(self.seq_length, self.decoder_length)
 
     @property
     def decoder_layers(self) -> int:
@@ -87,7 +136,10 @@ class ModelConfig:
 
     @property
     def decoder_length(self) -> int:
-        return self.decoder_seq_length if self.decoder_seq_length is not None else self.seq_length
+        """Length of the decoder's input (T5)."""
+        if self.decoder_seq_length is not None:
+            return self.decoder_seq_length
+        return self.seq_length
 
     @property
     def sample_tokens(self) -> int:
@@ -96,158 +148,208 @@ class ModelConfig:
 
     @property
     def gated(self) -> bool:
+        """Whether the MLP multiplies two projections of its input (arXiv 2002.05202)."""
         return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
 
 @frozen(kw_only=True)
 class ParallelConfig:
-    """How the model is cut. The data-parallel size is no field: it follows from the world size."""
+    """How the model is cut.
+
+    The data-parallel size is not a field: it is world_size / (tp * pp * cp).
+    """
 
     tp: int = 1  # tensor parallel
     pp: int = 1  # pipeline parallel
     vpp: int = 1  # model chunks per pipeline stage (interleaving)
     cp: int = 1  # context parallel: the sequence is cut
-    ep: int = 1  # expert parallel (refused until experts are built)
+    ep: int = 1  # expert parallel (not built yet: above 1 is an error)
+    # Norms and dropout work on 1 / tp of the sequence.
     sequence_parallel: bool = False
-    order: str = "tp-cp-ep-dp-pp"  # the axis named first changes fastest with the rank
+    # Axes of the grid of ranks; along the first, neighbours have consecutive ranks.
+    order: str = "tp-cp-ep-dp-pp"
+
+    # Layers of the outer stages. None: as many as each of the others.
     num_layers_in_first_pipeline_stage: int | None = None
     num_layers_in_last_pipeline_stage: int | None = None
-    pipeline_model_parallel_split_rank: int | None = (
-        None  # T5: the stage at which the decoder begins; None: pp // 2
-    )
+    # T5 only: the first stage of the decoder. None: pp // 2.
+    pipeline_model_parallel_split_rank: int | None = None
 
 
 @frozen(kw_only=True)
 class RecomputeConfig:
-    """Which activations the backward pass computes again instead of keeping them (arXiv 2205.05198)."""
+    """Activations that the backward pass recomputes instead of keeping them (arXiv 2205.05198)."""
 
-    granularity: str | None = None  # None, "selective" (core attention) or "full" (whole layers)
-    method: str = "uniform"  # for "full": "uniform" or "block"
-    num_layers: int = (
-        1  # for "full": layers per recomputed chunk (uniform), or layers recomputed (block)
-    )
+    # None: keep all; "selective": recompute core attention; "full": recompute whole layers.
+    granularity: str | None = None
+    # With "full": "uniform" chunks of num_layers, or "block", the first num_layers of each chunk.
+    method: str = "uniform"
+    num_layers: int = 1
 
 
 @frozen(kw_only=True)
 class PrecisionConfig:
-    """Number formats. fp16 scales its loss and runs on CUDA alone."""
+    """Number formats. The optimizer updates fp32 weights, whatever the dtype."""
 
-    dtype: str = "fp32"  # or "bf16", "fp16"; weights are updated in fp32 whatever it says
+    # Of weights and activations: "fp32", "bf16", or "fp16" (CUDA only).
+    dtype: str = "fp32"
+
+    # ---- fp16 only: dynamic loss scaling (arXiv 1710.03740).
     initial_loss_scale: float = 2.0**32
     min_loss_scale: float = 1.0
+    # Iterations without an overflow until the scale doubles.
     loss_scale_window: int = 1000
+    # Iterations with an overflow until the scale halves.
     hysteresis: int = 2
 
 
 @frozen(kw_only=True)
 class OptimizerConfig:
-    """Which update follows from the gradients, and what is done to them before it."""
+    """The update that follows from the gradients, and what happens to them before."""
 
-    name: str = "adam"  # AdamW (weight decay is decoupled), or "sgd"
+    # "adam" (AdamW: weight decay is decoupled, arXiv 1711.05101) or "sgd".
+    name: str = "adam"
+
+    # ---- "adam" only
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    momentum: float = 0.9  # of sgd
-    clip_grad: float = 1.0  # global L2 norm; 0 is off
-    spike_factor: float | None = (
-        None  # an update whose norm is so many times the median of the last 32 is left out; None: none is
-    )
-    use_distributed_optimizer: bool = (
-        False  # optimizer state cut over data parallel ranks (ZeRO 1, arXiv 1910.02054)
-    )
-    # (name in the whole model, parameter: this process's part of it) -> bool; the name is the same in every layout
-    no_weight_decay_cond: Callable | None = (
-        None  # which parameters are not decayed; None: biases and other vectors
-    )
-    lr_scale_cond: Callable | None = None  # which parameters learn at lr * lr_mult
+
+    # ---- "sgd" only
+    momentum: float = 0.9
+
+    # ---- Gradients and state
+    # Gradients are scaled down to this global L2 norm; 0: off.
+    clip_grad: float = 1.0
+    # An update is left out if its norm is more than this many times the median of the last 32.
+    # None: no update is.
+    spike_factor: float | None = None
+    # Optimizer state is cut over the data-parallel ranks (ZeRO 1, arXiv 1910.02054).
+    use_distributed_optimizer: bool = False
+
+    # ---- Groups of parameters
+    # Those without weight decay. None: biases and other vectors.
+    no_weight_decay_cond: ParameterCondition | None = None
+    # Those that learn at lr * lr_mult. None: none do.
+    lr_scale_cond: ParameterCondition | None = None
     lr_mult: float = 1.0
 
 
 @frozen(kw_only=True)
 class ScheduleConfig:
-    """Learning rate and weight decay over the run; see `make_schedule`. At most one of each `*_iters`, `*_samples`, `*_fraction`."""
+    """Learning rate and weight decay over the run; see `make_schedule`.
 
-    lr: float = 1e-3  # the peak
-    min_lr: float = 0.0
-    init_lr: float = 0.0  # where warm-up starts
-    decay: str = "cosine"  # "constant", "linear", "cosine", "inverse-square-root", "wsd"
-    decay_iters: int | None = None  # None: the whole run
+    Lengths are in iterations or samples: give at most one of each `*_iters`, `*_samples`,
+    `*_fraction`.
+    """
+
+    # ---- Learning rate
+    lr: float = 1e-3  # at the peak
+    min_lr: float = 0.0  # at the end of the decay
+    init_lr: float = 0.0  # at the start of the warm-up
+
+    # ---- Decay
+    # "constant", "linear", "cosine", "inverse-square-root" or "wsd" (warm-up, stable, decay).
+    decay: str = "cosine"
+    # Warm-up included. None: the whole run.
+    decay_iters: int | None = None
     decay_samples: int | None = None
+
+    # ---- Linear warm-up. None of the three: none.
     warmup_iters: int | None = None
     warmup_samples: int | None = None
     warmup_fraction: float | None = None  # of the decay length
-    wsd_decay_style: str = "exponential"  # "linear", "cosine", "exponential", "minus_sqrt"
-    wsd_decay_iters: int | None = None  # None: the last 10% of the decay length
+
+    # ---- "wsd" only: its last part
+    # "linear", "cosine", "exponential" or "minus_sqrt".
+    wsd_decay_style: str = "exponential"
+    # None: the last 10% of the decay length.
+    wsd_decay_iters: int | None = None
     wsd_decay_samples: int | None = None
+
+    # ---- Weight decay
     weight_decay: float = 0.01
-    weight_decay_incr_style: str = (
-        "constant"  # or "linear", "cosine", from start_weight_decay to end_weight_decay
-    )
+    # "constant", or "linear" or "cosine" from start_weight_decay to end_weight_decay.
+    weight_decay_incr_style: str = "constant"
     start_weight_decay: float | None = None
     end_weight_decay: float | None = None
 
 
 @frozen(kw_only=True)
 class DataConfig:
-    """Corpora. A source is a text file, or the prefix of an indexed dataset (`prefix.bin`, `prefix.idx`).
+    """Corpora: a source, several of them, or a blend of (weight, source) pairs.
 
-    A source, several of them, or a blend of (weight, source) pairs. Where `valid` or `test` is None,
-    every document of `train` is cut by the weights of `split`.
+    A source is a text file, or the prefix of an indexed dataset (`prefix.bin`, `prefix.idx`). If
+    `valid` or `test` is None, each document of `train` is divided by the weights of `split`.
     """
 
     train: str | tuple[str, ...] | tuple[tuple[float, str], ...]
     valid: str | tuple[str, ...] | tuple[tuple[float, str], ...] | None = None
     test: str | tuple[str, ...] | tuple[tuple[float, str], ...] | None = None
-    split: tuple[float, ...] = (949.0, 50.0, 1.0)  # train, valid, test
-    tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer.json
-    sampler: str = "single"  # in order, once; or "cyclic": shuffled anew each epoch, endless
-    reset_position_ids: bool = False  # positions start anew behind each end of document
-    reset_attention_mask: bool = False  # no attention across an end of document
-    eod_mask_loss: bool = False  # no loss at an end of document
-    mask_prob: float = 0.15  # BERT and T5: share of the tokens that are to be predicted
-    short_seq_prob: float = (
-        0.1  # BERT and T5: share of the samples that are meant to be shorter than seq_length
-    )
-    cache: str | None = None  # folder of the indexed form of texts; None: the user's cache folder
-    prefetch: int = 2  # global batches read ahead by a thread; 0: none
+    # Weights of train, valid and test.
+    split: tuple[float, ...] = (949.0, 50.0, 1.0)
+    # "bytes", or the path of a Hugging Face tokenizer.json.
+    tokenizer: str = "bytes"
+    # "single": in order, once; "cyclic": shuffled anew in each epoch, without end.
+    sampler: str = "single"
+
+    # ---- GPT only: what happens at an end-of-document token
+    reset_position_ids: bool = False  # positions start again after it
+    reset_attention_mask: bool = False  # no attention to what is before it
+    eod_mask_loss: bool = False  # no loss at its position
+
+    # ---- BERT and T5 only
+    # Share of the tokens to predict.
+    mask_prob: float = 0.15
+    # Share of the samples that are meant to be shorter than seq_length.
+    short_seq_prob: float = 0.1
+
+    # ---- Reading
+    # Folder for the indexed form of texts. None: the user's cache folder.
+    cache: str | None = None
+    # Global batches that a thread reads ahead; 0: none.
+    prefetch: int = 2
 
 
 @frozen(kw_only=True)
 class LogConfig:
-    """What rank zero writes; nothing where a field is None."""
+    """What rank 0 writes. None: not written."""
 
     progress: bool = True
     tensorboard_dir: str | None = None
-    jsonl: str | None = None  # a file of one JSON object a step
-    interval: int = 1  # iterations between records
-    everything: bool = (
-        False  # `Metrics.details` too: norms, zeros, TFLOP/s, memory, timers; costs a little time
-    )
-    peak_tflops: float | None = (
-        None  # of one device, for the share of it that is used; None: the device's, where known
-    )
+    # A file, one JSON object a line.
+    jsonl: str | None = None
+    # Iterations between records.
+    interval: int = 1
+    # `Metrics.details` too: norms, zeros, TFLOP/s, memory, timers. Costs a little time.
+    everything: bool = False
+    # Peak of one device, for the share of it that is used (MFU). None: the device's own, if known.
+    peak_tflops: float | None = None
 
 
 @frozen(kw_only=True)
 class CheckpointConfig:
-    """Where `train` saves the run, when, and what it keeps. Nothing is saved where `directory` is None."""
+    """Where and when `train` saves the run, and which checkpoints it keeps."""
 
-    directory: str | None = None  # one for each run, shared by all hosts
-    interval: int | None = (
-        None  # iterations between checkpoints; None: only after the last one, and on a signal
-    )
-    keep_last: int = 2  # how many of the newest are kept; 0: all
-    keep_every: int | None = None  # those of every so many iterations are kept for ever
-    resume: bool = (
-        True  # go on from the newest; False: a directory that holds checkpoints is refused
-    )
-    asynchronous: bool = False  # copied at once, written by a thread while training goes on
-    on_damage: str = "raise"  # or "previous": go on from the one before a damaged one
+    # One folder for each run, shared by all hosts. None: nothing is saved.
+    directory: str | None = None
+    # Iterations between checkpoints. None: only after the last iteration, and on a signal.
+    interval: int | None = None
+    # How many of the newest to keep; 0: all.
+    keep_last: int = 2
+    # Checkpoints at multiples of this many iterations are kept for ever. None: none are.
+    keep_every: int | None = None
+    # Resume from the newest. False: an error if the folder holds checkpoints.
+    resume: bool = True
+    # The state is copied, and a thread writes it while training continues.
+    asynchronous: bool = False
+    # "raise", or "previous": resume from the one before a damaged checkpoint.
+    on_damage: str = "raise"
 
 
 @frozen(kw_only=True)
 class TrainConfig:
-    """A whole run. Batch sizes are in sequences; `global_batch_size` = micro_batch_size * dp * number of micro-batches."""
+    """A whole run. Batch sizes are in sequences."""
 
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -255,38 +357,43 @@ class TrainConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()
     recompute: RecomputeConfig = RecomputeConfig()
-    data: DataConfig | None = None  # None: `train` is given `batches`
+    # None: `train` is given `batches`.
+    data: DataConfig | None = None
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    # ---- Batches: global_batch_size = micro_batch_size * dp * number of micro-batches
     micro_batch_size: int
     global_batch_size: int
-    train_iters: int | None = None  # the horizon: exactly one of these two
+
+    # ---- Length of the run: exactly one of these two
+    train_iters: int | None = None
     train_samples: int | None = None
-    eval_interval: int | None = None  # iterations between evaluations; None: only after the last
-    eval_iters: int = 10  # global batches of an evaluation
-    consumed_samples: tuple[int, int, int] = (
-        0,
-        0,
-        0,
-    )  # of train, valid and test: read before this run, which goes on behind them
-    return_logits: str | None = (
-        None  # in `Metrics.logits`, on the "last_stage" or "every_stage" of the pipeline
-    )
-    # Functions of one's own, which `train` and `setup` use where they are not given others; no file holds them.
-    step_function: Callable | None = (
-        None  # (config) -> Step, or an object with the three methods of accelerate's train steps
-    )
-    model_function: Callable | None = (
-        None  # builds one model chunk: takes and returns what `build_chunk` does
-    )
-    prepare_model: Callable | None = (
-        None  # (a function without arguments that builds the chunk) -> the chunk, made ready
-    )
+
+    # ---- Evaluation
+    # Iterations between evaluations. None: only after the last.
+    eval_interval: int | None = None
+    # Global batches of an evaluation.
+    eval_iters: int = 10
+
+    # ---- Start and results
+    # Samples of train, valid and test that were read before this run, which starts after them.
+    consumed_samples: tuple[int, int, int] = (0, 0, 0)
+    # "last_stage" or "every_stage" of the pipeline: where `Metrics.logits` is set. None: nowhere.
+    return_logits: str | None = None
+
+    # ---- Custom functions, used unless `train` or `setup` is given others. None: built-in ones.
+    step_function: StepFunction | None = None
+    model_function: ModelFunction | None = None
+    prepare_model: PrepareModel | None = None
+
+    # ---- Reproducing and ending
+    # Of initial weights, dropout and the order of samples.
     seed: int = 1234
-    stop_after_skipped: int = (
-        10  # updates left out in a row, for NaN, infinity or a spike, that end the run; 0: none do
-    )
-    timeout_seconds: float = 600.0  # a collective that takes longer ends the run
+    # The run ends after this many updates left out in a row (NaN, infinity, a spike); 0: never.
+    stop_after_skipped: int = 10
+    # A collective that takes longer ends the run.
+    timeout_seconds: float = 600.0
 
     @property
     def iterations(self) -> int:
@@ -322,7 +429,8 @@ def num_micro_batches(config: TrainConfig, dp: int) -> int:
     """Micro-batches that each data-parallel rank runs per iteration.
 
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
-    >>> num_micro_batches(TrainConfig(model=model, micro_batch_size=2, global_batch_size=16, train_iters=9), dp=2)
+    >>> config = TrainConfig(model=model, micro_batch_size=2, global_batch_size=16, train_iters=9)
+    >>> num_micro_batches(config, dp=2)
     4
     """
     return config.global_batch_size // (config.micro_batch_size * dp)

@@ -1,9 +1,9 @@
-"""The step of a config; and accelerate's train steps, objects with three methods, made a Step."""
+"""The step of a config; and accelerate's train steps, objects with three methods, as a Step."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,61 +17,82 @@ from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.losses import Loss, cross_entropy
 from megafn.runtime.parallel.groups import ProcessGroups
 
+# Attributes of an accelerate train step -> the methods that return them.
 METHODS = {
     "get_batch": "get_batch_func",
     "loss_func": "get_loss_func",
     "forward_step": "get_forward_step_func",
 }
 
+# forward_step(data_iterator, model) -> (output, function from the output to the loss).
+ForwardStep = Callable[[Iterator[Batch], Callable[..., Any]], tuple[Any, Callable[[Any], Any]]]
+
 
 def step_of(config: TrainConfig) -> Step:
-    """The step of a config: what its `step_function` makes, or its family's."""
-    return (
-        step_fn(config.model.family)
-        if config.step_function is None
-        else step_from_object(config.step_function(config), config)
-    )
+    """The step of a config: what its `step_function` returns, or its family's."""
+    if config.step_function is None:
+        return step_fn(config.model.family)
+    return step_from_object(config.step_function(config), config)
 
 
-def step_from_object(made: Any, config: TrainConfig) -> Step:
-    """The Step that a config's `step_function` made: a Step as it is, or one of an object with accelerate's three methods.
+def step_from_object(step: Any, config: TrainConfig) -> Step:
+    """The Step of what a config's `step_function` returned.
 
-    The methods are called once, with those of (megatron_dataset_flag, accelerator = None) that they name, and what they
-    return is kept as the object's get_batch, loss_func and forward_step, unless it has set those itself, as accelerate's
-    own classes do. forward_step(data_iterator, model) -> (output, loss function); model(tokens, position_ids,
-    attention_mask, labels=labels) gives losses [batch, sequence] where labels are given, else logits; a BERT is called
-    as model(tokens, padding_mask, tokentype_ids=types, lm_labels=labels), and gives (losses, logits of the order or None)
-    where labels are given. The loss
-    function returns (mean, {name: mean}) as there: the gradient is then that of the mean over micro-batches and
-    data-parallel ranks; or, better, (sum, count, {name: sum}), and it is that of the sum over the global batch's count.
-    Indexed data come with the key "text" [batch, sequence + 1] too.
+    step: a Step, returned as it is, or an object with accelerate's methods get_batch_func,
+        get_loss_func and get_forward_step_func. Each is called once, with those of
+        (megatron_dataset_flag, accelerator=None) that it names. What they return becomes the
+        object's get_batch, loss_func and forward_step, unless it has set those itself, as
+        accelerate's own classes do.
 
-    Raises ConfigError for an object without the methods, and under context parallelism, which they know nothing of.
+    forward_step(data_iterator, model) -> (output, loss function). `model` is called as
+
+        model(tokens, position_ids, attention_mask, labels=labels), for a GPT: per-token losses
+            [batch, sequence], or logits without labels;
+        model(tokens, padding_mask, tokentype_ids=types, lm_labels=labels), for a BERT: (losses,
+            logits of the sentence order or None), or logits without labels.
+
+    The loss function returns (mean, {name: mean}), as in accelerate: the gradient is that of the
+    mean over micro-batches and data-parallel ranks. Or, better, (sum, count, {name: sum}): the
+    gradient is that of the sum over the count of the global batch.
+
+    Indexed data have the key "text" [batch, sequence + 1] too.
+
+    Raises ConfigError for an object without the methods, and under context parallelism, which cuts
+    the sequences that they see.
     """
-    if isinstance(made, Step):
-        return made
-    missing = [method for method in METHODS.values() if not callable(getattr(made, method, None))]
+    if isinstance(step, Step):
+        return step
+    _check_methods(step, config)
+    _keep_functions(step, config)
+    call = _call_bert if config.model.family == "bert" else _call
+    return Step(batch=_batch, forward=partial(_forward, step.forward_step, call), loss=_loss)
+
+
+def _check_methods(step: Any, config: TrainConfig) -> None:
+    name = type(step).__name__
+    missing = [method for method in METHODS.values() if not callable(getattr(step, method, None))]
     if missing:
         raise ConfigError(
-            f"step_function: it gave a {type(made).__name__} without {', '.join(missing)}; let it give a megafn.Step, "
-            f"or an object with {', '.join(METHODS.values())}"
+            f"step_function: it returned a {name} without {', '.join(missing)}; "
+            f"return a megafn.Step, or an object with {', '.join(METHODS.values())}"
         )
     if config.parallel.cp > 1:
         raise ConfigError(
-            f"parallel.cp = {config.parallel.cp}: {type(made).__name__}'s methods see whole sequences; set it to 1, or write a megafn.Step"
+            f"parallel.cp = {config.parallel.cp}: the methods of {name} need whole sequences; "
+            "set it to 1, or write a megafn.Step"
         )
+
+
+def _keep_functions(step: Any, config: TrainConfig) -> None:
+    """Call the three methods and keep what they return as attributes of the object."""
     offered = {"megatron_dataset_flag": config.data is not None, "accelerator": None}
     for name, method in METHODS.items():
-        if not hasattr(made, name):
-            getter = getattr(made, method)
-            wanted = inspect.signature(getter).parameters
-            setattr(
-                made,
-                name,
-                getter(**{key: value for key, value in offered.items() if key in wanted}),
-            )
-    call = _call_bert if config.model.family == "bert" else _call
-    return Step(batch=_batch, forward=partial(_forward, made.forward_step, call), loss=_loss)
+        if hasattr(step, name):
+            continue
+        getter = getattr(step, method)
+        accepted = inspect.signature(getter).parameters
+        arguments = {key: value for key, value in offered.items() if key in accepted}
+        setattr(step, name, getter(**arguments))
 
 
 def _batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Batch:
@@ -86,24 +107,27 @@ def _batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Ba
     return {key: value.to(pg.device, non_blocking=True) for key, value in batch.items()}
 
 
+# What a user's forward step calls as `model`. Both keep the module's output in `outputs`: the logits,
+# which the forward step may not return.
+
+
 def _call(
-    seen: list[Any],
+    outputs: list[Any],
     stage: Any,
     model: torch.nn.Module,
     *arguments: Any,
     labels: torch.Tensor | None = None,
     **named: Any,
 ) -> Any:
-    seen.append(model(*arguments, **named))
-    return (
-        seen[-1]
-        if labels is None or not getattr(stage, "post_process", True)
-        else cross_entropy(seen[-1], labels, stage.pg_collection)
-    )
+    output = model(*arguments, **named)
+    outputs.append(output)
+    if labels is None or not getattr(stage, "post_process", True):
+        return output
+    return cross_entropy(output, labels, stage.pg_collection)
 
 
 def _call_bert(
-    seen: list[Any],
+    outputs: list[Any],
     stage: Any,
     model: torch.nn.Module,
     tokens: torch.Tensor,
@@ -112,37 +136,48 @@ def _call_bert(
     tokentype_ids: torch.Tensor | None = None,
     lm_labels: torch.Tensor | None = None,
 ) -> Any:
-    seen.append(
-        model(
-            tokens,
-            None,
-            None if padding_mask is None else hide_padding(padding_mask > 0.5),
-            tokentype_ids,
-        )
-    )
+    hidden = None if padding_mask is None else hide_padding(padding_mask > 0.5)
+    output = model(tokens, None, hidden, tokentype_ids)
+    outputs.append(output)
     if lm_labels is None or not getattr(stage, "post_process", True):
-        return seen[-1]
-    logits, order = seen[-1] if isinstance(seen[-1], tuple) else (seen[-1], None)
+        return output
+    logits, order = output if isinstance(output, tuple) else (output, None)
     return cross_entropy(logits, lm_labels, stage.pg_collection), order
 
 
-def _forward(forward_step: Callable, call: Callable, model: torch.nn.Module, batch: Batch) -> Any:
-    stage, seen = getattr(model, "module", model), []
-    output, loss = forward_step(iter([batch]), partial(call, seen, stage, model))
+def _forward(
+    forward_step: ForwardStep,
+    call: Callable[..., Any],
+    model: torch.nn.Module,
+    batch: Batch,
+) -> Any:
+    """`Step.forward`: run the user's forward step on one micro-batch."""
+    stage = getattr(model, "module", model)
+    outputs: list[Any] = []
+    output, loss = forward_step(iter([batch]), partial(call, outputs, stage, model))
     if not getattr(stage, "post_process", True):
         return output
-    logits = seen[-1] if seen else output
-    first = logits[0] if isinstance(logits, tuple) else logits
-    first.loss_of_step = partial(loss, output)  # travels with the tensor that it is of
+    logits = outputs[-1] if outputs else output
+    # The loss function travels with the tensor that it belongs to.
+    _first(logits).loss_of_step = partial(loss, output)
     return logits
 
 
 def _loss(logits: Any, batch: Batch, pg: ProcessGroups) -> Loss:
-    found = (logits[0] if isinstance(logits, tuple) else logits).loss_of_step()
-    if isinstance(found, tuple) and len(found) == 3:
-        return Loss(sum=found[0], count=found[1], report=found[2])
-    if isinstance(found, tuple) and len(found) == 2:
-        return Loss(sum=found[0], count=1, report=found[1])
+    """`Step.loss`: call the loss function that the user's forward step returned."""
+    loss = _first(logits).loss_of_step()
+    if isinstance(loss, tuple) and len(loss) == 3:
+        total, count, report = loss
+        return Loss(sum=total, count=count, report=report)
+    if isinstance(loss, tuple) and len(loss) == 2:
+        mean, report = loss
+        return Loss(sum=mean, count=1, report=report)
     raise TypeError(
-        f"the loss function of the train step returned {type(found).__name__}: (mean, dict of means) or (sum, count, dict of sums) is wanted."
+        f"loss function of the train step: expected (mean, dict of means) or "
+        f"(sum, count, dict of sums), got {type(loss).__name__}"
     )
+
+
+def _first(logits: Any) -> torch.Tensor:
+    """The logits of tokens, if there are those of the sentence order beside them."""
+    return logits[0] if isinstance(logits, tuple) else logits

@@ -1,0 +1,57 @@
+"""Turn text into indexed data: PREFIX_train, PREFIX_valid and PREFIX_test.
+
+Prints the prefixes that were written, as data.train, data.valid and data.test take them.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+import attrs
+
+import megafn as mf
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    fields = attrs.fields(mf.DataConfig)
+    parser.add_argument(
+        "text", help='documents separated by form feeds, or .jsonl with a "text" in each line'
+    )
+    parser.add_argument(
+        "prefix", help="where to write: folder/name gives folder/name_train.bin, .idx and so on"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default=fields.tokenizer.default,
+        help="bytes, or the path of a tokenizer.json (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--split",
+        default=",".join(f"{weight:g}" for weight in fields.split.default),
+        help="weights of train, valid and test; each document is divided (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--split-sentences",
+        action="store_true",
+        help="make each sentence a sequence of its document, for BERT and T5",
+    )
+
+
+def run(arguments: Namespace) -> int:
+    prefixes = mf.index_text(
+        arguments.text,
+        arguments.prefix,
+        tokenizer=arguments.tokenizer,
+        split=_weights(arguments.split),
+        split_sentences=arguments.split_sentences,
+    )
+    for prefix in prefixes.values():
+        print(prefix)
+    return 0
+
+
+def _weights(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(weight) for weight in text.split(","))
+    except ValueError:
+        raise mf.ConfigError(f"--split = {text!r}: give three numbers, such as 949,50,1") from None
