@@ -607,11 +607,11 @@ def test_the_report_has_both_losses_and_they_can_be_averaged_over_ranks(pool):
 
 IDS = torch.zeros(2, 8, dtype=torch.long)
 WRONG = {
-    "not a mapping": ([1], {}, "batch = list: a mapping with 'input_ids', or with 'text'"),
+    "not a mapping": ([1], {}, "batch = list: expected a mapping with 'input_ids', or 'text'"),
     "other keys": (
         {"tokens": IDS},
         {},
-        "batch keys = ['tokens']: 'input_ids', or 'text', 'labels' and 'loss_mask', are wanted",
+        "batch keys = ['tokens']: expected 'input_ids', or 'text', 'labels' and 'loss_mask'",
     ),
     "types without a table": (
         {"input_ids": IDS, "token_type_ids": IDS + 1},
@@ -621,17 +621,17 @@ WRONG = {
     "an order that is none": (
         {"text": IDS, "labels": IDS, "is_random": [0, 2]},
         PAIRS,
-        "batch['is_random'] = torch.int64 of shape [2]: 0, 1 or -1 (no loss) of shape [2] are wanted",
+        "batch['is_random'] = torch.int64 of shape [2]: expected 0, 1 or -1 (no loss) of shape [2]",
     ),
     "no order": (
         {"input_ids": IDS, "labels": IDS},
         PAIRS,
-        "'next_sentence_label' [batch] is wanted for the binary head; give it, or leave model.bert_binary_head out",
+        "expected 'next_sentence_label' [batch] for the binary head; give it, or leave model.bert_binary_head out",
     ),
     "a padding mask that is none": (
         {"text": IDS, "labels": IDS, "padding_mask": IDS + 192},
         {},
-        "batch['padding_mask'] holds 192: zeros and ones",
+        "batch['padding_mask'] holds 192: expected zeros and ones",
     ),
     "a token outside": (
         {"input_ids": IDS + 97},
@@ -646,12 +646,12 @@ WRONG = {
     "a class outside": (
         {"input_ids": IDS, "labels": [0, 3]},
         dict(num_labels=3),
-        "single_label_classification wants integers 0 to 2, or -100 (no loss)",
+        "expected integers 0 to 2, or -100 (no loss), for single_label_classification",
     ),
     "too few flags": (
         {"input_ids": IDS, "labels": [[0.0, 1.0]] * 2},
         dict(num_labels=3),
-        "multi_label_classification of 3 labels wants 3 for each of 2 rows",
+        "expected 3 for each of 2 rows, for multi_label_classification with 3 labels",
     ),
     "no labels of a step": (
         {"input_ids": IDS},
@@ -661,7 +661,7 @@ WRONG = {
     "flags that are none": (
         {"input_ids": IDS, "labels": [[0.0, 2.0]] * 2},
         dict(num_labels=2),
-        "multi_label_classification wants values from 0 to 1",
+        "expected values from 0 to 1 for multi_label_classification",
     ),
 }
 

@@ -243,3 +243,22 @@ def test_imports_run_one_way():
     graph = folders
     for name in folders:
         assert name not in reached(name, set()), f"the folder {name} imports itself in a circle"
+
+
+def test_no_class_derives_from_another_of_ours():
+    """What differs is a function in a record. Base classes are torch's, megatron-core's or Python's."""
+    classes = [
+        node
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    names = {node.name for node in classes}
+    assert {"Chunk", "TrainConfig"} <= names
+    derived = {
+        node.name: ast.unparse(base)
+        for node in classes
+        for base in node.bases
+        if ast.unparse(base).rpartition(".")[2] in names
+    }
+    assert derived == {}

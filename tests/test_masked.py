@@ -14,7 +14,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 import megafn as mf
 from megafn.runtime.data.corpora import build_dataset, corpora
-from megafn.runtime.families.masked_data import bert_data, t5_data
+from megafn.runtime.families.bert import bert_data
+from megafn.runtime.families.t5 import t5_data
 from megafn.runtime.text.indexing import cut_sentences
 from pool import ROOT
 

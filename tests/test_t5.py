@@ -583,10 +583,13 @@ def test_masks_hide_padding_on_both_sides_and_what_comes_later():
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"labels": None}, "'input_ids' and 'labels', are wanted"),
+        (
+            {"labels": None},
+            "expected 'text_enc', 'text_dec' and 'labels', or 'input_ids' and 'labels'.",
+        ),
         (
             {"labels": torch.ones(3, 3, dtype=torch.long)},
-            "2 rows, as batch['input_ids'] has, are wanted",
+            "expected 2 rows, as batch['input_ids'] has",
         ),
         (
             {"labels": torch.full((2, 3), 97)},
@@ -628,7 +631,7 @@ def through_logits(config):
     ) as pg:
         state = mf.setup(config, pg)
         batch = share(pairs(config, 0), config, pg)
-        with pytest.raises(mf.ConfigError, match="its decoder wants an input of its own"):
+        with pytest.raises(mf.ConfigError, match="needs more than token ids"):
             mf.logits(state, batch[0]["input_ids"])
         _, metrics = mf.train_step(state, batch, mf.step_fn("t5"))
         if metrics.logits is None:
@@ -713,4 +716,4 @@ def counted(config):
 def test_the_operations_of_a_t5_are_those_that_torch_counts(pool):
     config = tiny(**T5 | SHAPES["wide-heads"] | dict(num_decoder_layers=3, activation="swiglu"))
     assert 3 * pool(1, counted, config)[0] == mf.training_flops(config.model, 2)
-    assert config.model.sample_tokens == 40
+    assert mf.sample_tokens(config.model) == 40

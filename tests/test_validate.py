@@ -588,7 +588,10 @@ def test_a_choice_that_is_none_is_answered_with_the_nearest():
             "precision.dtype": "bfloat16",
         }.items()
     }
-    assert told["model.family"] == 'choose one of gpt, bert, t5; did you mean "gpt"?'
+    assert (
+        told["model.family"]
+        == 'choose one of gpt, bert, t5, or give a megafn.Family; did you mean "gpt"?'
+    )
     assert (
         told["model.activation"]
         == 'choose one of gelu, gelu_tanh, relu, swiglu, geglu, geglu_tanh; did you mean "swiglu"?'

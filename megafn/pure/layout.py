@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
 from attrs import field, frozen
 
-from megafn.pure.config.records import ModelConfig, ParallelConfig, split_rank
+from megafn.pure.config.records import ModelConfig, ParallelConfig
+from megafn.pure.families.built_in import stage_layout
 
 AXES = ("tp", "cp", "ep", "dp", "pp")
 RankGroups = tuple[tuple[int, ...], ...]
@@ -127,15 +129,15 @@ def build_groups(
             ).append(rank)
         return tuple(map(tuple, groups.values()))
 
-    pipelines, split = along("pp"), split_rank(parallel, model)
-    if split is not None and not 0 < split < pp:
-        raise ValueError(
-            f"pipeline_model_parallel_split_rank = {split} leaves a half without a stage: give 1 to {pp - 1}"
+    pipelines = along("pp")
+    stages = stage_layout(parallel, model)
+
+    def at_stages(*stacks: Iterable[int]) -> RankGroups:
+        """Of each pipeline, the ranks at each of these tuples of stages."""
+        return tuple(
+            tuple(pipeline[stage] for stage in stack) for pipeline in pipelines for stack in stacks
         )
-    # stages that begin with an embedding; the last one has the word table too where it is tied
-    first = (0,) if split is None else (0, split)
-    words = {*first, pp - 1} if split is None or model.tie_word_embeddings else {*first}
-    positions = first if split is None or model.position_embedding == "learned_absolute" else (0,)
+
     return Groups(
         parallel=parallel,
         world_size=world_size,
@@ -148,11 +150,9 @@ def build_groups(
         dp_cp=along("dp", "cp"),
         tp_cp=along("tp", "cp"),
         tp_dp_cp=along("tp", "dp", "cp"),
-        embd=tuple(tuple(stages[at] for at in sorted(words)) for stages in pipelines),
-        pos_embd=tuple(tuple(stages[at] for at in positions) for stages in pipelines),
-        half=pipelines
-        if split is None
-        else tuple(half for stages in pipelines for half in (stages[:split], stages[split:])),
+        embd=at_stages(stages.word_tables),
+        pos_embd=at_stages(stages.position_tables),
+        half=at_stages(*stages.stacks),
     )
 
 

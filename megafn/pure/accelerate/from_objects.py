@@ -44,7 +44,9 @@ def model_fields(model: Any) -> dict[str, Any]:
 so the weights would mean something else; choose megatron-bert, which has the order of megatron-core
     """
     if isinstance(model, ModelConfig):
-        return {f"model.{name}": value for name, value in attrs.asdict(model).items()}
+        return {
+            f"model.{name}": value for name, value in attrs.asdict(model, recurse=False).items()
+        }
     config = getattr(model, "config", model)
     kind = getattr(config, "model_type", None)
     if kind == "bert":

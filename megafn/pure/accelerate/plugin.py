@@ -21,6 +21,8 @@ from megafn.pure.config import records as configs
 from megafn.pure.config.field_types import has_type, type_in_words
 from megafn.pure.config.problems import ConfigError, Problem, config_error, did_you_mean
 from megafn.pure.config.records import DataConfig, TrainConfig
+from megafn.pure.families.built_in import find_spec
+from megafn.pure.families.family_spec import FamilySpec
 from megafn.pure.validation.validate import validate
 
 _PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -273,32 +275,35 @@ def _loaders(
         )
 
 
+def _family(found: _Fields) -> FamilySpec | None:
+    """The family of the model that was read, or None where none could be."""
+    return find_spec(found.values.get("model.family"))
+
+
 def _lengths(found: _Fields, plugin: PluginFields) -> None:
-    family, rows = (
-        found.values.get("model.family"),
-        found.values.get("model.max_position_embeddings"),
-    )
-    mine, other = (
-        ("decoder_seq_length", "encoder_seq_length")
-        if family == "gpt"
-        else ("encoder_seq_length", "decoder_seq_length")
-    )
-    for name in ("seq_length", mine):
-        if getattr(plugin, name) is not None:
-            found.put("model.seq_length", getattr(plugin, name), name)
-    if rows is not None:
-        found.default("model.seq_length", rows)
-    if family == "t5":
-        if plugin.decoder_seq_length is not None:
-            found.put("model.decoder_seq_length", plugin.decoder_seq_length, "decoder_seq_length")
-    elif getattr(plugin, other) is not None:
-        found.refuse(
-            other,
-            getattr(plugin, other),
-            f"{family} has no {other.partition('_')[0]}; use seq_length or {mine}",
-        )
     if plugin.consumed_samples is not None:
         found.put("consumed_samples", tuple(plugin.consumed_samples), "consumed_samples")
+    spec = _family(found)
+    if spec is None:
+        return
+    first, *second = spec.stacks
+    for name in ("seq_length", f"{first}_seq_length"):
+        if getattr(plugin, name, None) is not None:
+            found.put("model.seq_length", getattr(plugin, name), name)
+    rows = found.values.get("model.max_position_embeddings")
+    if rows is not None:
+        found.default("model.seq_length", rows)
+    for stack in ("encoder", "decoder"):
+        name = f"{stack}_seq_length"
+        length = getattr(plugin, name)
+        if length is None or stack == first:
+            continue
+        if stack in second:
+            found.put("model.decoder_seq_length", length, name)
+        else:
+            found.refuse(
+                name, length, f"{spec.name} has no {stack}; use seq_length or {first}_seq_length"
+            )
 
 
 def _given_step(step: Any, config: TrainConfig) -> Any:
@@ -381,7 +386,7 @@ def _others(found: _Fields, plugin: PluginFields) -> None:
 
 def _layout(found: _Fields, plugin: PluginFields, world_size: int) -> None:
     values, n = found.values, plugin.num_layers_per_virtual_pipeline_stage
-    family, layers = values.get("model.family"), values.get("model.num_layers")
+    layers = values.get("model.num_layers")
     if n is not None:
         if plugin.pp_degree == 1:
             found.refuse(
@@ -402,7 +407,10 @@ def _layout(found: _Fields, plugin: PluginFields, world_size: int) -> None:
                 "num_layers_per_virtual_pipeline_stage",
             )
     if (split := plugin.pipeline_model_parallel_split_rank) is not None:
-        if family == "t5":
+        spec = _family(found)
+        if spec is None:
+            pass
+        elif "parallel.pipeline_model_parallel_split_rank" in spec.fields:
             found.put(
                 "parallel.pipeline_model_parallel_split_rank",
                 split,
@@ -413,7 +421,7 @@ def _layout(found: _Fields, plugin: PluginFields, world_size: int) -> None:
                 "pipeline_model_parallel_split_rank",
                 split,
                 "it is the stage at which T5's decoder begins, and this model is "
-                f"of the family {family}; leave it out",
+                f"of the family {spec.name}; leave it out",
             )
     size = plugin.tp_degree * plugin.pp_degree * values.get("parallel.cp", 1)
     if world_size % size:

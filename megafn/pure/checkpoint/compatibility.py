@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from megafn.pure.config.family_record import FamilyRecord
 from megafn.pure.config.field_types import all_fields
 from megafn.pure.config.problems import Problem
 from megafn.pure.config.records import TrainConfig
@@ -70,10 +71,18 @@ def schedule_changes(saved: TrainConfig, config: TrainConfig) -> tuple[Problem, 
 
 def _changes(saved: TrainConfig, config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
     """(dotted path, value then, value now) of each field that both have and that differs, in the order of `config`."""
-    before = {path: value for path, value, _ in all_fields(saved)}
-    for path, now, _ in all_fields(config):
+    before = _values(saved)
+    for path, now in _values(config).items():
         if path in before and now != before[path]:
             yield path, before[path], now
+
+
+def _values(config: TrainConfig) -> dict[str, Any]:
+    """Values by dotted path; a family's record is its name, as in a file."""
+    return {
+        path: value.name if isinstance(value, FamilyRecord) else value
+        for path, value, kind in all_fields(config)
+    }
 
 
 def _fixed(path: str) -> bool:

@@ -8,6 +8,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import attrs
 
+from megafn.pure.config.family_record import FamilyRecord
+
 
 def all_fields(config: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted path, value, type) of every field of a config, sections included; one that has a wrong type is not entered."""
@@ -15,8 +17,13 @@ def all_fields(config: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
     for attribute in attrs.fields(type(config)):
         value, kind = getattr(config, attribute.name), kinds[attribute.name]
         yield at + attribute.name, value, kind
-        if attrs.has(type(value)) and has_type(value, kind):
+        if is_section(kind) and attrs.has(type(value)) and has_type(value, kind):
             yield from all_fields(value, f"{at}{attribute.name}.")
+
+
+def is_section(kind: Any) -> bool:
+    """Whether a field's type is a config, which has fields of its own."""
+    return any(attrs.has(arm) for arm in (kind, *get_args(kind)))
 
 
 def has_type(value: Any, kind: Any) -> bool:
@@ -38,7 +45,12 @@ def has_type(value: Any, kind: Any) -> bool:
         )
     if isinstance(value, int) and kind in (int, float):
         return not isinstance(value, bool) and -(2**63) <= value < 2**63
-    return isinstance(value, kind)
+    try:
+        return isinstance(value, kind)
+    except (
+        Exception
+    ):  # a Protocol looks at the value's attributes, which may be functions that fail
+        return False
 
 
 def type_in_words(kind: Any) -> str:
@@ -51,6 +63,8 @@ def type_in_words(kind: Any) -> str:
     if get_origin(kind) in (Union, UnionType):
         words = " or ".join(type_in_words(arm) for arm in arms if arm is not NoneType)
         return f"{words}, or leave it out" if NoneType in arms else words
+    if kind is FamilyRecord:
+        return "a Family record, in code"
     if kind is Callable:
         return "a function, in code"
     words = {int: "integer", float: "number", bool: "true or false", str: "string"}

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 from attrs import frozen
 
+from megafn.pure.config.family_record import FamilyRecord
+
 
 @frozen(kw_only=True)
 class ModelConfig:
     """The architecture. Lengths are in tokens; a field left None follows from the others (see the properties)."""
 
-    family: str = "gpt"
+    family: str | FamilyRecord = "gpt"  # "gpt", "bert", "t5", or a `Family`
     num_layers: int
     hidden_size: int
     num_attention_heads: int
@@ -88,11 +90,6 @@ class ModelConfig:
     @property
     def decoder_length(self) -> int:
         return self.decoder_seq_length if self.decoder_seq_length is not None else self.seq_length
-
-    @property
-    def sample_tokens(self) -> int:
-        """Tokens of one sample: of T5, those of encoder and decoder."""
-        return self.seq_length + (self.decoder_length if self.family == "t5" else 0)
 
     @property
     def gated(self) -> bool:
@@ -303,19 +300,6 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     50260
     """
     return -(-vocab_size // tp) * tp
-
-
-def split_rank(parallel: ParallelConfig, model: ModelConfig | None) -> int | None:
-    """The pipeline stage at which T5's decoder begins; None where one stage holds both halves, and for other families.
-
-    >>> model = ModelConfig(family="t5", num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
-    >>> split_rank(ParallelConfig(pp=4), model), split_rank(ParallelConfig(pp=4), None)
-    (2, None)
-    """
-    if model is None or model.family != "t5" or parallel.pp == 1:
-        return None
-    given = parallel.pipeline_model_parallel_split_rank
-    return given if given is not None else parallel.pp // 2
 
 
 def num_micro_batches(config: TrainConfig, dp: int) -> int:

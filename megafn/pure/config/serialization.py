@@ -15,7 +15,8 @@ import tomli_w
 from cattrs import AttributeValidationNote, ClassValidationError, Converter, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
 
-from megafn.pure.config.field_types import has_type, type_in_words
+from megafn.pure.config.family_record import FamilyRecord
+from megafn.pure.config.field_types import has_type, is_section, type_in_words
 from megafn.pure.config.problems import ConfigError, Problem, config_error, did_you_mean
 from megafn.pure.config.records import TrainConfig
 
@@ -32,6 +33,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
     def plain(value: Any, at: str) -> Any:
         if attrs.has(type(value)):
+            if isinstance(value, FamilyRecord):
+                return value.name
             fields = ((a.name, getattr(value, a.name)) for a in attrs.fields(type(value)))
             return {
                 name: plain(item, f"{at}.{name}" if at else name)
@@ -61,12 +64,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def without_functions(config: Any) -> Any:
-    """The same config without what no file can hold: functions are None.
+    """The same config without what no file can hold: functions are None, a family's record is its name.
 
     >>> from megafn.pure.config.records import OptimizerConfig
     >>> without_functions(OptimizerConfig(lr_mult=0.5, lr_scale_cond=lambda name, parameter: "bias" in name)).lr_scale_cond is None
     True
     """
+    if isinstance(config, FamilyRecord):
+        return config.name
     values = {a.name: getattr(config, a.name) for a in attrs.fields(type(config))}
     changed = {
         name: without_functions(value) if attrs.has(type(value)) else None
@@ -175,9 +180,7 @@ def _converter() -> Converter:
     converter.register_structure_hook_factory(attrs.has, section)
     for kind in (bool, int, float, str):  # cattrs's own hooks of these convert
         converter.register_structure_hook(kind, leaf)
-    converter.register_structure_hook_func(
-        lambda kind: not any(map(attrs.has, (kind, *get_args(kind)))), leaf
-    )
+    converter.register_structure_hook_func(lambda kind: not is_section(kind), leaf)
     return converter
 
 

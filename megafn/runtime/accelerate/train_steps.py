@@ -11,10 +11,9 @@ import torch
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
-from megafn.runtime.families.bert import hide_padding
-from megafn.runtime.families.built_in import step_fn
+from megafn.runtime.families.built_in import family_of, step_fn
 from megafn.runtime.families.step import Batch, Step
-from megafn.runtime.model.losses import Loss, cross_entropy
+from megafn.runtime.model.losses import Loss
 from megafn.runtime.parallel.groups import ProcessGroups
 
 METHODS = {
@@ -70,70 +69,32 @@ def step_from_object(made: Any, config: TrainConfig) -> Step:
                 name,
                 getter(**{key: value for key, value in offered.items() if key in wanted}),
             )
-    call = _call_bert if config.model.family == "bert" else _call
+    call = family_of(config.model.family).train_step_calls.call
     return Step(batch=_batch, forward=partial(_forward, made.forward_step, call), loss=_loss)
 
 
 def _batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Batch:
     batch = {key: torch.as_tensor(value) for key, value in raw.items()}
-    if config.model.family == "bert":
-        if "text" in batch:
-            batch["tokens"] = batch["text"]
-    elif "text" in batch and "tokens" not in batch:  # the micro-batch's shape is that of its inputs
-        batch = {"tokens": batch["text"][:, :-1], "labels": batch["text"][:, 1:]} | batch
-    elif "tokens" in batch and "labels" in batch:
-        batch["text"] = torch.cat([batch["tokens"], batch["labels"][:, -1:]], dim=1)
+    batch = family_of(config.model.family).train_step_calls.batch(batch)
     return {key: value.to(pg.device, non_blocking=True) for key, value in batch.items()}
 
 
-def _call(
-    seen: list[Any],
-    stage: Any,
-    model: torch.nn.Module,
-    *arguments: Any,
-    labels: torch.Tensor | None = None,
-    **named: Any,
-) -> Any:
-    seen.append(model(*arguments, **named))
-    return (
-        seen[-1]
-        if labels is None or not getattr(stage, "post_process", True)
-        else cross_entropy(seen[-1], labels, stage.pg_collection)
-    )
-
-
-def _call_bert(
-    seen: list[Any],
-    stage: Any,
-    model: torch.nn.Module,
-    tokens: torch.Tensor,
-    padding_mask: torch.Tensor | None = None,
-    *,
-    tokentype_ids: torch.Tensor | None = None,
-    lm_labels: torch.Tensor | None = None,
-) -> Any:
-    seen.append(
-        model(
-            tokens,
-            None,
-            None if padding_mask is None else hide_padding(padding_mask > 0.5),
-            tokentype_ids,
-        )
-    )
-    if lm_labels is None or not getattr(stage, "post_process", True):
-        return seen[-1]
-    logits, order = seen[-1] if isinstance(seen[-1], tuple) else (seen[-1], None)
-    return cross_entropy(logits, lm_labels, stage.pg_collection), order
-
-
 def _forward(forward_step: Callable, call: Callable, model: torch.nn.Module, batch: Batch) -> Any:
-    stage, seen = getattr(model, "module", model), []
-    output, loss = forward_step(iter([batch]), partial(call, seen, stage, model))
-    if not getattr(stage, "post_process", True):
+    """The model's output, with what the train step makes of it: its loss, to be called later."""
+    chunk = getattr(model, "module", model)
+    outputs = []
+
+    def called_model(*inputs: Any, **named: Any) -> Any:
+        output, for_train_step = call(model, chunk, *inputs, **named)
+        outputs.append(output)
+        return for_train_step
+
+    output, loss = forward_step(iter([batch]), called_model)
+    if not getattr(chunk, "post_process", True):
         return output
-    logits = seen[-1] if seen else output
+    logits = outputs[-1] if outputs else output
     first = logits[0] if isinstance(logits, tuple) else logits
-    first.loss_of_step = partial(loss, output)  # travels with the tensor that it is of
+    first.loss_of_step = partial(loss, output)  # travels with the tensor that it belongs to
     return logits
 
 
