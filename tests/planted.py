@@ -1,4 +1,5 @@
-"""Silent errors of the kind that parallel training has had, planted on purpose: what `test_fuzz.py` must find."""
+"""Silent errors of the kind that parallel training has had, planted on purpose: what `test_fuzz.py`
+must find."""
 
 import contextlib
 import math
@@ -155,9 +156,9 @@ def mask_in_one_piece(cut_sequence):
 
 def with_positions(layers, attend_cp):
     def attended(self, *arguments):
-        in_order = lambda sequence, cp, rank, device="cpu": torch.arange(
-            sequence, device=device
-        ).chunk(cp)[rank]  # noqa: E731
+        def in_order(sequence, cp, rank, device="cpu"):
+            return torch.arange(sequence, device=device).chunk(cp)[rank]
+
         with mock.patch.object(layers, "cp_positions", in_order):
             return attend_cp(self, *arguments)
 

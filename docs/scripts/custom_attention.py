@@ -8,7 +8,7 @@ import torch
 
 
 class CappedAttention(torch.nn.Module):
-    """Attention to the last `window` tokens, with scores under a soft cap (Gemma 2, arXiv 2408.00118).
+    """Attention to the last `window` tokens, scores under a soft cap (Gemma 2, arXiv 2408.00118).
 
     Built with the arguments of megafn's own `Attention`. Each tp rank has its share of the heads.
     """
@@ -19,7 +19,7 @@ class CappedAttention(torch.nn.Module):
         self.cap = cap
 
     def forward(self, query, key, value, attention_mask, **options):
-        """query, key, value [sequence, batch, heads / tp, d] -> [sequence, batch, heads / tp * d]."""
+        """query, key, value [sequence, batch, heads, d] -> [sequence, batch, heads * d]."""
         scores = torch.einsum("qbhd,kbhd->bhqk", query, key) / query.size(-1) ** 0.5
         scores = self.cap * torch.tanh(scores / self.cap)
         positions = torch.arange(query.size(0), device=query.device)

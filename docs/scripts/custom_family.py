@@ -1,4 +1,4 @@
-"""A custom family: a masked diffusion language model. Run: torchrun --nproc-per-node 2 custom_family.py"""
+"""A custom family: masked diffusion. Run: torchrun --nproc-per-node 2 custom_family.py"""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ gpt = mf.family_of("gpt")
 
 
 def batch(raw, config, pg):
-    """Hides a random share of each sequence's tokens, which are to be predicted (LLaDA, arXiv 2502.09992).
+    """Hides a random share of each sequence, which is to be predicted (LLaDA, arXiv 2502.09992).
 
     raw: a micro-batch as GPT's data gives it. The draw follows from the tokens, so that all ranks
     that read a micro-batch hide the same ones.
@@ -30,7 +30,7 @@ def batch(raw, config, pg):
 
 
 def loss(logits, batch, pg):
-    """A bound of the negative log-likelihood: the hidden tokens' losses, each over its sequence's share."""
+    """A bound of the negative log-likelihood: hidden tokens' losses over the share hidden."""
     losses = mf.cross_entropy(logits, batch["labels"], pg)  # [batch, sequence]
     hidden = batch["weights"] > 0
     right = (mf.argmax(logits, pg) == batch["labels"]) & hidden

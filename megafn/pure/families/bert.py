@@ -1,4 +1,4 @@
-"""BERT, as far as it can be known without torch: one stack of encoder layers, predicting masked tokens or labels."""
+"""The pure half of BERT: one stack of encoder layers, predicting masked tokens or labels."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ BUILT_IN_SPECS: Mapping[str, FamilySpec] = MappingProxyType(
 
 
 def find_spec(family: object) -> FamilySpec | None:
-    """The spec of what stands in `ModelConfig.family`; None for an unknown name or another object."""
+    """The spec of a value of `ModelConfig.family`; None for an unknown name or another object."""
     if isinstance(family, str):
         return BUILT_IN_SPECS.get(family)
     spec = getattr(family, "spec", None)

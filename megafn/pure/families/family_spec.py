@@ -1,4 +1,4 @@
-"""A family of models, as far as it can be known without torch: its pure half, one record of functions."""
+"""The pure half of a family of models: one record of functions that need no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPT, as far as it can be known without torch: one stack of decoder layers, predicting the next token."""
+"""The pure half of GPT: one stack of decoder layers, predicting the next token."""
 
 from __future__ import annotations
 

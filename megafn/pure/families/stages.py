@@ -37,7 +37,7 @@ def one_stack_layout(parallel: ParallelConfig, model: ModelConfig | None = None)
 def layers_problem(
     layers: int, pp: int, vpp: int, first: int | None, last: int | None
 ) -> str | None:
-    """Why `layers` cannot be cut into pp stages of vpp chunks each, where first and last may be given."""
+    """Why `layers` cannot be cut into pp stages of vpp chunks; first and last may be given."""
     if pp == 1:
         return _single_stage_problem(layers, first, last)
     given = (first or 0) + (last or 0)
@@ -95,7 +95,10 @@ def chunk_sizes(layers: int, pp: int, vpp: int, first: int | None, last: int | N
 def recompute_problem(
     count: int, granularity: str | None, method: str, sizes: set[int]
 ) -> str | None:
-    """Why `count` layers cannot be recomputed at once (uniform) or at all (block) of chunks of `sizes` layers."""
+    """Why `count` layers of each chunk cannot be recomputed, at once (uniform) or at all (block).
+
+    sizes: the numbers of layers that chunks have.
+    """
     if granularity != "full":
         return None
     largest = max(sizes)

@@ -1,4 +1,4 @@
-"""T5, as far as it can be known without torch: an encoder and a decoder, each with pipeline stages of its own."""
+"""The pure half of T5: an encoder and a decoder, each with pipeline stages of its own."""
 
 from __future__ import annotations
 
@@ -131,7 +131,10 @@ def recomputed_layers_fit(
 def _stages_follow_from_the_split(layers: int | None) -> str | None:
     if layers is None:
         return None
-    return "T5's stages are balanced by pipeline_model_parallel_split_rank; set that and leave this out"
+    return (
+        "T5's stages are balanced by pipeline_model_parallel_split_rank; "
+        "set that and leave this out"
+    )
 
 
 stages_follow_from_the_split = tuple(

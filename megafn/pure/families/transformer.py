@@ -25,7 +25,7 @@ def layer_flops(model: ModelConfig, length: int) -> float:
 
 
 def one_stack_flops(model: ModelConfig, sequences: int, head: float) -> float:
-    """Forward and backward operations of one stack of layers and a head of `head` operations a token.
+    """Forward and backward operations of one stack of layers and a head; `head`: a token's there.
 
     A backward pass costs twice a forward one; recomputation is not counted.
     """

@@ -1,4 +1,4 @@
-"""What `validate` requires of a config of any family, as data: choices, ranges, fields without effect, rules.
+"""What `validate` requires of a config of any family: choices, ranges, rules between fields.
 
 Fields are dotted paths, several in one string. What only one family requires is in its spec
 (`pure.families`). What layers, stages and batches must satisfy is megatron-core 0.16.1's:
@@ -455,7 +455,7 @@ def peak_is_shown(peak: float | None, everything: bool) -> str | None:
 
 
 def _without_directory(default: Any) -> Callable[[Any, str | None], str | None]:
-    """What is to be done about a field of `checkpoint` whose default is `default`, without a directory."""
+    """The remedy for a field of `checkpoint` that is not at its default, without a directory."""
 
     def remedy(value: Any, directory: str | None) -> str | None:
         if value != default and directory is None:

@@ -1,4 +1,4 @@
-"""Raw batches, checked: what a batch function reads from a mapping of the user's, and the masks it makes."""
+"""Raw batches, checked: what batch functions read from a user's mapping, and masks for layers."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
 
 
 def check_length(length: int, position_ids: torch.Tensor | None, config: TrainConfig) -> None:
-    """Raises ValueError if sequences of this length cannot be cut, or need more positions than there are.
+    """Raises ValueError if sequences of this length cannot be cut, or have too few positions.
 
     On every rank alike: if only one pipeline stage raised, the others would wait for it.
     """
@@ -146,7 +146,7 @@ def check_length(length: int, position_ids: torch.Tensor | None, config: TrainCo
 
 
 def causal_and_padding_mask(real: torch.Tensor) -> torch.Tensor | None:
-    """From a mask [batch, sequence], 1 = real, to one [batch, 1, sequence, sequence], True = hidden.
+    """From a mask [batch, sequence], 1 = real, to [batch, 1, sequence, sequence], True = hidden.
 
     Causal and padding together; a padding position sees itself, so that no row is empty. None if
     nothing is padded.

@@ -61,7 +61,7 @@ _LABEL_KEYS = {"labels", "classes", "flags", "targets"}
 
 
 def bert_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Batch:
-    """A micro-batch of masked tokens, or of sequences with a label each, from one of two kinds of raw batch.
+    """A micro-batch of masked tokens, or of labelled sequences, from one of two kinds of raw batch.
 
     - text, types, labels, loss_mask, padding_mask (1 = real) [b, s], is_random [b]: as
       megatron-core's dataset gives them.
@@ -124,7 +124,7 @@ def _from_keys(
 
 
 def _token_types(raw: Raw, key: str, real: torch.Tensor, rows: int) -> torch.Tensor:
-    """raw[key] like the tokens, 0 for padding; checked against the rows of the table, 0: no table."""
+    """raw[key] like the tokens, 0 for padding; rows: of their table, 0 if there is none."""
     types = torch.zeros_like(real, dtype=torch.long)
     if given(raw, key):
         types = integers(raw, key, real.shape).masked_fill(~real, 0)
@@ -242,7 +242,7 @@ def bert_forward(model: torch.nn.Module, batch: Batch) -> Any:
 
 
 def weigh_sentence_pairs(micro_batches: Sequence[Batch], pg: ProcessGroups) -> Sequence[Batch]:
-    """For the loss of sentence order: how many masked tokens the global batch has for each counted pair.
+    """For the loss of sentence order: the global batch's masked tokens for each counted pair.
 
     Raises ValueError, on every rank, if there are no labels at all.
     """
@@ -262,12 +262,12 @@ def weigh_sentence_pairs(micro_batches: Sequence[Batch], pg: ProcessGroups) -> S
 
 
 def bert_loss(output: Any, batch: Batch, pg: ProcessGroups) -> Loss:
-    """Mean loss of masked tokens plus mean loss of sentence order; or the mean loss of labels, counted by sequences.
+    """Mean loss of masked tokens plus mean loss of sentence order; or the mean loss of labels.
 
     Both means are over the whole global batch. Everything is divided by the number of masked
     tokens, so a sentence pair's loss is weighed by their number over that of pairs. Labels:
     cross-entropy of one class, binary cross-entropy of several (the mean over num_labels), or mean
-    squared error, as transformers' MegatronBertForSequenceClassification.
+    squared error, as transformers' MegatronBertForSequenceClassification, counted by sequences.
     """
     if "labels" not in batch:
         return _label_loss(output, batch, pg)
@@ -420,7 +420,10 @@ def _pooled(chunk: Chunk, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class BertDataset(BERTMaskedWordPieceDataset):
-    """Samples as tensors [sequence]: text, types, labels, loss_mask, padding_mask (1 = real), and is_random, truncated []."""
+    """Samples as tensors: text, types, labels, loss_mask, padding_mask (1 = real) [sequence].
+
+    And is_random, truncated [].
+    """
 
     def _build_sample_index(self, sequence_length: int, sentences: int) -> np.ndarray:
         return sample_index(self, sequence_length, sentences)

@@ -20,7 +20,9 @@ def build_chunk(
     post_process: bool,
     vp_stage: int | None,
 ) -> Chunk:
-    """The built-in model function: one chunk of the family's model, initialised by (config.seed, parameter name).
+    """The built-in model function: one chunk of the family's model, with its initial weights.
+
+    They are a function of (config.seed, parameter name), so that every layout begins alike.
 
     A custom model function takes the same arguments and returns a module with what megatron-core's
     schedules ask of it (`config`, `set_input_tensor`, `model_type`, ...); wrapping this one is the

@@ -1,4 +1,4 @@
-"""A family of models, complete in one record of functions; and those of accelerate's train steps."""
+"""A family of models, complete in one record of functions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FamilyData:
 
 
 def next_token_batch(batch: dict[str, torch.Tensor]) -> Batch:
-    """Indexed data's "text" [batch, sequence + 1] beside "tokens" and "labels", whichever is given."""
+    """ "text" [batch, sequence + 1] beside "tokens" and "labels", whichever the batch has."""
     if "text" in batch and "tokens" not in batch:
         # before the rest: the micro-batch's shape is that of its inputs
         text = batch["text"]
@@ -58,7 +58,7 @@ def call_for_token_losses(
 
 @frozen(kw_only=True)
 class TrainStepCalls:
-    """How accelerate's train steps, which know Megatron-LM's models, read batches and call the model.
+    """How accelerate's train steps, written for Megatron-LM, read batches and call the model.
 
     batch(batch): gives tensors the names that the train steps know.
     call(model, chunk, *inputs, **named) -> (the model's output, what the train step gets): `chunk`

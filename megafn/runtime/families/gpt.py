@@ -227,10 +227,10 @@ def gpt_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
         create_attention_mask=data.reset_attention_mask,
         blend=(["megafn"], None),
         split="1",  # `build_dataset` is given the documents of the split
-        # "" (None means a folder beside the data): each rank builds the indices in memory. In a cache
-        # folder megatron-core writes them on global rank 0 only, not atomically, and the others wait
-        # at a barrier: a second host has no files, a second run reads half of one, and an error on
-        # rank 0 hangs the rest.
+        # "" (None means a folder beside the data): each rank builds the indices in memory. In a
+        # cache folder megatron-core writes them on global rank 0 only, not atomically, and the
+        # others wait at a barrier: a second host has no files, a second run reads half of one, and
+        # an error on rank 0 hangs the rest.
         path_to_cache="",
     )
 

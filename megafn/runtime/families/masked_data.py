@@ -1,4 +1,4 @@
-"""What BERT's and T5's datasets of masked tokens share: megatron-core's, over documents of sentences."""
+"""What BERT's and T5's datasets share: masked tokens in documents of sentences."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ Batch = Mapping[str, torch.Tensor]
 class Step:
     """The functions of a step; exchange one with `attrs.evolve`, or write batch, forward and loss.
 
-    batch(raw, config, pg) -> dict of tensors: makes of one micro-batch, as the user's data gives it,
-        tensors [batch, sequence] of whole sequences (context parallelism cuts them afterwards). An
+    batch(raw, config, pg) -> dict of tensors: reads one micro-batch, as the user's data gives it,
+        into tensors [batch, sequence] of whole sequences (context parallelism cuts them later). An
         encoder-decoder's second sequence is called "decoder_tokens": pipeline stages send both.
     forward(model, batch) -> logits [sequence / cp, batch, vocabulary / tp] on the last pipeline
         stage, or whatever the loss reads, a tuple too; what an earlier stage returns is sent to the
@@ -40,7 +40,10 @@ class Step:
 
 
 def tokens_of(batch: Batch) -> torch.Tensor:
-    """The tensor [batch, sequence] whose shape is the micro-batch's: "tokens", or the first with two dimensions."""
+    """The tensor [batch, sequence] that gives the micro-batch's shape.
+
+    "tokens", or else the first one with two dimensions. Raises ValueError if there is none.
+    """
     tokens = batch.get("tokens")
     if tokens is not None:
         return tokens
@@ -53,7 +56,7 @@ def tokens_of(batch: Batch) -> torch.Tensor:
 
 
 def cut_sequence(batch: Batch, pg: ProcessGroups) -> Batch:
-    """A micro-batch cut over context parallel: of each [batch, sequence, ...] this rank's part of the sequence.
+    """A micro-batch cut over context parallel: this rank's part of each [batch, sequence, ...].
 
     A mask [batch, 1, queries, keys] is cut by its queries. Raises ValueError unless 2 * cp divides
     the sequence.

@@ -24,6 +24,7 @@ from megatron.core.datasets.t5_dataset import (
 from megatron.core.models.common.embeddings.relative_pos_embedding import RelativePositionEmbedding
 from megatron.core.tensor_parallel.mappings import scatter_to_tensor_model_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
 from megafn.pure.config.problems import ConfigError
@@ -68,9 +69,9 @@ _KEYS = "'text_enc', 'text_dec' and 'labels', or 'input_ids' and 'labels'"
 
 
 def t5_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Batch:
-    """A micro-batch of an encoder-decoder from one of two kinds of raw batch; s tokens to read, t to write.
+    """A micro-batch of an encoder-decoder from one of two kinds of raw batch.
 
-    Masks are 1 = real.
+    s tokens to read, t to write; masks are 1 = real.
     - text_enc [b, s], text_dec, labels, loss_mask [b, t], enc_mask [b, s], dec_mask [b, t]: as
       megatron-core's dataset gives them.
     - input_ids [b, s], labels [b, t] (-100: no loss), and if given attention_mask [b, s],
@@ -142,7 +143,7 @@ def _from_keys(
 
 
 def _shifted_right(labels: torch.Tensor, start: int) -> torch.Tensor:
-    """Decoder inputs: before each label the one that precedes it, `start` before the first and for -100."""
+    """Decoder inputs: for each label the one before it; `start` for the first, and for -100."""
     first = torch.full_like(labels[:, :1], IGNORE)
     shifted = torch.cat([first, labels[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == IGNORE, start)
@@ -187,9 +188,9 @@ def t5_forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def t5_modules(plan: ChunkPlan) -> dict[str, torch.nn.Module | None]:
-    """Layers of the encoder before the stage at which the decoder begins, of the decoder from it on.
+    """Layers of the encoder on its stages, of the decoder on its own; without a pipeline both.
 
-    Without a pipeline both. The first stage of each half begins with an embedding.
+    The first stage of each half begins with an embedding.
     """
     split = decoder_stage(plan.config.parallel)
     stage = plan.pg.place.pp
@@ -232,8 +233,11 @@ def _no_half(half: str) -> dict[str, None]:
     return {half: None, f"{half}_relative_pos_emb": None}
 
 
-def _half_block(plan: ChunkPlan, layers: int, stages: int, layer: Any) -> TransformerBlock:
-    """This stage's layers of one half, which is a pipeline of its own: its rank and size number the layers."""
+def _half_block(plan: ChunkPlan, layers: int, stages: int, layer: ModuleSpec) -> TransformerBlock:
+    """This stage's layers of one half.
+
+    To megatron-core a half is a pipeline of its own, whose rank and size number the layers.
+    """
     half = plan.pg.half
     mcore = copy.copy(plan.mcore)
     mcore.num_layers = layers
@@ -250,7 +254,7 @@ def _half_block(plan: ChunkPlan, layers: int, stages: int, layer: Any) -> Transf
 
 
 def _relative_positions(plan: ChunkPlan, *, both_ways: bool) -> RelativePositionEmbedding | None:
-    """The table of one half's relative positions, which each of its layers reads: every stage has a copy."""
+    """The table of one half's relative positions. Each layer reads it: every stage has a copy."""
     model = plan.config.model
     if model.position_embedding != "relative":
         return None
@@ -292,7 +296,7 @@ def t5_tie_tables(chunk: Chunk) -> None:
 
 
 def t5_receive(chunk: Chunk, hidden: torch.Tensor | None) -> None:
-    """Keeps what the previous stage sent, [s (+ t) (/ tp), batch, hidden]: it is for both halves."""
+    """Keeps what the previous stage sent, [s (+ t) (/ tp), batch, hidden], for both halves."""
     chunk.received = hidden
 
 
@@ -304,8 +308,9 @@ def t5_chunk_forward(
     decoder_attention_mask: torch.Tensor | None = None,
     cross_attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """tokens [batch, s], decoder_tokens [batch, t] -> logits [t, batch, padded vocabulary / tp] on the last stage.
+    """tokens [batch, s], decoder_tokens [batch, t] -> on the last stage, logits.
 
+    Logits [t, batch, padded vocabulary / tp]; on earlier stages what the next one receives.
     Masks are bool, True = hidden: attention_mask [batch or 1, 1, s or 1, s], decoder_attention_mask
     [batch or 1, 1, t, t] with causality in it (None: only causal), cross_attention_mask
     [batch or 1, 1, t or 1, s].

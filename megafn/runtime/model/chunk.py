@@ -1,4 +1,4 @@
-"""The one torch module of megafn's models: a chunk of a pipeline stage, made of a family's functions."""
+"""The one torch module of megafn's models: a chunk of a pipeline stage, of any family."""
 
 from __future__ import annotations
 

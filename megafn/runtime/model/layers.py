@@ -102,7 +102,7 @@ def _interleaving(parallel: ParallelConfig, *, on_cpu: bool) -> dict[str, Any]:
         return {}
     settings = {"virtual_pipeline_model_parallel_size": parallel.vpp}
     if on_cpu:
-        # batched messages are paired wrongly on gloo with two stages, which also reads freed outputs
+        # with two stages gloo pairs batched messages wrongly, and it reads freed outputs
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     return settings
 
@@ -124,7 +124,7 @@ def _recomputation(recompute: RecomputeConfig) -> dict[str, Any]:
 
 
 class Norm(torch.nn.Module):
-    """LayerNorm or RMSNorm as torch computes them, with parameters that know sequence parallelism."""
+    """LayerNorm or RMSNorm as torch computes them, also under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
@@ -145,7 +145,9 @@ class Norm(torch.nn.Module):
 
 
 class Attention(MegatronModule):
-    """Core attention by torch's `scaled_dot_product_attention` (flash kernels, no causal mask in memory).
+    """Core attention by torch's `scaled_dot_product_attention`.
+
+    It has flash kernels, and a causal mask is not in memory.
 
     query [sq, batch, heads / tp, d], key and value [sk, batch, groups / tp, d] -> context
     [sq, batch, heads / tp * d]. The mask is bool [batch or 1, 1, sq or 1, sk], True = hidden, or of
@@ -200,7 +202,7 @@ class Attention(MegatronModule):
     def _with_causality(
         self, mask: torch.Tensor | None, positions: torch.Tensor
     ) -> torch.Tensor | None:
-        """A mask of keys only [.., 1, sk], and if attention is causal, its part for queries at `positions`."""
+        """A mask of keys [.., 1, sk]; if attention is causal, it hides keys after `positions` too."""
         if mask is None or not self.causal or mask.size(-2) > 1:
             return mask
         keys = torch.arange(mask.size(-1), device=mask.device)
@@ -292,7 +294,7 @@ def _linear_with_bias(
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """megatron-core's, with the bias added in the matrix product if there is no tensor parallelism."""
+    """megatron-core's, with the bias in the matrix product if there is no tensor parallelism."""
 
     def forward(self, input_: torch.Tensor, weight: torch.Tensor | None = None, **options: Any):
         if self.tp_group.size() == 1:
@@ -301,7 +303,7 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """megatron-core's, with the bias added in the matrix product if there is no tensor parallelism."""
+    """megatron-core's, with the bias in the matrix product if there is no tensor parallelism."""
 
     def forward(self, input_: torch.Tensor):
         if self.tp_group.size() == 1:

@@ -91,7 +91,7 @@ def output_layer(
 
 
 def tie_word_tables(chunk: Chunk) -> None:
-    """The output layer and the word table of the first stage, if they are one: megatron-core's marks."""
+    """megatron-core's marks on the output layer and on the word table of the first stage."""
     embeds_only = chunk.pre_process and not chunk.post_process
     if embeds_only or hasattr(chunk, "output_layer"):
         chunk.setup_embeddings_and_output_layer()

@@ -1,4 +1,4 @@
-"""Tables of which several pipeline stages hold a copy: marking them, and summing their gradients."""
+"""Tables of which several pipeline stages hold a copy: their marks, and their gradients' sum."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def mark_copy(
 
 
 def finalize_grads(chunks: list[torch.nn.Module], *arguments: Any, **options: Any) -> None:
-    """megatron-core's `finalize_model_grads`, which sums over `embd` and `pos_embd`, then the sums over copies of other tables."""
+    """megatron-core's `finalize_model_grads`, then the sums over copies of other tables.
+
+    megatron-core itself sums over the groups `embd` and `pos_embd`.
+    """
     finalize_model_grads(chunks, *arguments, **options)
     for chunk in chunks:
         for parameter in chunk.parameters():

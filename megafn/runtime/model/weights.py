@@ -1,4 +1,4 @@
-"""Parameters by their names in the whole model: which part of each is here, and its initial value."""
+"""Parameters by their names in the whole model: the part that is here, and initial values."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ class LocalParameter:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, self.dim)
 
     def join(self, parts: Iterable[torch.Tensor]) -> torch.Tensor:
-        """The whole parameter from the parts of all tp ranks, in their order: the inverse of `cut`."""
+        """The whole parameter from the parts of all tp ranks, in order: the inverse of `cut`."""
         parts = list(parts)
         if self.dim is None:
             return parts[0]
         blocks_of_ranks = (part.chunk(self.stride, self.dim) for part in parts)
-        blocks = [torch.cat(block, self.dim) for block in zip(*blocks_of_ranks)]
+        blocks = [torch.cat(block, self.dim) for block in zip(*blocks_of_ranks, strict=True)]
         padded = torch.cat(blocks, self.dim)
         return padded.narrow(self.dim, 0, self.shape[self.dim])
 
@@ -104,7 +104,7 @@ def local_parameters(
 
 
 def _layers_in_the_whole_model(chunk: torch.nn.Module) -> dict[str, str]:
-    """Names of the chunk's layers: "decoder.layers.0" of a second stage may be "decoder.layers.4"."""
+    """Names of the chunk's layers: on a second stage "decoder.layers.0" may be number 4."""
     names = {}
     for name, module in chunk.named_modules():
         if _LAYER.search(name):
@@ -121,7 +121,7 @@ def _name_in_the_whole_model(name: str, layers: dict[str, str]) -> str:
 
 
 def initial_value(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> torch.Tensor:
-    """The first value of a parameter of the whole model, fp32, from the distribution in its family's spec.
+    """The first value of a parameter of the whole model, fp32, as its family's spec has it.
 
     A function of (seed, name), so that every layout begins with the same weights.
     """
@@ -146,7 +146,10 @@ def initialize_weights(
 def whole_parameters(
     chunks: Iterable[torch.nn.Module], model: ModelConfig, pg: ProcessGroups
 ) -> dict[str, torch.Tensor]:
-    """The parameters of this process's stage, gathered over tp: {name in the whole model: whole tensor}."""
+    """The parameters of this process's stage, gathered over tp.
+
+    {name in the whole model: tensor of the whole shape}; collective over tp.
+    """
     whole = {}
     for chunk in chunks:
         for part in local_parameters(chunk, model, pg):
