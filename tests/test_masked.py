@@ -162,7 +162,7 @@ def beside_megatron(made, folder):
             made, mf.byte_tokenizer()
         )
         settings.path_to_cache = folder
-        theirs = kind.__mro__[2](
+        theirs = kind.__mro__[1](
             ours.dataset,
             ours.dataset_path,
             ours.indices,
@@ -171,7 +171,7 @@ def beside_megatron(made, folder):
             settings,
         )
         assert (
-            kind.__mro__[2].__module__.startswith("megatron")
+            kind.__mro__[1].__module__.startswith("megatron")
             and type(theirs)._build_sample_index is not kind._build_sample_index
         )
         keys = (
