@@ -36,7 +36,7 @@ def halves(
         model=attrs.evolve(
             model,
             family="gpt",
-            seq_length=model.sample_tokens,
+            seq_length=mf.sample_tokens(model),
             decoder_seq_length=None,
             num_decoder_layers=None,
         ),
@@ -257,7 +257,7 @@ def demo(*, folder: str | None = None, iterations: int | None = None, family: st
         baseline = entropy(predicted(held_out, config, pg))
     last, speed = history[-1], sorted(m.tokens_per_second for m in history)[len(history) // 2]
     draw(history, baseline, Path(folder, "curves.png"))
-    tokens = config.global_batch_size * config.model.sample_tokens * config.train_iters
+    tokens = config.global_batch_size * mf.sample_tokens(config.model) * config.train_iters
     rows = [
         ("layout", layout_name(config, world)),
         ("tokens trained on", f"{tokens:,} ({speed:,.0f} a second, median)"),

@@ -1,4 +1,5 @@
-"""Random products of layout x model x features, each held to the law; a case is a flat dict that a command line can repeat."""
+"""Random products of layout x model x features, each held to the law; a case is a flat dict that a
+command line can repeat."""
 
 import json
 
@@ -31,11 +32,12 @@ CUT = (
 HOW = ("use_distributed_optimizer", "granularity", "method")
 
 
-# ------------------------------------------------------------------------------------------------------------ data
+# --------------------------------------------------------------------------------------------- data
 
 
 def lopsided(config, iteration):
-    """Only the last quarter of each sequence counts: under context parallelism some ranks hold none of it."""
+    """Only the last quarter of each sequence counts: under context parallelism some ranks hold none
+    of it."""
     rows = uneven(config, iteration)
     for row in rows:
         row["loss_mask"] = (
@@ -77,7 +79,8 @@ def whole_sum(here, pg):
 
 
 def smoothed(logits, batch, pg):
-    """Cross-entropy with labels smoothed by 0.1 over the whole vocabulary (arXiv 1512.00567), which is cut over tp."""
+    """Cross-entropy with labels smoothed by 0.1 over the whole vocabulary (arXiv 1512.00567), which
+    is cut over tp."""
     real = torch.arange(logits.size(-1)) + pg.place.tp * logits.size(-1) < 97
     mean = whole_sum((logits.float() * real).sum(-1), pg).t() / 97
     losses = 0.9 * cross_entropy(logits, batch["labels"], pg) + 0.1 * (
@@ -86,7 +89,7 @@ def smoothed(logits, batch, pg):
     return mf.Loss(sum=(losses * batch["loss_mask"]).sum(), count=batch["loss_mask"].sum())
 
 
-# ----------------------------------------------------------------------------------------------------------- cases
+# -------------------------------------------------------------------------------------------- cases
 
 
 def config_of(case):
@@ -101,7 +104,8 @@ def config_of(case):
 
 
 def reference_of(case):
-    """The case that it is held to: the single process, or, with dropout, the same layout with nothing sharded or recomputed."""
+    """The case that it is held to: the single process, or, with dropout, the same layout with
+    nothing sharded or recomputed."""
     if case.get("hidden_dropout") or case.get("attention_dropout"):
         return {key: value for key, value in case.items() if key not in HOW}
     return {key: value for key, value in case.items() if key not in CUT + HOW} | {"processes": 1}
@@ -109,7 +113,8 @@ def reference_of(case):
 
 @st.composite
 def cases(draw, processes=(2, 2, 2, 4, 4, 4, 4, 8), data=tuple(DATA)):
-    """A case that `validate` accepts; simpler ones come first, so that a failure shrinks to few features."""
+    """A case that `validate` accepts; simpler ones come first, so that a failure shrinks to few
+    features."""
     case = {"processes": draw(st.sampled_from(processes))}
     left, case["data"] = case["processes"], draw(st.sampled_from(data))
     for axis in draw(st.permutations(["tp", "pp", "cp"])):
@@ -179,7 +184,8 @@ def step_of(case):
 
 
 def hold(case, pool, references, bug=None):
-    """Raises AssertionError where a case breaks the law, with the command that repeats it. references: a dict that is filled."""
+    """Raises AssertionError where a case breaks the law, with the command that repeats it.
+    references: a dict that is filled."""
 
     def reference(base):
         key = json.dumps(base, sort_keys=True)
@@ -200,13 +206,15 @@ def hold(case, pool, references, bug=None):
                 assert_equal(one, [as_whole(other)])
     except Exception as error:
         error.add_note(
-            f"repeat it: python -m pytest tests/test_fuzz.py -k given_case --case '{json.dumps(case)}'"
+            "repeat it: python -m pytest tests/test_fuzz.py -k given_case "
+            f"--case '{json.dumps(case)}'"
         )
         raise
 
 
 def as_whole(result):
-    """A rank's result, in which what it holds of each parameter counts as the whole: another run of the layout has the same there."""
+    """A rank's result, in which what it holds of each parameter counts as the whole: another run of
+    the layout has the same there."""
     curve, *ends = result
     return curve, *(
         [(name, value, tuple(value.shape), None, 1, 1, 0) for name, value, *_ in end]

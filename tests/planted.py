@@ -1,4 +1,5 @@
-"""Silent errors of the kind that parallel training has had, planted on purpose: what `test_fuzz.py` must find."""
+"""Silent errors of the kind that parallel training has had, planted on purpose: what `test_fuzz.py`
+must find."""
 
 import contextlib
 import math
@@ -50,8 +51,7 @@ def patches(name):
     from megatron.core.tensor_parallel import random
 
     import combinations
-    from megafn.runtime.model import chunk as models
-    from megafn.runtime.model import layers, losses
+    from megafn.runtime.model import layers, losses, parts
     from megafn.runtime.training import forward_backward as passes
     from megafn.runtime.training import setup
 
@@ -82,7 +82,7 @@ def patches(name):
         ],
         "mean of means": lambda: [(combinations, "step_of", with_means(combinations.step_of))],
         "padded vocabulary takes part": lambda: [
-            (models._HidePadding, "apply", lambda logits, count: logits)
+            (parts._HidePadding, "apply", lambda logits, count: logits)
         ],
         "bias of each tp rank counts": lambda: [
             (layers.RowLinear, "forward", times_tp(layers.RowLinear.forward))
@@ -94,7 +94,7 @@ def patches(name):
             (layers.Attention, "_attend_cp", with_positions(layers, layers.Attention._attend_cp))
         ],
         "angles of local positions": lambda: [
-            (models.Chunk, "_angles", local_angles(models.Chunk._angles))
+            (parts, "rotary_angles", local_angles(parts.rotary_angles))
         ],
         "recomputation draws other dropout": lambda: [(random, "_set_all_rng_states", nothing)],
     }[name]()
@@ -156,9 +156,9 @@ def mask_in_one_piece(cut_sequence):
 
 def with_positions(layers, attend_cp):
     def attended(self, *arguments):
-        in_order = lambda sequence, cp, rank, device="cpu": torch.arange(
-            sequence, device=device
-        ).chunk(cp)[rank]  # noqa: E731
+        def in_order(sequence, cp, rank, device="cpu"):
+            return torch.arange(sequence, device=device).chunk(cp)[rank]
+
         with mock.patch.object(layers, "cp_positions", in_order):
             return attend_cp(self, *arguments)
 
@@ -166,8 +166,8 @@ def with_positions(layers, attend_cp):
 
 
 def local_angles(angles):
-    def of_first_positions(self, tokens, position_ids):
-        with mock.patch.object(self, "cp_group", SimpleNamespace(size=lambda: 1)):
-            return angles(self, tokens, None)
+    def of_first_positions(chunk, tokens, position_ids):
+        with mock.patch.object(chunk, "cp_group", SimpleNamespace(size=lambda: 1)):
+            return angles(chunk, tokens, None)
 
     return of_first_positions

@@ -19,7 +19,7 @@ from pool import PoolError, run_script
 
 REMEDY = re.compile(
     r"\b(give|choose|start|set|name|write|remove|convert|raise|shorten|pad|pass|correct|leave|change|did you mean|"
-    r"is wanted|are wanted|seed and shard|tokenise|mend|keep|lower)\b"
+    r"must|expected|is wanted|are wanted|seed and shard|tokenise|mend|keep|lower)\b"
 )
 
 
@@ -78,7 +78,7 @@ def assert_clear(text, *parts):
         (1, {"hidden_size": 30}, ["model.hidden_size = 30", "num_attention_heads = 4"]),
         (1, {"family": "gtp"}, ["model.family = 'gtp'", 'did you mean "gpt"?']),
         (1, {"train_iters": None}, ["train_iters = None", "train_samples"]),
-        (1, {"lr": -1.0}, ["schedule.lr = -1.0", "0 or more"]),
+        (1, {"lr": -1.0}, ["schedule.lr = -1.0", "at least 0"]),
         (1, {"micro_batch_size": "2"}, ["micro_batch_size = '2'", "integer"]),
         (1, {}, ["data = None", "give train your own batches"]),
     ],
@@ -261,7 +261,7 @@ BATCHES = {
     "no labels": ({"tokens": IDS}, ["batch keys = ['tokens']", "'labels'"]),
     "labels None": (
         {"tokens": IDS, "labels": None},
-        ["batch['labels']", "no tensor", "integers of shape [2, 32]"],
+        ["batch['labels']", "not a tensor", "integers of shape [2, 32]"],
     ),
     "float ids": (
         {"input_ids": IDS.float()},
@@ -273,8 +273,8 @@ BATCHES = {
         ["batch['input_ids']", "shape [32]", "[batch, sequence]"],
     ),
     "three dimensions": ({"input_ids": IDS[None]}, ["batch['input_ids']", "shape [1, 2, 32]"]),
-    "ragged": ({"input_ids": [[1, 2], [3]]}, ["batch['input_ids']", "no tensor"]),
-    "words": ({"input_ids": ["some", "words"]}, ["batch['input_ids']", "no tensor"]),
+    "ragged": ({"input_ids": [[1, 2], [3]]}, ["batch['input_ids']", "not a tensor"]),
+    "words": ({"input_ids": ["some", "words"]}, ["batch['input_ids']", "not a tensor"]),
     "no rows": (
         {"input_ids": IDS[:0]},
         ["batch['input_ids']", "shape [0, 32]", "neither of them 0"],

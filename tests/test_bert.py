@@ -1,4 +1,5 @@
-"""BERT obeys the law in every layout, and the single process computes what megatron-core's and transformers' BERT compute."""
+"""BERT obeys the law in every layout, and the single process computes what megatron-core's and
+transformers' BERT compute."""
 
 import contextlib
 from functools import cache, partial
@@ -28,9 +29,10 @@ TYPES = ("regression", "single_label_classification", "multi_label_classificatio
 
 
 def uneven(config, iteration):
-    """One global batch as raw rows, as megatron-core's dataset gives them; what counts is very uneven over the micro-batches.
+    """One global batch as raw rows, as megatron-core's dataset gives them; what counts is very
+    uneven over the micro-batches.
 
-    Some micro-batches predict one token, some every one; some have no pair of sentences that counts.
+    Some micro-batches predict one token, some every one; some have no pair that counts.
     """
     draw = torch.Generator().manual_seed(100 + iteration)
     size, length, rows = config.model.vocab_size, config.model.seq_length, []
@@ -56,7 +58,8 @@ def uneven(config, iteration):
 
 
 def labelled(config, iteration):
-    """The same rows as Hugging Face batches of fine-tuning: a label for each sequence, some of which don't count."""
+    """The same rows as Hugging Face batches of fine-tuning: a label for each sequence, some of
+    which don't count."""
     draw, model = torch.Generator().manual_seed(iteration), config.model
 
     def label(row):
@@ -91,7 +94,7 @@ def obeys(pool, alone, processes, base, layout, data=uneven, *, make=tiny):
     assert_obeys(partial(alone, data=data), make(**base), results)
 
 
-# -------------------------------------------------------------------------------------------------------------- the law
+# ------------------------------------------------------------------------------------------ the law
 
 SP, DIST = dict(sequence_parallel=True), dict(use_distributed_optimizer=True)
 FULL, SELECTIVE = (
@@ -182,9 +185,8 @@ def test_recomputation_with_dropout_changes_no_bit(processes, layout, pool):
         != pool(processes, run_layout, tiny(**base | dict(hidden_dropout=0.0)), uneven)[0][0]
     )
     for recompute in (SELECTIVE, FULL):
-        for (curve, _, end), (again, _, other) in zip(
-            plain, pool(processes, run_layout, tiny(**base, **recompute), uneven)
-        ):
+        recomputed = pool(processes, run_layout, tiny(**base, **recompute), uneven)
+        for (curve, _, end), (again, _, other) in zip(plain, recomputed, strict=True):
             assert curve == again and all(
                 torch.equal(a, b) for (_, a, *_), (_, b, *_) in zip(end, other, strict=True)
             )
@@ -204,7 +206,7 @@ def test_whole_parameters_have_no_row_that_pads_the_vocabulary(pool):
     )
 
 
-# ------------------------------------------------------------------------------ the single process itself is right
+# --------------------------------------------------------------- the single process itself is right
 
 
 def step_config(**shape):
@@ -228,7 +230,8 @@ def one_step(config, batch, backwards=False):
 
 
 def hugging_face_batch(**labels):
-    """Four sequences of 32, 20, 9 and 30 tokens, in which about a third of the tokens is to be predicted."""
+    """Four sequences of 32, 20, 9 and 30 tokens, in which about a third of the tokens is to be
+    predicted."""
     draw = torch.Generator().manual_seed(3)
     n = torch.tensor([32, 20, 9, 30])[:, None]
     ids, at = torch.randint(0, 97, (4, 32), generator=draw), torch.arange(32)[None]
@@ -290,7 +293,7 @@ def as_megatron_bert(whole, model):
                 f"bert.encoder.layer.{i}.attention.self.{name}.{kind}": x.flatten(0, 1)
                 if kind == "weight"
                 else x.flatten()
-                for name, x in zip(("query", "key", "value"), qkv)
+                for name, x in zip(("query", "key", "value"), qkv, strict=True)
             }
     if "output_layer.bias" in whole:
         made |= {
@@ -368,7 +371,8 @@ def test_loss_and_gradients_are_those_of_transformers(problem, pool):
 
 
 def beside_megatron(config, batch):
-    """What the built-in stage and megatron-core's own BertModel with the same weights make of a batch: losses and gradients."""
+    """What the built-in stage and megatron-core's own BertModel with the same weights make of a
+    batch: losses and gradients."""
     from megatron.core import parallel_state
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
     from megatron.core.models.bert.bert_model import BertModel
@@ -433,11 +437,12 @@ def test_loss_and_gradients_are_those_of_megatron_cores_own_model(shape, pool):
         assert_close(name, gradient, expected[name])
 
 
-# ---------------------------------------------------------------------------------------------- logits, steps, batches
+# --------------------------------------------------------------------------- logits, steps, batches
 
 
 def logits_of(config, data, every_stage):
-    """Where this rank stands, the logits of a step and of an evaluation on its share, and those that `megafn.logits` gives of a row."""
+    """Where this rank stands, the logits of a step and of an evaluation on its share, and those
+    that `megafn.logits` gives of a row."""
     config = attrs.evolve(config, return_logits="every_stage" if every_stage else "last_stage")
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
         state, batch = mf.setup(config, pg), share(data(config, 0), config, pg)
@@ -485,7 +490,8 @@ def test_logits_are_those_of_the_single_process_and_lie_where_they_are_asked_for
 
 
 def focal(output, batch, pg):
-    """A loss of one's own, of both heads: likely tokens count less, and nothing is known of the whole global batch."""
+    """A loss of one's own, of both heads: likely tokens count less, and nothing is known of the
+    whole global batch."""
     logits, order = output
     losses = mf.cross_entropy(logits, batch["labels"], pg) * batch["loss_mask"]
     focused = ((1 - (-losses).exp()) * losses).sum()
@@ -509,7 +515,8 @@ def test_a_loss_of_ones_own_obeys_the_law(processes, layout, pool):
 
 
 def halfway(config, directory, at):
-    """As `run_layout`, saved at iteration `at`; or from there on, where a checkpoint is in the directory."""
+    """As `run_layout`, saved at iteration `at`; or from there on, where a checkpoint is in the
+    directory."""
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
         state, curve = mf.setup(config, pg), []
         before = local_parts(state)
@@ -533,7 +540,8 @@ def test_a_checkpoint_goes_on_in_another_layout(pool, alone, tmp_path):
 
 
 class Methods:
-    """A train step of BERT with accelerate's three methods, as its own BertTrainStep is written; the loss by sum and count."""
+    """A train step of BERT with accelerate's three methods, as its own BertTrainStep is written;
+    the loss by sum and count."""
 
     def __init__(self, config):
         pass
@@ -580,7 +588,8 @@ def test_accelerates_three_methods_train_a_bert(shape, processes, layout, pool):
 
 
 def means(config):
-    """The mean losses of each data-parallel rank's own micro-batch, their `avg_losses`, and the report of one evaluation."""
+    """The mean losses of each data-parallel rank's own micro-batch, their `avg_losses`, and the
+    report of one evaluation."""
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
         state, step, batch = (
             mf.setup(config, pg),
@@ -596,9 +605,9 @@ def means(config):
 
 def test_the_report_has_both_losses_and_they_can_be_averaged_over_ranks(pool):
     first, second = pool(2, means, tiny(**PAIRS, global_batch_size=4))
-    for (a, b), averaged, report in (first, second):
+    for _, averaged, report in (first, second):
         assert averaged.tolist() == pytest.approx(
-            [float(x + y) / 2 for x, y in zip(first[0], second[0])], rel=1e-5
+            [float(x + y) / 2 for x, y in zip(first[0], second[0], strict=True)], rel=1e-5
         )
         assert report.report.keys() == {"lm_loss", "sop_loss"} and report.loss == pytest.approx(
             sum(report.report.values()), rel=1e-5
@@ -607,31 +616,33 @@ def test_the_report_has_both_losses_and_they_can_be_averaged_over_ranks(pool):
 
 IDS = torch.zeros(2, 8, dtype=torch.long)
 WRONG = {
-    "not a mapping": ([1], {}, "batch = list: a mapping with 'input_ids', or with 'text'"),
+    "not a mapping": ([1], {}, "batch = list: expected a mapping with 'input_ids', or 'text'"),
     "other keys": (
         {"tokens": IDS},
         {},
-        "batch keys = ['tokens']: 'input_ids', or 'text', 'labels' and 'loss_mask', are wanted",
+        "batch keys = ['tokens']: expected 'input_ids', or 'text', 'labels' and 'loss_mask'",
     ),
     "types without a table": (
         {"input_ids": IDS, "token_type_ids": IDS + 1},
         {},
-        "batch['token_type_ids'] from 1 to 1: the table of token types has model.num_tokentypes = 0 rows",
+        "batch['token_type_ids'] from 1 to 1: the table of token types has "
+        "model.num_tokentypes = 0 rows",
     ),
     "an order that is none": (
         {"text": IDS, "labels": IDS, "is_random": [0, 2]},
         PAIRS,
-        "batch['is_random'] = torch.int64 of shape [2]: 0, 1 or -1 (no loss) of shape [2] are wanted",
+        "batch['is_random'] = torch.int64 of shape [2]: expected 0, 1 or -1 (no loss) of shape [2]",
     ),
     "no order": (
         {"input_ids": IDS, "labels": IDS},
         PAIRS,
-        "'next_sentence_label' [batch] is wanted for the binary head; give it, or leave model.bert_binary_head out",
+        "expected 'next_sentence_label' [batch] for the binary head; "
+        "give it, or leave model.bert_binary_head out",
     ),
     "a padding mask that is none": (
         {"text": IDS, "labels": IDS, "padding_mask": IDS + 192},
         {},
-        "batch['padding_mask'] holds 192: zeros and ones",
+        "batch['padding_mask'] holds 192: expected zeros and ones",
     ),
     "a token outside": (
         {"input_ids": IDS + 97},
@@ -646,12 +657,12 @@ WRONG = {
     "a class outside": (
         {"input_ids": IDS, "labels": [0, 3]},
         dict(num_labels=3),
-        "single_label_classification wants integers 0 to 2, or -100 (no loss)",
+        "expected integers 0 to 2, or -100 (no loss), for single_label_classification",
     ),
     "too few flags": (
         {"input_ids": IDS, "labels": [[0.0, 1.0]] * 2},
         dict(num_labels=3),
-        "multi_label_classification of 3 labels wants 3 for each of 2 rows",
+        "expected 3 for each of 2 rows, for multi_label_classification with 3 labels",
     ),
     "no labels of a step": (
         {"input_ids": IDS},
@@ -661,7 +672,7 @@ WRONG = {
     "flags that are none": (
         {"input_ids": IDS, "labels": [[0.0, 2.0]] * 2},
         dict(num_labels=2),
-        "multi_label_classification wants values from 0 to 1",
+        "expected values from 0 to 1 for multi_label_classification",
     ),
 }
 

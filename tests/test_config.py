@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megafn.pure.config import serialization
+from megafn.pure.config.family_record import FamilyRecord
 from megafn.pure.config.field_types import all_fields, has_type
 from megafn.pure.config.problems import ConfigError, Problem, did_you_mean
 from megafn.pure.config.records import (
@@ -35,7 +36,7 @@ def values_of(kind: Any) -> st.SearchStrategy:
         return whole if kind is int else st.floats(allow_nan=False) | whole
     if kind in (bool, str, types.NoneType):
         return {bool: st.booleans(), str: st.text(), types.NoneType: st.none()}[kind]
-    if get_origin(kind) is Callable:
+    if kind is FamilyRecord or get_origin(kind) is Callable:
         return st.nothing()  # no file holds one
     if get_origin(kind) in (Union, types.UnionType):
         return st.one_of(*map(values_of, get_args(kind)))

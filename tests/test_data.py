@@ -21,7 +21,8 @@ from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megafn.pure.layout import build_groups
 from megafn.runtime.data.batches import batches, group_batches, prefetched
-from megafn.runtime.data.corpora import build_dataset, corpora, gpt_data
+from megafn.runtime.data.corpora import build_dataset, corpora
+from megafn.runtime.families.gpt import gpt_data
 from megafn.runtime.parallel.groups import init_groups
 from megafn.runtime.text.indexing import indexed_text
 from megafn.runtime.text.tokenizer import byte_tokenizer

@@ -11,6 +11,7 @@ import attrs
 import pytest
 
 import megafn as mf
+from megafn.pure.families.built_in import BUILT_IN_SPECS
 from megafn.pure.validation.rules import CHOICES
 from pool import ROOT
 
@@ -137,7 +138,7 @@ def test_the_configuration_page_names_every_choice():
         for name, row in rows.items()
         if row[2].strip("`") in CONFIGS
     }
-    for path, choices in CHOICES.items():
+    for path, choices in (CHOICES | {"model.family": tuple(BUILT_IN_SPECS)}).items():
         *section, field = path.split(".")
         meaning = next(
             row[3]

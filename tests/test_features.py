@@ -1,4 +1,5 @@
-"""What a step promises beside equal curves: masks, lengths, counts, dropout, evaluation, logits, and pieces of the user's own."""
+"""What a step promises beside equal curves: masks, lengths, counts, dropout, evaluation, logits,
+and pieces of the user's own."""
 
 import gc
 import time
@@ -25,7 +26,7 @@ def obeys(pool, processes, base, layout, data):
     )
 
 
-# --------------------------------------------------------------------------------------- masks, positions, lengths
+# ------------------------------------------------------------------------ masks, positions, lengths
 
 
 def padded_rows(config, iteration, *, positions=True):
@@ -43,7 +44,8 @@ def padded_rows(config, iteration, *, positions=True):
 
 
 def document_rows(config, iteration):
-    """Rows of three documents each, as megatron-core's dataset gives them with its resets: masks [1, s, s], positions anew."""
+    """Rows of three documents each, as megatron-core's dataset gives them with its resets: masks
+    [1, s, s], positions anew."""
     rows = uneven(config, iteration)
     for i, row in enumerate(rows):
         s = config.model.seq_length
@@ -67,7 +69,8 @@ def key_rows(config, iteration):
 
 
 def growing_rows(config, iteration):
-    """Rows whose length changes from micro-batch to micro-batch, and from one data-parallel rank to the next."""
+    """Rows whose length changes from micro-batch to micro-batch, and from one data-parallel rank to
+    the next."""
     lengths = (8, 32, 16, 24, 32, 8, 8, 16)
     return [
         {
@@ -124,7 +127,7 @@ def test_lengths_may_change_from_micro_batch_to_micro_batch(processes, layout, p
 
 
 def alone_rows(config, iteration, *, row=-1, position=-1):
-    """A global batch in which one token counts: at its last position of the last row, unless told."""
+    """A global batch in which one token counts: the last position of the last row by default."""
     rows = uneven(config, iteration)
     for one in rows:
         one["loss_mask"] = torch.zeros_like(one["loss_mask"])
@@ -177,11 +180,12 @@ def test_padding_changes_neither_logits_nor_loss(base, labels, pool):
         assert (logits2[:, left : left + 24] - logits).abs().max() < 1e-5
 
 
-# ------------------------------------------------------------------------------------------ counts, refusals, records
+# ------------------------------------------------------------------------ counts, refusals, records
 
 
 def refused(config, batch, step):
-    """What this rank raises on a bad global batch, whether weights moved, and loss and grad norm of a good step after it."""
+    """What this rank raises on a bad global batch, whether weights moved, and loss and grad norm of
+    a good step after it."""
     with mf.init_groups(
         mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=20
     ) as pg:
@@ -190,7 +194,8 @@ def refused(config, batch, step):
         with pytest.raises((ValueError, TypeError)) as told:
             mf.train_step(state, share(batch, config, pg), step)
         moved = not all(
-            torch.equal(a, b) for (_, a, *_), (_, b, *_) in zip(before, local_parts(state))
+            torch.equal(a, b)
+            for (_, a, *_), (_, b, *_) in zip(before, local_parts(state), strict=True)
         )
         state, metrics = mf.train_step(
             state, share(uneven(config, 0), config, pg), mf.step_fn("gpt")
@@ -340,7 +345,8 @@ def test_a_step_of_ones_own_obeys_the_law_and_every_rank_is_told_the_same(proces
 
 
 def louder(config, pg, **flags):
-    """A model function of one's own around the built-in one: another initialisation of what writes to the residual stream."""
+    """A model function of one's own around the built-in one: another initialisation of what writes
+    to the residual stream."""
     stage = mf.build_chunk(config, pg, **flags)
     with torch.no_grad():
         for name, parameter in stage.named_parameters():
@@ -359,7 +365,8 @@ def frozen(config, pg, **flags):
 
 
 def run_model(config, model):
-    """As `run_layout`, with a model function: the parameters that moved, and names of those that did not."""
+    """As `run_layout`, with a model function: the parameters that moved, and names of those that
+    did not."""
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
         state, curve = mf.setup(config, pg, model=model), []
         before = local_parts(state)
@@ -368,9 +375,10 @@ def run_model(config, model):
                 state, share(uneven(config, iteration), config, pg), mf.step_fn("gpt")
             )
             curve.append((metrics.loss, metrics.grad_norm))
-        pairs = list(zip(before, local_parts(state)))
+        pairs = list(zip(before, local_parts(state), strict=True))
         moved = [(a, b) for a, b in pairs if not torch.equal(a[1], b[1])]
-        return (curve, *map(list, zip(*moved))), {a[0] for a, b in pairs if torch.equal(a[1], b[1])}
+        still = {a[0] for a, b in pairs if torch.equal(a[1], b[1])}
+        return (curve, *map(list, zip(*moved, strict=True))), still
 
 
 @pytest.mark.parametrize("model", [louder, frozen])
@@ -389,11 +397,12 @@ def test_a_model_function_of_ones_own_obeys_the_law(model, processes, layout, po
     assert alone[0] != pool(1, run_layout, short())[0][0]  # it was this model indeed
 
 
-# --------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 def evaluated(config):
-    """(report before a step, the step's metrics) on one global batch, each step; with and without evaluations between."""
+    """(report before a step, the step's metrics) on one global batch, each step; with and without
+    evaluations between."""
     step, found = mf.step_fn("gpt"), []
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
         state, other = mf.setup(config, pg), mf.setup(config, pg)
@@ -438,7 +447,7 @@ def test_an_evaluation_is_the_training_loss_of_the_same_weights_and_leaves_the_r
 
 
 def dropped(config):
-    """Losses of one batch, evaluated with and without dropout in the config, and trained with it."""
+    """Losses of one batch: evaluated with and without dropout in the config, trained with it."""
     step = mf.step_fn("gpt")
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
         batch, dry = (
@@ -460,7 +469,7 @@ def test_an_evaluation_drops_nothing(pool):
     assert evaluated == dry and abs(trained - dry) > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------ dropout
+# ------------------------------------------------------------------------------------------ dropout
 
 DROPOUT = dict(
     hidden_dropout=0.1, attention_dropout=0.1, init_method_std=0.2
@@ -476,7 +485,14 @@ def largest_difference(left, right):
     worst = 0.0
     for (curve, _, after), (other, _, last) in zip(left, right, strict=True):
         worst = max(
-            [worst, *(abs(a - b) for x, y in zip(curve, other, strict=True) for a, b in zip(x, y))]
+            [
+                worst,
+                *(
+                    abs(a - b)
+                    for x, y in zip(curve, other, strict=True)
+                    for a, b in zip(x, y, strict=True)
+                ),
+            ]
         )
         worst = max(
             [worst, *((a[1] - b[1]).abs().max().item() for a, b in zip(after, last, strict=True))]
@@ -528,7 +544,8 @@ def test_what_is_replicated_stays_equal_to_the_bit_under_dropout(processes, layo
 
 
 def masks(config):
-    """Whether attention drops the same in each head of the heads of all tp ranks, and what the default random state drops."""
+    """Whether attention drops the same in each head of the heads of all tp ranks, and what the
+    default random state drops."""
     with (
         mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg,
         megatron_context(pg, config.seed, "test"),
@@ -556,7 +573,8 @@ def test_heads_have_masks_of_their_own_and_the_hidden_state_one_for_all_of_tp(po
 
 
 def carried_on(config, sample):
-    """Losses of the third step of a run, of a fresh state with its weights and position, and of one at another position."""
+    """Losses of the third step of a run, of a fresh state with its weights and position, and of one
+    at another position."""
     step = mf.step_fn("gpt")
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
         state = mf.setup(config, pg)
@@ -569,7 +587,7 @@ def carried_on(config, sample):
             if position is not None:
                 other = attrs.evolve(mf.setup(config, pg), consumed_samples=position)
                 with torch.no_grad():
-                    for mine, theirs in zip(other.chunks, state.chunks):
+                    for mine, theirs in zip(other.chunks, state.chunks, strict=True):
                         mine.load_state_dict(theirs.state_dict())
             losses.append(mf.train_step(other, share(uneven(config, 2), config, pg), step)[1].loss)
         return losses
@@ -590,7 +608,7 @@ def carried_seed(pool, processes, layout, seed):
     return pool(processes, run_layout, short(**layout, **DROPOUT, seed=seed))[0][0]
 
 
-# --------------------------------------------------------------------------------------------- logits and samples
+# ------------------------------------------------------------------------------- logits and samples
 
 
 def spoken(config, tokens):
@@ -632,7 +650,7 @@ def test_logits_and_samples_are_the_single_processs_on_every_rank(processes, lay
     first, *others = pool(processes, spoken, short(init_method_std=0.2, **layout), tokens)
     for found, after in (first, *others):
         assert all(map(torch.equal, found, first[0])) and after == pytest.approx(loss, abs=1e-4)
-    for ours, theirs in zip(first[0][:3], expected[:3]):
+    for ours, theirs in zip(first[0][:3], expected[:3], strict=True):
         assert (
             ours.shape == theirs.shape
             and ours.shape[-1] == 97
@@ -641,11 +659,12 @@ def test_logits_and_samples_are_the_single_processs_on_every_rank(processes, lay
     assert torch.equal(first[0][3], expected[3]) and torch.equal(first[0][4], expected[4])
 
 
-# ------------------------------------------------------------------------------------------ batches of one's own
+# ----------------------------------------------------------------------------- batches of one's own
 
 
 def agreeing(config, kind):
-    """What `train` makes of batches that differ over ranks: the iterations it made, and what it raised."""
+    """What `train` makes of batches that differ over ranks: the iterations it made, and what it
+    raised."""
     from megafn.runtime.data.same_batches import check_same_batches
 
     with mf.init_groups(

@@ -1,4 +1,5 @@
-"""No global state: layouts are values, several live in one process, and leaving one leaves nothing behind."""
+"""No global state: layouts are values, several live in one process, and leaving one leaves nothing
+behind."""
 
 import ast
 import gc
@@ -101,7 +102,8 @@ def models_alive(config, rows):
     ids=["single", "tp2-sp", "pp2-vpp2", "dp2-dist", "dp2-dist-bf16", "t5-pp2-dp2-dist"],
 )
 def test_a_model_is_freed_when_nobody_holds_it(n, layout, rows, pool):
-    """A cycle through autograd's nodes would be out of the garbage collector's sight: model, buffers and the threads of its groups would stay."""
+    """A cycle through autograd's nodes would be out of the garbage collector's sight: model,
+    buffers and the threads of its groups would stay."""
     for first, *others in pool(
         n, models_alive, tiny(**layout | dict(steps=3 if "family" in layout else 4)), rows
     ):
@@ -109,7 +111,8 @@ def test_a_model_is_freed_when_nobody_holds_it(n, layout, rows, pool):
 
 
 def niceness():
-    """Of every thread of this process while groups are open: name and niceness; and of the main one behind it."""
+    """Of every thread of this process while groups are open: name and niceness; and of the main one
+    behind it."""
     with mf.init_groups(mf.build_groups(mf.ParallelConfig(), mf.world_size())):
         threads = [
             (name.read_text().strip(), os.getpriority(os.PRIO_PROCESS, int(name.parent.name)))
@@ -145,10 +148,10 @@ def side_by_side(*configs):
             stack.enter_context(mf.init_groups(mf.build_groups(config.parallel, mf.world_size())))
             for config in configs
         ]
-        states = [mf.setup(config, pg) for config, pg in zip(configs, groups)]
+        states = [mf.setup(config, pg) for config, pg in zip(configs, groups, strict=True)]
         curves = [[] for _ in configs]
         for iteration in range(4):
-            for i, (config, pg) in enumerate(zip(configs, groups)):
+            for i, (config, pg) in enumerate(zip(configs, groups, strict=True)):
                 states[i], metrics = mf.train_step(
                     states[i], share(uneven(config, iteration), config, pg), mf.step_fn("gpt")
                 )
@@ -184,7 +187,10 @@ def test_a_parallel_layer_without_its_group_is_named(pool):
 
 
 def test_importing_megafn_brings_no_torch():
-    code = "import sys, megafn; megafn.TrainConfig; megafn.validate; megafn.draw_pipeline; megafn.make_schedule; print('torch' in sys.modules)"
+    code = (
+        "import sys, megafn; megafn.TrainConfig; megafn.validate; megafn.draw_pipeline; "
+        "megafn.make_schedule; print('torch' in sys.modules)"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=60
     )
@@ -243,3 +249,23 @@ def test_imports_run_one_way():
     graph = folders
     for name in folders:
         assert name not in reached(name, set()), f"the folder {name} imports itself in a circle"
+
+
+def test_no_class_derives_from_another_of_ours():
+    """What differs is a function in a record. Base classes are torch's, megatron-core's or
+    Python's."""
+    classes = [
+        node
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    names = {node.name for node in classes}
+    assert {"Chunk", "TrainConfig"} <= names
+    derived = {
+        node.name: ast.unparse(base)
+        for node in classes
+        for base in node.bases
+        if ast.unparse(base).rpartition(".")[2] in names
+    }
+    assert derived == {}

@@ -306,7 +306,7 @@ def test_a_gpt_has_no_encoder_and_no_split():
         (dict(tp_degree=8), "model.num_attention_heads = 4: tp = 8 must divide it"),
         (
             dict(sequence_parallelism=True),
-            "sequence_parallelism = True: it has no effect with tp = 1",
+            "sequence_parallelism = True: has no effect with tp = 1",
         ),
         (
             dict(train_samples=320),
@@ -354,11 +354,11 @@ def test_a_gpt_has_no_encoder_and_no_split():
         (dict(consumed_samples=[1, 2]), "consumed_samples = [1, 2]: give three integers"),
         (
             dict(consumed_samples=[8, 0, 0]),
-            "consumed_samples = (8, 0, 0): a run goes on behind a whole global batch",
+            "consumed_samples = (8, 0, 0): a run continues after a whole global batch",
         ),
         (
             dict(consumed_samples=[1616, 0, 0]),
-            "consumed_samples = (1616, 0, 0): the run ends at 1600 samples",
+            "consumed_samples = (1616, 0, 0): the run ends after 1600 samples",
         ),
         (dict(lr_mult=2.0), "lr_mult = 2.0: nothing says which parameters it is for"),
         (dict(scale_lr_cond=condition), "scale_lr_cond = <function condition"),
@@ -375,7 +375,10 @@ def test_a_gpt_has_no_encoder_and_no_split():
             dict(seq_length=32, decoder_seq_length=16),
             "decoder_seq_length = 16: contradicts seq_length = 32",
         ),
-        (dict(seq_length=65), "model.max_position_embeddings = 64: it must reach seq_length = 65"),
+        (
+            dict(seq_length=65),
+            "model.max_position_embeddings = 64: must be at least seq_length = 65",
+        ),
         (
             dict(num_layers_per_virtual_pipeline_stage=2),
             "num_layers_per_virtual_pipeline_stage = 2: interleaving needs pp_degree",
@@ -427,8 +430,8 @@ def test_a_gpt_has_no_encoder_and_no_split():
             "other_megatron_args['recompute_granularity'] = 'full': "
             "contradicts recompute_activations = 'selective'",
         ),
-        (dict(eval_interval=0), "eval_interval = 0: give 1 or more"),
-        (dict(tensorboard_dir=""), "tensorboard_dir = '': give a name"),
+        (dict(eval_interval=0), "eval_interval = 0: must be at least 1"),
+        (dict(tensorboard_dir=""), "tensorboard_dir = '': must not be empty"),
     ],
 )
 def test_what_is_wrong_is_told_by_the_plugins_own_name(arguments, told):
@@ -714,11 +717,11 @@ def test_every_name_of_t5_reaches_the_config():
         made(model=t5, other_megatron_args={"encoder_num_layers": 5})
     with pytest.raises(
         ConfigError,
-        match="^pipeline_model_parallel_split_rank = 4: encoder and decoder have a stage each",
+        match="^pipeline_model_parallel_split_rank = 4: encoder and decoder have at least one stage each",
     ):
         made(model=t5, world_size=4, pp_degree=4, pipeline_model_parallel_split_rank=4)
     with pytest.raises(
-        ConfigError, match="num_decoder_layers.*it has no effect where model.family is 'gpt'"
+        ConfigError, match="num_decoder_layers.*has no effect with model.family = 'gpt'"
     ):
         made(other_megatron_args={"num_decoder_layers": 5})
     with pytest.raises(ConfigError, match="cross-attention has no grouped queries"):

@@ -14,6 +14,8 @@ NPROC = {
     "custom_loop": 4,
     "custom_loss": 2,
     "custom_step": 2,
+    "custom_attention": 2,
+    "custom_family": 2,
     "two_layouts": 2,
     "from_accelerate": 2,
 }
@@ -21,6 +23,7 @@ SAYS = {
     "pure": r"stage 3 \|.*\n.*\nbubble 27\.3%",
     "quickstart": r"40/40\|.*loss \d",
     "custom_loop": r"^  20  loss \d",
+    "custom_family": r"reset_attention_mask = True: has no effect with model.family = 'diffusion'",
 }
 
 

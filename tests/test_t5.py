@@ -1,4 +1,5 @@
-"""T5: every layout trains as the single process does; and that one computes what megatron-core's and transformers' T5 do."""
+"""T5: every layout trains as the single process does; and that one computes what megatron-core's
+and transformers' T5 do."""
 
 from functools import cache, partial
 from unittest import mock
@@ -18,7 +19,8 @@ T5 = dict(family="t5", num_layers=4, seq_length=24, decoder_seq_length=16, steps
 
 
 def pairs(config, iteration, lengths=None):
-    """One global batch of sequence pairs as Hugging Face rows: uneven masks on both sides, labels that don't count.
+    """One global batch of sequence pairs as Hugging Face rows: uneven masks on both sides, labels
+    that don't count.
 
     lengths(micro-batch) -> (s, t) of its rows; None: the config's.
     """
@@ -71,7 +73,7 @@ def split(rank):
     return dict(pp=4, pipeline_model_parallel_split_rank=rank)
 
 
-# ------------------------------------------------------------------------------------------------------ layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 LAYOUTS = {  # name: (processes, layout, what it asks of the model)
     "tp2": (2, dict(tp=2)),
@@ -157,7 +159,8 @@ def test_lengths_that_differ_between_micro_batches_obey_the_law(shape, data, poo
     ids=["pp2", "tp2-dp2-dist", "tp2-pp2-sp"],
 )
 def test_bf16_errs_in_a_layout_as_in_one_process(processes, layout, pool, single):
-    """Weights five times as large as elsewhere: at 0.02 the layers hardly count beside the embedding."""
+    """Weights five times as large as elsewhere: at 0.02 the layers hardly count beside the
+    embedding."""
     obeys(pool, single, processes, RELATIVE | dict(dtype="bf16", init_method_std=0.1), layout)
 
 
@@ -178,14 +181,15 @@ def test_recomputation_with_dropout_changes_no_bit(processes, layout, pool):
             tiny(**base, recompute=mf.RecomputeConfig(granularity=granularity)),
             pairs,
         )
-        for (curve, _, end), (other, _, others) in zip(plain, again):
+        for (curve, _, end), (other, _, others) in zip(plain, again, strict=True):
             assert curve == other and all(
                 torch.equal(a, b) for (_, a, *_), (_, b, *_) in zip(end, others, strict=True)
             )
 
 
 def own_batch(raw, config, pg):
-    """Texts of one's own under names of one's own; `decoder_tokens` is what stages must know of, see `Step`."""
+    """Texts of one's own under names of one's own; `decoder_tokens` is what stages must know of,
+    see `Step`."""
     return {
         "tokens": raw["input_ids"],
         "decoder_tokens": raw["written"],
@@ -241,11 +245,12 @@ def test_a_step_of_ones_own_obeys_the_law(processes, layout, pool):
     )
 
 
-# ------------------------------------------------------------------------------ the single process itself is right
+# --------------------------------------------------------------- the single process itself is right
 
 
 def one_step(config, batch):
-    """Loss, weights before and gradients of one step of one process, by name; the output layer's bias is 0."""
+    """Loss, weights before and gradients of one step of one process, by name; the output layer's
+    bias is 0."""
 
     def without_bias(*arguments, **flags):
         stage = noisy(*arguments, **flags)
@@ -268,7 +273,7 @@ def one_step(config, batch):
 
 
 def step_config(**shape):
-    """One step of one process in two micro-batches, nothing clipped: `main_grad` is the gradient."""
+    """One step of one process in two micro-batches, unclipped: `main_grad` is the gradient."""
     return tiny(**T5 | dict(steps=1, global_batch_size=4, clip_grad=0.0, warmup_iters=None) | shape)
 
 
@@ -290,8 +295,12 @@ def hugging_face_batch():
 
 
 def as_transformers(whole, model, scaled):
-    """Weights (or gradients) under the names of transformers' T5; `scaled(value, factor)` where its arithmetic has a factor
-    that ours has not: queries are not divided by sqrt(head size) there, and a tied output layer's input is by sqrt(hidden size)."""
+    """Weights (or gradients) under the names of transformers' T5.
+
+    `scaled(value, factor)` is called where its arithmetic has a factor that ours has not: queries
+    are not divided by sqrt(head size) there, and a tied output layer's input is by
+    sqrt(hidden size).
+    """
     heads, size = model.num_attention_heads, model.head_size
     words = whole["embedding.word_embeddings.weight"]
     made = {
@@ -351,7 +360,9 @@ def as_transformers(whole, model, scaled):
             made |= {
                 f"{theirs}{last}.DenseReluDense.{name}.weight": value
                 for name, value in (
-                    zip(("wi_0", "wi_1"), fc1.chunk(2)) if model.gated else [("wi", fc1)]
+                    zip(("wi_0", "wi_1"), fc1.chunk(2), strict=True)
+                    if model.gated
+                    else [("wi", fc1)]
                 )
             }
             made[f"{theirs}{last}.DenseReluDense.wo.weight"] = whole[ours + "mlp.linear_fc2.weight"]
@@ -361,10 +372,13 @@ def as_transformers(whole, model, scaled):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("activation, theirs", [("relu", "relu"), ("geglu_tanh", "gated-gelu")])
 def test_loss_and_gradients_are_those_of_transformers(tied, activation, theirs, pool):
-    """Norms, relative biases (self-attention's alone), masks, shifted labels and the loss agree as they are. megatron-core's T5 differs
-    in three things, each taken away here: it divides scores by the root of the head size, its tied output layer has a bias (0 here,
-    whose gradient is not compared), and it does not divide that layer's input by the root of the hidden size. It has biases
-    and LayerNorm too, which are left out by the config. Labels that shift right behind token 0 are transformers' own."""
+    """Norms, relative biases (of self-attention only), masks, shifted labels and the loss agree.
+
+    megatron-core's T5 differs in three things, each taken away here: it divides scores by the root
+    of the head size, its tied output layer has a bias (0 here, its gradient not compared), and it
+    does not divide that layer's input by the root of the hidden size. It has biases and LayerNorm
+    too, which the config leaves out. Labels shifted right after token 0 are transformers' own.
+    """
     transformers = pytest.importorskip("transformers")
     config = step_config(
         activation=activation,
@@ -418,7 +432,8 @@ def test_loss_and_gradients_are_those_of_transformers(tied, activation, theirs, 
 
 
 def beside_megatron(config):
-    """Logits and gradients of the built-in stage and of megatron-core's own T5Model with the same weights, on sequences padded with 0."""
+    """Logits and gradients of the built-in stage and of megatron-core's own T5Model with the same
+    weights, on sequences padded with 0."""
     from megatron.core.datasets.t5_dataset import T5MaskedWordPieceDataset
     from megatron.core.models.T5 import T5Model  # warns that Apex is not there
     from megatron.core.models.T5.t5_spec import (
@@ -484,11 +499,8 @@ def beside_megatron(config):
             for name, value in own.items()
             if name.startswith("output_layer.")
         }
-        own |= {
-            "position_embeddings.weight": value
-            for name, value in own.items()
-            if name == "embedding.position_embeddings.weight"
-        }
+        if "embedding.position_embeddings.weight" in own:
+            own["position_embeddings.weight"] = own["embedding.position_embeddings.weight"]
         theirs.load_state_dict(own)
         batch = mf.step_fn("t5").batch(
             {
@@ -526,7 +538,7 @@ def test_logits_and_gradients_are_those_of_megatron_cores_own_model(shape, pool)
         assert_close(name, ours[name], theirs[name])
 
 
-# ---------------------------------------------------------------------------------------------- batches and masks
+# -------------------------------------------------------------------------------- batches and masks
 
 
 def batch_of(raw, config):
@@ -583,10 +595,13 @@ def test_masks_hide_padding_on_both_sides_and_what_comes_later():
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"labels": None}, "'input_ids' and 'labels', are wanted"),
+        (
+            {"labels": None},
+            "expected 'text_enc', 'text_dec' and 'labels', or 'input_ids' and 'labels'.",
+        ),
         (
             {"labels": torch.ones(3, 3, dtype=torch.long)},
-            "2 rows, as batch['input_ids'] has, are wanted",
+            "expected 2 rows, as batch['input_ids'] has",
         ),
         (
             {"labels": torch.full((2, 3), 97)},
@@ -618,7 +633,7 @@ def test_a_bad_batch_is_refused_with_a_sentence(changes, told):
     assert told in str(raised.value)
 
 
-# ------------------------------------------------------------------------------------------------------- features
+# ----------------------------------------------------------------------------------------- features
 
 
 def through_logits(config):
@@ -628,7 +643,7 @@ def through_logits(config):
     ) as pg:
         state = mf.setup(config, pg)
         batch = share(pairs(config, 0), config, pg)
-        with pytest.raises(mf.ConfigError, match="its decoder wants an input of its own"):
+        with pytest.raises(mf.ConfigError, match="needs more than token ids"):
             mf.logits(state, batch[0]["input_ids"])
         _, metrics = mf.train_step(state, batch, mf.step_fn("t5"))
         if metrics.logits is None:
@@ -666,7 +681,8 @@ def test_groups_that_know_nothing_of_the_split_are_refused(pool):
 
 
 def goes_on_elsewhere(config, folder, reading):
-    """Three steps of a layout, and a checkpoint; or the three behind it, in another: curve, parameters before all steps and after."""
+    """Three steps of a layout, and a checkpoint; or the three behind it, in another: curve,
+    parameters before all steps and after."""
     with mf.init_groups(
         mf.build_groups(config.parallel, mf.world_size(), model=config.model)
     ) as pg:
@@ -713,4 +729,4 @@ def counted(config):
 def test_the_operations_of_a_t5_are_those_that_torch_counts(pool):
     config = tiny(**T5 | SHAPES["wide-heads"] | dict(num_decoder_layers=3, activation="swiglu"))
     assert 3 * pool(1, counted, config)[0] == mf.training_flops(config.model, 2)
-    assert config.model.sample_tokens == 40
+    assert mf.sample_tokens(config.model) == 40

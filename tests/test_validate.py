@@ -1,4 +1,5 @@
-"""What `validate` accepts megatron-core can run, what it refuses it can't; it tells all, truly, and never raises."""
+"""What `validate` accepts megatron-core can run, what it refuses it can't; it tells all, truly, and
+never raises."""
 
 from operator import attrgetter
 from types import SimpleNamespace
@@ -38,7 +39,8 @@ PATHS = [path for path, *_ in all_fields(CONFIG)]
 
 
 def changed(config, changes):
-    """The config with fields, by dotted path, set to other values; sections last, so that junk may replace them."""
+    """The config with fields, by dotted path, set to other values; sections last, so that junk may
+    replace them."""
     for path, value in sorted(changes.items(), key=lambda change: "." not in change[0]):
         section, _, name = path.rpartition(".")
         config = attrs.evolve(
@@ -142,7 +144,8 @@ def test_a_value_of_a_wrong_type_is_the_first_problem_and_spoils_no_other_field(
 
 # It tells what is wrong, all of it, and nothing else
 
-BAD = [  # changes of CONFIG, and the fields that are blamed on 8 processes; those of one change alone
+# changes of CONFIG, and the fields that are blamed on 8 processes; those of one change alone
+BAD = [
     ({"model.family": "GTP"}, "model.family"),
     ({"model.num_tokentypes": 2}, "model.num_tokentypes"),
     ({"model.bert_binary_head": True}, "model.bert_binary_head"),
@@ -509,20 +512,25 @@ def test_a_section_of_a_wrong_class_is_one_problem_whatever_it_holds():
 INF, NAN = float("inf"), float("nan")
 COUNT, LENGTH = [0, -1], [-1]
 FRACTION = ([-0.1, 1, 1.0, NAN], [0, 0.0, 0.999])
-OUT_OF_RANGE = {  # field: (values that are refused, values that are not), whatever else the config holds
+# field: (values that are refused, values that are not), whatever else the config holds
+OUT_OF_RANGE = {
     **{
         path: (COUNT, [1])
-        for path in """model.num_layers model.hidden_size model.num_attention_heads model.seq_length model.vocab_size
-       model.num_query_groups model.kv_channels model.ffn_hidden_size model.max_position_embeddings model.num_decoder_layers
-       model.decoder_seq_length parallel.tp parallel.pp parallel.vpp
-       parallel.cp parallel.ep parallel.num_layers_in_first_pipeline_stage parallel.num_layers_in_last_pipeline_stage recompute.num_layers
-       precision.loss_scale_window precision.hysteresis log.interval micro_batch_size global_batch_size train_iters train_samples
-       eval_interval""".split()
+        for path in """
+            model.num_layers model.hidden_size model.num_attention_heads model.seq_length
+            model.vocab_size model.num_query_groups model.kv_channels model.ffn_hidden_size
+            model.max_position_embeddings model.num_decoder_layers model.decoder_seq_length
+            parallel.tp parallel.pp parallel.vpp parallel.cp parallel.ep
+            parallel.num_layers_in_first_pipeline_stage parallel.num_layers_in_last_pipeline_stage
+            recompute.num_layers precision.loss_scale_window precision.hysteresis log.interval
+            micro_batch_size global_batch_size train_iters train_samples eval_interval
+        """.split()
     },
     **{
         path: (LENGTH, [0])
-        for path in """schedule.decay_iters schedule.decay_samples schedule.warmup_iters schedule.warmup_samples
-       schedule.wsd_decay_iters schedule.wsd_decay_samples data.prefetch eval_iters""".split()
+        for path in """schedule.decay_iters schedule.decay_samples schedule.warmup_iters
+            schedule.warmup_samples schedule.wsd_decay_iters schedule.wsd_decay_samples
+            data.prefetch eval_iters""".split()
     },
     **{
         path: ([0, 0.0, -1, INF, NAN], [1, 1e-9])
@@ -532,12 +540,13 @@ OUT_OF_RANGE = {  # field: (values that are refused, values that are not), whate
     **{
         path: ([-1e-9, INF, NAN], [0, 0.5])
         for path in """model.init_method_std optimizer.clip_grad schedule.lr schedule.min_lr
-       schedule.init_lr schedule.weight_decay schedule.start_weight_decay schedule.end_weight_decay""".split()
+            schedule.init_lr schedule.weight_decay schedule.start_weight_decay
+            schedule.end_weight_decay""".split()
     },
     **{
         path: FRACTION
-        for path in """model.hidden_dropout model.attention_dropout optimizer.beta1 optimizer.beta2 optimizer.momentum
-       schedule.warmup_fraction""".split()
+        for path in """model.hidden_dropout model.attention_dropout optimizer.beta1
+            optimizer.beta2 optimizer.momentum schedule.warmup_fraction""".split()
     },
     "model.rotary_percent": ([0, -1, 1.1, NAN], [1, 1.0, 0.5]),
     "seed": ([-1, 2**32], [0, 2**32 - 1]),
@@ -588,7 +597,10 @@ def test_a_choice_that_is_none_is_answered_with_the_nearest():
             "precision.dtype": "bfloat16",
         }.items()
     }
-    assert told["model.family"] == 'choose one of gpt, bert, t5; did you mean "gpt"?'
+    assert (
+        told["model.family"]
+        == 'choose one of gpt, bert, t5, or give a megafn.Family; did you mean "gpt"?'
+    )
     assert (
         told["model.activation"]
         == 'choose one of gelu, gelu_tanh, relu, swiglu, geglu, geglu_tanh; did you mean "swiglu"?'
@@ -608,11 +620,9 @@ def test_the_number_that_is_asked_for_is_accepted():
         ),
     ]:
         config = changed(CONFIG, changes)
+        unit = "micro_batch_size * dp * pp = " if "parallel.vpp" in changes else ""
         (problem,) = validate(config, 16 if "parallel.cp" in changes else 8)
-        assert (
-            f"choose a multiple of {'micro_batch_size * dp * pp = ' if 'parallel.vpp' in changes else ''}{number}"
-            in problem.remedy
-        )
+        assert f"choose a multiple of {unit}{number}" in problem.remedy
         for k in (1, 3):
             assert (
                 validate(changed(config, {path: number * k}), 16 if "parallel.cp" in changes else 8)
@@ -674,7 +684,10 @@ def test_fp16_is_refused_only_where_there_is_known_to_be_no_cuda():
 @st.composite
 def runs(draw):
     """A config and a world size that fit by construction."""
-    at = lambda *choices: draw(st.sampled_from(choices))
+
+    def at(*choices):
+        return draw(st.sampled_from(choices))
+
     tp, pp, cp, dp = at(1, 2, 3), at(1, 2, 3, 4), at(1, 2), at(1, 2)
     vpp = at(1, 2, 3) if pp > 1 else 1
     stage, first, last = vpp * at(1, 2), at(None, vpp, 2 * vpp), at(None, vpp, 3 * vpp)
@@ -739,7 +752,8 @@ def runs(draw):
 
 
 def chunks_of(mcore, pp, vpp):
-    """(first layer, number of layers) of each model chunk in the order in which a token passes them."""
+    """(first layer, number of layers) of each model chunk in the order in which a token passes
+    them."""
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -854,7 +868,8 @@ def test_what_megatron_cores_config_refuses_of_heads_is_refused(
     accepted = validate(attrs.evolve(CONFIG, model=model, parallel=parallel), tp) == ()
     try:
         megatron_config(model, parallel)
-        # its attention needs whole heads of a group, and a whole group on each rank: the way round asks parallel_state for the rank
+        # its attention needs whole heads of a group, and a whole group on each rank: the way round
+        # asks parallel_state for the rank
         assert accepted == (heads % (groups or heads) == 0 and (groups or heads) % tp == 0)
     except ValueError:
         assert not accepted

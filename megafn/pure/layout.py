@@ -7,51 +7,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 
 from attrs import field, frozen
 
-from megafn.pure.config.records import ModelConfig, ParallelConfig, split_rank
+from megafn.pure.config.records import ModelConfig, ParallelConfig
+from megafn.pure.families.built_in import stage_layout
+from megafn.pure.families.family_spec import StageLayout
 
 # In the default order: the axis that changes fastest with the rank comes first.
 AXES = ("tp", "cp", "ep", "dp", "pp")
 
 RankGroups = tuple[tuple[int, ...], ...]
-Stages = tuple[int, ...]
-
-
-def word_table_stages(parallel: ParallelConfig, model: ModelConfig | None) -> tuple[Stages, ...]:
-    """The stages of a pipeline that share the word table, as one group.
-
-    The first and the last stage, as in megatron-core. If T5 is cut at a split rank: the first
-    stage, the first of the decoder, and the last if the output layer is tied to the table.
-    """
-    split = split_rank(parallel, model)
-    last = parallel.pp - 1
-    stages = {0, last}
-    if split is not None:
-        stages = {0, split, last} if model.tie_word_embeddings else {0, split}
-    return (tuple(sorted(stages)),)
-
-
-def position_table_stages(
-    parallel: ParallelConfig, model: ModelConfig | None
-) -> tuple[Stages, ...]:
-    """The stages of a pipeline that share the table of learned positions, as one group."""
-    split = split_rank(parallel, model)
-    if split is not None and model.position_embedding == "learned_absolute":
-        return ((0, split),)
-    return ((0,),)
-
-
-def halves_of_pipeline(parallel: ParallelConfig, model: ModelConfig | None) -> tuple[Stages, ...]:
-    """The stages of T5's encoder and those of its decoder; for other families all in one group."""
-    split = split_rank(parallel, model)
-    stages = tuple(range(parallel.pp))
-    if split is None:
-        return (stages,)
-    return (stages[:split], stages[split:])
 
 
 @frozen(kw_only=True)
@@ -62,7 +30,7 @@ class GroupKind:
     axes: tuple[str, ...]  # the ranks of a group differ on these axes only
     megatron_names: tuple[str, ...]  # its fields in megatron-core's ProcessGroupCollection
     # Groups along pp that hold some stages only: the stages of each group in one pipeline.
-    stages: Callable[[ParallelConfig, ModelConfig | None], tuple[Stages, ...]] | None = None
+    stages: Callable[[StageLayout], tuple[Sequence[int], ...]] | None = None
 
 
 # As long as ep is 1, experts are placed as the rest of the model is: their groups, which
@@ -81,14 +49,19 @@ GROUP_KINDS = (
     ),
     GroupKind(name="tp_cp", axes=("tp", "cp"), megatron_names=("tp_cp",)),
     GroupKind(name="tp_dp_cp", axes=("tp", "dp", "cp"), megatron_names=("tp_dp_cp",)),
-    GroupKind(name="embd", axes=("pp",), megatron_names=("embd",), stages=word_table_stages),
+    GroupKind(
+        name="embd",
+        axes=("pp",),
+        megatron_names=("embd",),
+        stages=lambda layout: (layout.word_tables,),
+    ),
     GroupKind(
         name="pos_embd",
         axes=("pp",),
         megatron_names=("pos_embd",),
-        stages=position_table_stages,
+        stages=lambda layout: (layout.position_tables,),
     ),
-    GroupKind(name="half", axes=("pp",), megatron_names=(), stages=halves_of_pipeline),
+    GroupKind(name="half", axes=("pp",), megatron_names=(), stages=lambda layout: layout.stacks),
     GroupKind(name="world", axes=AXES, megatron_names=("intra_dist_opt",)),
 )
 
@@ -127,7 +100,7 @@ class Groups:
     tp_cp: RankGroups = field(repr=False)
     # all ranks of one pipeline stage
     tp_dp_cp: RankGroups = field(repr=False)
-    # the stages that share the word table, see `word_table_stages`
+    # the stages that share the word table, T5's decoder has a copy too
     embd: RankGroups = field(repr=False)
     # the stages that share the table of learned positions
     pos_embd: RankGroups = field(repr=False)
@@ -189,7 +162,7 @@ def build_groups(
     ValueError: world_size = 8: must be a multiple of tp * pp * cp = 3 * 1 * 1 = 3; start ...
     """
     _check_sizes(parallel, world_size)
-    _check_split_rank(parallel, model)
+    stages = stage_layout(parallel, model)
     sizes = _axis_sizes(parallel, world_size)
     _check_order(parallel, sizes)
 
@@ -202,7 +175,7 @@ def build_groups(
             along_axes[axes] = _groups_along(axes, sizes)
         groups[kind.name] = along_axes[axes]
         if kind.stages is not None:
-            groups[kind.name] = _stages_of_each(along_axes[axes], kind.stages(parallel, model))
+            groups[kind.name] = _stages_of_each(along_axes[axes], kind.stages(stages))
     return Groups(parallel=parallel, world_size=world_size, **groups)
 
 
@@ -335,7 +308,7 @@ def _ranks_over(axes: Collection[str], sizes: Mapping[str, int]) -> list[int]:
     return ranks
 
 
-def _stages_of_each(pipelines: RankGroups, stage_groups: tuple[Stages, ...]) -> RankGroups:
+def _stages_of_each(pipelines: RankGroups, stage_groups: tuple[Sequence[int], ...]) -> RankGroups:
     """The ranks of the given stages, for each pipeline in turn."""
     return tuple(
         tuple(pipeline[stage] for stage in stages)
@@ -367,15 +340,6 @@ def _check_order(parallel: ParallelConfig, sizes: Mapping[str, int]) -> None:
     problem = order_problem(parallel.order, sizes)
     if problem is not None:
         raise ValueError(f"parallel.order = {parallel.order!r}: {problem}")
-
-
-def _check_split_rank(parallel: ParallelConfig, model: ModelConfig | None) -> None:
-    split = split_rank(parallel, model)
-    if split is not None and not 0 < split < parallel.pp:
-        raise ValueError(
-            f"parallel.pipeline_model_parallel_split_rank = {split}: must be 1 to "
-            f"{parallel.pp - 1}, so that both the encoder and the decoder have a stage"
-        )
 
 
 def _check_rank(groups: Groups, rank: int) -> None:

@@ -21,6 +21,8 @@ from megafn.pure.accelerate.settings import Finding, Merged, Setting
 from megafn.pure.config.field_types import all_field_types, has_type, type_problem
 from megafn.pure.config.problems import ConfigError, Problem, did_you_mean
 from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig
+from megafn.pure.families.built_in import find_spec
+from megafn.pure.families.family_spec import FamilySpec
 
 # Arguments of `from_plugin` that users of Megatron-LM may look for in other_megatron_args.
 _ARGUMENTS = ("lr", "weight_decay", "micro_batch_size")
@@ -140,29 +142,31 @@ def run_length(known: Mapping[str, Any], schedule: Sequence[Finding]) -> Iterato
 
 def sequence_lengths(known: Mapping[str, Any], plugin: PluginFields) -> Iterator[Finding]:
     """Lengths of the encoder's and the decoder's input, and how far an earlier run has read."""
-    family = known.get("model.family")
-    own, other = "encoder_seq_length", "decoder_seq_length"
-    if family == "gpt":
-        own, other = other, own
-    for name in ("seq_length", own):
-        if getattr(plugin, name) is not None:
-            yield Setting("model.seq_length", getattr(plugin, name), name)
+    if plugin.consumed_samples is not None:
+        yield Setting("consumed_samples", tuple(plugin.consumed_samples), "consumed_samples")
+    family = find_spec(known.get("model.family"))
+    if family is None:
+        return
+
+    first, *others = family.stacks
+    for name in ("seq_length", f"{first}_seq_length"):
+        length = getattr(plugin, name, None)
+        if length is not None:
+            yield Setting("model.seq_length", length, name)
     rows = known.get("model.max_position_embeddings")
     if rows is not None:
         yield Setting("model.seq_length", rows, "model.max_position_embeddings", weak=True)
-    if family == "t5":
-        if plugin.decoder_seq_length is not None:
-            yield Setting(
-                "model.decoder_seq_length", plugin.decoder_seq_length, "decoder_seq_length"
-            )
-    elif getattr(plugin, other) is not None:
-        yield Problem(
-            other,
-            getattr(plugin, other),
-            f"{family} has no {other.partition('_')[0]}; use seq_length or {own}",
-        )
-    if plugin.consumed_samples is not None:
-        yield Setting("consumed_samples", tuple(plugin.consumed_samples), "consumed_samples")
+
+    for stack in ("encoder", "decoder"):
+        name = f"{stack}_seq_length"
+        length = getattr(plugin, name)
+        if length is None or stack == first:
+            continue
+        if stack in others:
+            yield Setting("model.decoder_seq_length", length, name)
+        else:
+            remedy = f"{family.name} has no {stack}; use seq_length or {first}_seq_length"
+            yield Problem(name, length, remedy)
 
 
 def custom_functions(plugin: PluginFields) -> Iterator[Finding]:
@@ -254,7 +258,7 @@ def _unknown_argument(name: str) -> str:
 def layout(known: Mapping[str, Any], plugin: PluginFields, world_size: int) -> Iterator[Finding]:
     """How the model is cut, and the global batch that follows."""
     yield from _interleaving(known.get("model.num_layers"), plugin)
-    yield from _split_rank(known.get("model.family"), plugin)
+    yield from _split_rank(find_spec(known.get("model.family")), plugin)
 
     size = plugin.tp_degree * plugin.pp_degree * known.get("parallel.cp", 1)
     if world_size % size:
@@ -299,17 +303,17 @@ def _interleaving(layers: Any, plugin: PluginFields) -> Iterator[Finding]:
         yield Setting("parallel.vpp", layers // unit, name)
 
 
-def _split_rank(family: Any, plugin: PluginFields) -> Iterator[Finding]:
+def _split_rank(family: FamilySpec | None, plugin: PluginFields) -> Iterator[Finding]:
     name = "pipeline_model_parallel_split_rank"
     split = plugin.pipeline_model_parallel_split_rank
-    if split is None:
+    if split is None or family is None:
         return
-    if family == "t5":
+    if f"parallel.{name}" in family.fields:
         yield Setting(f"parallel.{name}", split, name)
     else:
         yield Problem(
             name,
             split,
             "it is the stage at which T5's decoder begins, and this model is "
-            f"of the family {family}; leave it out",
+            f"of the family {family.name}; leave it out",
         )

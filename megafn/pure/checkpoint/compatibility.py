@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from megafn.pure.config.family_record import FamilyRecord
 from megafn.pure.config.field_types import all_fields
 from megafn.pure.config.problems import Problem
 from megafn.pure.config.records import TrainConfig
@@ -83,10 +84,18 @@ def _changed_fields(saved: TrainConfig, config: TrainConfig) -> Iterator[tuple[s
 
     In the order of `config`.
     """
-    before = {path: value for path, value, _ in all_fields(saved)}
-    for path, now, _ in all_fields(config):
+    before = _values_by_path(saved)
+    for path, now in _values_by_path(config).items():
         if path in before and now != before[path]:
             yield path, before[path], now
+
+
+def _values_by_path(config: TrainConfig) -> dict[str, Any]:
+    """Values by dotted path; a family's record is its name, as in a file."""
+    return {
+        path: value.name if isinstance(value, FamilyRecord) else value
+        for path, value, _ in all_fields(config)
+    }
 
 
 def _too_short(config: TrainConfig, iteration: int) -> Problem:

@@ -8,6 +8,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import attrs
 
+from megafn.pure.config.family_record import FamilyRecord
 from megafn.pure.config.problems import Problem
 
 # A type as an annotation holds it: int, str | None, tuple[float, ...], Callable[[str, Any], bool].
@@ -88,7 +89,11 @@ def has_type(value: Any, kind: FieldType) -> bool:
         return callable(value)
     if isinstance(value, int) and kind in (int, float):
         return not isinstance(value, bool) and -(2**63) <= value < 2**63
-    return isinstance(value, kind)
+    try:
+        return isinstance(value, kind)
+    except Exception:
+        # A Protocol looks at the value's attributes, which may be properties that raise.
+        return False
 
 
 def _has_item_types(items: tuple[Any, ...], kinds: tuple[FieldType, ...]) -> bool:
@@ -113,6 +118,8 @@ def type_in_words(kind: FieldType) -> str:
         return f"an array (tuple) of {_items_in_words(get_args(kind)[0])}"
     if origin is Callable:
         return "a function, in code"
+    if kind is FamilyRecord:
+        return "a Family record, in code"
     if kind in _WORDS:
         return _WORDS[kind]
     return f"a table ({kind.__name__})"

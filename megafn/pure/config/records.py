@@ -11,6 +11,8 @@ from typing import Any
 
 from attrs import frozen
 
+from megafn.pure.config.family_record import FamilyRecord
+
 # Types of the fields that hold functions. No file holds a function: set these fields in code.
 # `Any` stands for types of torch and of `megafn.runtime`, which `megafn.pure` does not import.
 
@@ -36,12 +38,13 @@ class ModelConfig:
 
     family: what the model learns, and so its layers, its data and its loss. "gpt": a decoder that
         predicts the next token. "bert": an encoder that predicts masked tokens, or labels. "t5": an
-        encoder and a decoder that predicts masked spans, or any second sequence.
+        encoder and a decoder that predicts masked spans, or any second sequence. Or a
+        `megafn.Family`: a record of functions, see docs/extending.md.
 
     Some fields are left None where they follow from others: the properties below give their values.
     """
 
-    family: str = "gpt"
+    family: str | FamilyRecord = "gpt"
 
     # ---- Sizes. Of T5, num_layers and seq_length are those of the encoder.
     num_layers: int
@@ -140,11 +143,6 @@ class ModelConfig:
         if self.decoder_seq_length is not None:
             return self.decoder_seq_length
         return self.seq_length
-
-    @property
-    def sample_tokens(self) -> int:
-        """Tokens of one sample: of T5, those of encoder and decoder."""
-        return self.seq_length + (self.decoder_length if self.family == "t5" else 0)
 
     @property
     def gated(self) -> bool:
@@ -410,19 +408,6 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     50260
     """
     return -(-vocab_size // tp) * tp
-
-
-def split_rank(parallel: ParallelConfig, model: ModelConfig | None) -> int | None:
-    """The pipeline stage at which T5's decoder begins; None where one stage holds both halves, and for other families.
-
-    >>> model = ModelConfig(family="t5", num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
-    >>> split_rank(ParallelConfig(pp=4), model), split_rank(ParallelConfig(pp=4), None)
-    (2, None)
-    """
-    if model is None or model.family != "t5" or parallel.pp == 1:
-        return None
-    given = parallel.pipeline_model_parallel_split_rank
-    return given if given is not None else parallel.pp // 2
 
 
 def num_micro_batches(config: TrainConfig, dp: int) -> int:

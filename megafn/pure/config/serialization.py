@@ -15,6 +15,7 @@ from cattrs import ClassValidationError, Converter
 from cattrs.gen import make_dict_structure_fn
 
 from megafn.pure.config.cattrs_errors import WrongType, problems_in
+from megafn.pure.config.family_record import FamilyRecord
 from megafn.pure.config.field_types import FieldType, has_type, is_section
 from megafn.pure.config.problems import ConfigError, Problem, config_error
 from megafn.pure.config.records import TrainConfig
@@ -27,7 +28,7 @@ Config = TypeVar("Config")
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain dicts, lists, strings and numbers, as TOML can hold them.
 
-    None is left out, a tuple becomes a list. Raises ConfigError naming the field if a value, such
+    None is left out, a tuple becomes a list, a family's record its name. Raises ConfigError naming the field if a value, such
     as a function, cannot be written to a file.
 
     >>> from megafn.pure.config.records import RecomputeConfig
@@ -47,6 +48,8 @@ def _plain_section(config: Any, prefix: str) -> dict[str, Any]:
 
 
 def _plain(value: Any, path: str) -> Any:
+    if isinstance(value, FamilyRecord):
+        return value.name
     if attrs.has(type(value)):
         return _plain_section(value, f"{path}.")
     if isinstance(value, (list, tuple)):
@@ -71,7 +74,9 @@ def _not_for_a_file(path: str, value: Any, kind: str) -> ConfigError:
 
 
 def without_functions(config: Config) -> Config:
-    """The same config without what no file can hold: functions are None.
+    """The same config without what no file can hold.
+
+    Functions are None, a family's record is its name.
 
     >>> from megafn.pure.config.records import OptimizerConfig
     >>> config = OptimizerConfig(lr_mult=0.5, lr_scale_cond=lambda name, parameter: "bias" in name)
@@ -81,7 +86,9 @@ def without_functions(config: Config) -> Config:
     changes: dict[str, Any] = {}
     for attribute in attrs.fields(type(config)):
         value = getattr(config, attribute.name)
-        if attrs.has(type(value)):
+        if isinstance(value, FamilyRecord):
+            changes[attribute.name] = value.name
+        elif attrs.has(type(value)):
             changes[attribute.name] = without_functions(value)
         elif callable(value):
             changes[attribute.name] = None

@@ -1,88 +1,73 @@
-"""Can this config run on so many processes? Every reason why not, at once, before anything is started."""
+"""Can this config run on so many processes? Every reason why not, before anything is started."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import attrs
 
 from megafn.pure.config.field_types import all_fields, has_type, type_in_words
 from megafn.pure.config.problems import Problem, config_error, did_you_mean
 from megafn.pure.config.records import TrainConfig
+from megafn.pure.config.rule import Rule
+from megafn.pure.families.built_in import BUILT_IN_SPECS, find_spec, own_fields
+from megafn.pure.families.family_spec import FamilySpec
 from megafn.pure.schedule import schedule_problems
 from megafn.pure.validation.rules import CHOICES, DEAD, RANGES, RULES
+
+Values = Mapping[str, Any]  # by dotted path
 
 
 def validate(
     config: TrainConfig, world_size: int, *, cuda: bool | None = None
 ) -> tuple[Problem, ...]:
-    """Every reason for which `config` cannot run on `world_size` processes, or () where there is none.
+    """Every reason for which `config` cannot run on `world_size` processes, or () if there is none.
 
-    In three passes: the type of each field, then its range, then the rules between fields. A rule is applied where
-    all it reads has passed the first two, so that each problem is told where it is. A field that would have no effect
-    is a problem too: nothing that is set is ignored.
+    In three passes: the type of each field, then its range, then the rules between fields, of every
+    family and of the config's own. A rule is applied if all it reads has passed the first two, so
+    that each problem is reported where it is. A field that would have no effect is a problem too:
+    nothing that is set is ignored.
 
-    Pure: no file is looked at, and whatever the fields hold, it never raises. `cuda` says whether the devices are
-    CUDA's; None leaves unjudged what hangs on that.
+    Pure: no file is looked at, and whatever the fields hold, it never raises. `cuda` says whether
+    the devices are CUDA's; with None, what depends on that is not judged.
 
     >>> from megafn.pure.config.records import ModelConfig, ParallelConfig
     >>> model = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=32)
-    >>> config = TrainConfig(model=model, parallel=ParallelConfig(tp=2), micro_batch_size=1, global_batch_size=4, train_iters=9)
+    >>> config = TrainConfig(
+    ...     model=model,
+    ...     parallel=ParallelConfig(tp=2),
+    ...     micro_batch_size=1,
+    ...     global_batch_size=4,
+    ...     train_iters=9,
+    ... )
     >>> validate(config, world_size=4)
     ()
-    >>> print(*validate(config, world_size=3))
-    world_size = 3: tp * pp * cp = 2 must divide it; start a multiple of 2 processes or change tp, pp or cp
+    >>> print(*validate(config, world_size=3))  # doctest: +ELLIPSIS
+    world_size = 3: tp * pp * cp = 2 must divide it; start a multiple of 2 processes or change ...
     """
     if not isinstance(config, TrainConfig):
         return (Problem("config", config, "give a TrainConfig"),)
+
     fields = (*all_fields(config), ("world_size", world_size, int))
-    problems = [
-        Problem(path, value, f"give {type_in_words(kind)}")
-        for path, value, kind in fields
-        if not has_type(value, kind)
-    ]
+    problems = list(_type_problems(fields))
     ill_typed = {problem.field for problem in problems}
     values = {path: value for path, value, _ in fields if path not in ill_typed}
 
     given = {path: value for path, value in values.items() if value is not None}
-    problems += [
-        Problem(
-            path, given[path], f"choose one of {', '.join(names)}{did_you_mean(given[path], names)}"
-        )
-        for path, names in CHOICES.items()
-        if path in given and given[path] not in names
-    ]
-    problems += [
-        Problem(path, given[path], remedy)
-        for paths, fine, remedy in RANGES
-        for path in paths.split()
-        if path in given and not fine(given[path])
-    ]
+    problems += _choice_problems(given)
+    problems += _range_problems(given)
     wrong = {problem.field for problem in problems}
 
-    sound = {"cuda": cuda} | {path: value for path, value in values.items() if path not in wrong}
-    for paths, rule in RULES:
-        path, *others = paths.split()
-        if sound.keys() >= {path, *others} and (
-            remedy := rule(*(sound[read] for read in (path, *others)))
-        ):
-            problems.append(Problem(path, sound[path], remedy))
-    for paths, reader, alive in DEAD:
-        for path in paths.split():
-            if (
-                sound.keys() >= {path, reader}
-                and sound[reader] not in alive
-                and sound[path] != _default(config, path)
-            ):
-                problems.append(
-                    Problem(
-                        path,
-                        sound[path],
-                        f"it has no effect where {reader} is {sound[reader]!r}; leave it out "
-                        f"or set {reader} to {' or '.join(alive)}",
-                    )
-                )
-    if "global_batch_size" in sound and not any(
-        path.startswith(("schedule", "train_")) for path in ill_typed
-    ):
+    sound = {path: value for path, value in values.items() if path not in wrong}
+    family = find_spec(sound.get("model.family"))
+    rules = RULES if family is None else (*RULES, *family.rules)
+    problems += _rule_problems(rules, {"cuda": cuda, **sound})
+    problems += _effect_problems(config, sound)
+    if family is not None:
+        problems += _family_effect_problems(config, sound, family)
+
+    if "global_batch_size" in sound and not _concern_the_schedule(ill_typed):
         problems += [
             Problem(*problem) for problem in schedule_problems(config) if problem[0] not in wrong
         ]
@@ -94,12 +79,88 @@ def check(config: TrainConfig, world_size: int, *, cuda: bool | None = None) -> 
 
     >>> from megafn.pure.config.records import ModelConfig
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
-    >>> check(TrainConfig(model=model, micro_batch_size=2, global_batch_size=5, train_iters=9), world_size=1)
+    >>> config = TrainConfig(model=model, micro_batch_size=2, global_batch_size=5, train_iters=9)
+    >>> check(config, world_size=1)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    megafn.pure.config.problems.ConfigError: global_batch_size = 5: micro_batch_size * dp = 2 * 1 must divide it; choose a multiple of 2
+    megafn.pure.config.problems.ConfigError: global_batch_size = 5: micro_batch_size * dp = ...
     """
-    if problems := validate(config, world_size, cuda=cuda):
+    problems = validate(config, world_size, cuda=cuda)
+    if problems:
         raise config_error(problems)
+
+
+def _type_problems(fields: tuple[tuple[str, Any, Any], ...]) -> Iterator[Problem]:
+    for path, value, kind in fields:
+        if not has_type(value, kind):
+            yield Problem(path, value, f"give {type_in_words(kind)}")
+
+
+def _choice_problems(given: Values) -> Iterator[Problem]:
+    """Strings that are none of their choices, and families that are none."""
+    family = given.get("model.family")
+    if family is not None and find_spec(family) is None:
+        names = ", ".join(BUILT_IN_SPECS)
+        nearest = did_you_mean(family, BUILT_IN_SPECS) if isinstance(family, str) else ""
+        yield Problem(
+            "model.family", family, f"choose one of {names}, or give a megafn.Family{nearest}"
+        )
+    for path, choices in CHOICES.items():
+        value = given.get(path)
+        if value is not None and value not in choices:
+            yield Problem(
+                path, value, f"choose one of {', '.join(choices)}{did_you_mean(value, choices)}"
+            )
+
+
+def _range_problems(given: Values) -> Iterator[Problem]:
+    for paths, in_range, remedy in RANGES:
+        for path in paths.split():
+            if path in given and not in_range(given[path]):
+                yield Problem(path, given[path], remedy)
+
+
+def _rule_problems(rules: tuple[Rule, ...], sound: Values) -> Iterator[Problem]:
+    for rule in rules:
+        if not sound.keys() >= set(rule.fields):
+            continue
+        values = [sound[path] for path in rule.fields]
+        remedy = rule.remedy(*values)
+        if remedy:
+            yield Problem(rule.fields[0], values[0], remedy)
+
+
+def _effect_problems(config: TrainConfig, sound: Values) -> Iterator[Problem]:
+    """Fields that are set although the value of another one leaves them without effect."""
+    for paths, reader, alive in DEAD:
+        if reader not in sound or sound[reader] in alive:
+            continue
+        for path in paths.split():
+            if path in sound and sound[path] != _default(config, path):
+                yield _no_effect(path, sound[path], reader, sound[reader], alive)
+
+
+def _family_effect_problems(
+    config: TrainConfig, sound: Values, family: FamilySpec
+) -> Iterator[Problem]:
+    """Fields that are set although the config's family does not read them."""
+    for path, readers in own_fields().items():
+        if path in family.fields or path not in sound:
+            continue
+        if sound[path] != _default(config, path):
+            yield _no_effect(path, sound[path], "model.family", family.name, readers)
+
+
+def _no_effect(path: str, value: Any, reader: str, setting: Any, alive: tuple[str, ...]) -> Problem:
+    return Problem(
+        path,
+        value,
+        f"has no effect with {reader} = {setting!r}; "
+        f"leave it out or set {reader} to {' or '.join(alive)}",
+    )
+
+
+def _concern_the_schedule(paths: set[str]) -> bool:
+    return any(path.startswith(("schedule", "train_")) for path in paths)
 
 
 def _default(config: TrainConfig, path: str) -> object:

@@ -11,10 +11,9 @@ import torch
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
-from megafn.runtime.families.bert import hide_padding
-from megafn.runtime.families.built_in import step_fn
+from megafn.runtime.families.built_in import family_of, step_fn
 from megafn.runtime.families.step import Batch, Step
-from megafn.runtime.model.losses import Loss, cross_entropy
+from megafn.runtime.model.losses import Loss
 from megafn.runtime.parallel.groups import ProcessGroups
 
 # Attributes of an accelerate train step -> the methods that return them.
@@ -64,7 +63,7 @@ def step_from_object(step: Any, config: TrainConfig) -> Step:
         return step
     _check_methods(step, config)
     _keep_functions(step, config)
-    call = _call_bert if config.model.family == "bert" else _call
+    call = family_of(config.model.family).train_step_calls.call
     return Step(batch=_batch, forward=partial(_forward, step.forward_step, call), loss=_loss)
 
 
@@ -97,65 +96,28 @@ def _keep_functions(step: Any, config: TrainConfig) -> None:
 
 def _batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Batch:
     batch = {key: torch.as_tensor(value) for key, value in raw.items()}
-    if config.model.family == "bert":
-        if "text" in batch:
-            batch["tokens"] = batch["text"]
-    elif "text" in batch and "tokens" not in batch:  # the micro-batch's shape is that of its inputs
-        batch = {"tokens": batch["text"][:, :-1], "labels": batch["text"][:, 1:]} | batch
-    elif "tokens" in batch and "labels" in batch:
-        batch["text"] = torch.cat([batch["tokens"], batch["labels"][:, -1:]], dim=1)
+    batch = family_of(config.model.family).train_step_calls.batch(batch)
     return {key: value.to(pg.device, non_blocking=True) for key, value in batch.items()}
-
-
-# What a user's forward step calls as `model`. Both keep the module's output in `outputs`: the logits,
-# which the forward step may not return.
-
-
-def _call(
-    outputs: list[Any],
-    stage: Any,
-    model: torch.nn.Module,
-    *arguments: Any,
-    labels: torch.Tensor | None = None,
-    **named: Any,
-) -> Any:
-    output = model(*arguments, **named)
-    outputs.append(output)
-    if labels is None or not getattr(stage, "post_process", True):
-        return output
-    return cross_entropy(output, labels, stage.pg_collection)
-
-
-def _call_bert(
-    outputs: list[Any],
-    stage: Any,
-    model: torch.nn.Module,
-    tokens: torch.Tensor,
-    padding_mask: torch.Tensor | None = None,
-    *,
-    tokentype_ids: torch.Tensor | None = None,
-    lm_labels: torch.Tensor | None = None,
-) -> Any:
-    hidden = None if padding_mask is None else hide_padding(padding_mask > 0.5)
-    output = model(tokens, None, hidden, tokentype_ids)
-    outputs.append(output)
-    if lm_labels is None or not getattr(stage, "post_process", True):
-        return output
-    logits, order = output if isinstance(output, tuple) else (output, None)
-    return cross_entropy(logits, lm_labels, stage.pg_collection), order
 
 
 def _forward(
     forward_step: ForwardStep,
-    call: Callable[..., Any],
+    call: Callable[..., tuple[Any, Any]],
     model: torch.nn.Module,
     batch: Batch,
 ) -> Any:
     """`Step.forward`: run the user's forward step on one micro-batch."""
-    stage = getattr(model, "module", model)
+    chunk = getattr(model, "module", model)
+    # The model's own outputs: the logits, which the forward step may not return.
     outputs: list[Any] = []
-    output, loss = forward_step(iter([batch]), partial(call, outputs, stage, model))
-    if not getattr(stage, "post_process", True):
+
+    def called_model(*inputs: Any, **named: Any) -> Any:
+        output, for_train_step = call(model, chunk, *inputs, **named)
+        outputs.append(output)
+        return for_train_step
+
+    output, loss = forward_step(iter([batch]), called_model)
+    if not getattr(chunk, "post_process", True):
         return output
     logits = outputs[-1] if outputs else output
     # The loss function travels with the tensor that it belongs to.

@@ -7,10 +7,9 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import attrs
 import numpy as np
 import torch
 from attrs import frozen
@@ -20,7 +19,8 @@ from megatron.core.datasets.utils import Split
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
-from megafn.runtime.families.masked_data import bert_data, sentences_wanted, t5_data
+from megafn.runtime.families.built_in import FAMILIES, family_of
+from megafn.runtime.families.family import FamilyData
 from megafn.runtime.text.indexing import LONG_SENTENCE, PARTS, indexed_text
 from megafn.runtime.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -37,33 +37,15 @@ class Corpus:
     tokens: int
 
 
-def gpt_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
-    """megatron-core's dataset class for next-token prediction, and its config."""
-    data = config.data
-    return gpt_dataset.GPTDataset, gpt_dataset.GPTDatasetConfig(
-        random_seed=config.seed,
-        sequence_length=config.model.seq_length,
-        tokenizer=attrs.evolve(
-            tokenizer, pad=-1
-        ),  # nothing is padded; or it would lose the tokens of pad's id
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-        eod_mask_loss=data.eod_mask_loss,
-        create_attention_mask=data.reset_attention_mask,
-        blend=(["megafn"], None),
-        split="1",  # told to `build_dataset` instead
-        # "" (None means a folder beside the data): indices are built in memory by each rank. In a cache folder
-        # megatron-core writes them on global rank 0 alone, not atomically, and the others wait at a barrier: a second
-        # host has no files, a second run reads half of one, and an error on rank 0 hangs the rest.
-        path_to_cache="",
-    )
-
-
-_FAMILIES: dict[str, Callable[[TrainConfig, Tokenizer], tuple[type, Any]]] = {
-    "gpt": gpt_data,
-    "bert": bert_data,
-    "t5": t5_data,
-}
+def _family_data(config: TrainConfig) -> FamilyData:
+    """How corpora are read for the config's family. Raises ConfigError if they are not."""
+    family = family_of(config.model.family)
+    if family.data is None:
+        raise ConfigError(
+            f"model.family = {family.name!r}: has no data of its own, as {', '.join(FAMILIES)} "
+            "have; choose one of them, or pass batches"
+        )
+    return family.data
 
 
 def corpora(
@@ -134,7 +116,7 @@ def _corpus(
         config.data,
         (0.0, 1.0),
         math.fsum(weights),
-        sentences_wanted(config.model),
+        _family_data(config).sentences(config.model),
     )
     if os.path.exists(f"{source}.idx") or os.path.exists(f"{source}.bin"):
         prefix, ends = (
@@ -259,11 +241,7 @@ def build_dataset(config: TrainConfig, split: str = "train") -> torch.utils.data
     """
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data is not None else None
     found = corpora(config, split, tokenizer=tokenizer)
-    if config.model.family not in _FAMILIES:
-        raise ConfigError(
-            f"model.family = {config.model.family!r}: there is data for {', '.join(_FAMILIES)}; choose one of them, or give batches of your own"
-        )
-    kind, mcore = _FAMILIES[config.model.family](config, tokenizer)
+    kind, mcore = _family_data(config).dataset(config, tokenizer)
 
     def read(corpus: Corpus, samples: int | None) -> Any:
         indexed = kind.build_low_level_dataset(corpus.prefix, mcore)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from megafn.pure.config.records import TrainConfig
-from megafn.runtime.families.built_in import _family
-from megafn.runtime.model.chunk import Chunk
+from megafn.runtime.families.built_in import family_of
+from megafn.runtime.model.chunk import Chunk, ChunkPlan
 from megafn.runtime.model.layers import transformer_config
 from megafn.runtime.model.weights import initialize_weights
 from megafn.runtime.parallel.groups import ProcessGroups
@@ -18,18 +20,32 @@ def build_chunk(
     post_process: bool,
     vp_stage: int | None,
 ) -> Chunk:
-    """The built-in model function: one chunk of the family's model, initialised by (config.seed, parameter name).
+    """The built-in model function: one chunk of the family's model, with its initial weights.
 
-    A user's own model function takes the same arguments and returns a module with what megatron-core's schedules
-    ask of it (`config`, `set_input_tensor`, `model_type`, ...); wrapping this one is the easy way.
+    They are a function of (config.seed, parameter name), so that every layout begins alike.
+
+    A custom model function takes the same arguments and returns a module with what megatron-core's
+    schedules ask of it (`config`, `set_input_tensor`, `model_type`, ...); wrapping this one is the
+    easy way.
     """
     mcore = transformer_config(config, pg)
-    mcore.init_method = mcore.output_layer_init_method = mcore.embedding_init_method = (
-        lambda weight: weight
-    )  # ours follows
-    stage = _family(config.model.family).stage(
-        config, mcore, pg, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+    mcore.init_method = _leave_as_it_is
+    mcore.output_layer_init_method = _leave_as_it_is
+    mcore.embedding_init_method = _leave_as_it_is
+    plan = ChunkPlan(
+        config=config,
+        mcore=mcore,
+        pg=pg,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
     )
-    stage.to(device=pg.device, dtype=mcore.params_dtype)
-    initialize_weights(stage, config.model, pg, config.seed)
-    return stage
+    chunk = Chunk(plan, family_of(config.model.family).chunk)
+    chunk.to(device=pg.device, dtype=mcore.params_dtype)
+    initialize_weights(chunk, config.model, pg, config.seed)
+    return chunk
+
+
+def _leave_as_it_is(weight: torch.Tensor) -> torch.Tensor:
+    """In place of megatron-core's initial values: `initialize_weights` follows."""
+    return weight

@@ -1,62 +1,45 @@
-"""The families of models as data: what a micro-batch of each goes through, and which module a stage of it is."""
+"""The families that come with megafn, and the family of a config."""
 
 from __future__ import annotations
 
-from attrs import frozen
+from collections.abc import Mapping
+from types import MappingProxyType
 
+from megafn.pure.config.family_record import FamilyRecord
 from megafn.pure.config.problems import ConfigError
-from megafn.runtime.families.bert import (
-    BertChunk,
-    bert_batch,
-    bert_forward,
-    bert_loss,
-    weigh_sentence_pairs,
-)
-from megafn.runtime.families.gpt import gpt_batch, gpt_forward
+from megafn.runtime.families.bert import BERT
+from megafn.runtime.families.family import Family
+from megafn.runtime.families.gpt import GPT
 from megafn.runtime.families.step import Step
-from megafn.runtime.families.t5 import t5_batch, t5_forward
-from megafn.runtime.families.t5_chunk import EncoderDecoderChunk
-from megafn.runtime.model.chunk import Chunk
-from megafn.runtime.model.losses import token_loss
+from megafn.runtime.families.t5 import T5
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {family.name: family for family in (GPT, BERT, T5)}
+)
 
 
-@frozen(kw_only=True)
-class Family:
-    """A family's step, and the module of its model chunks, built as `Chunk` is."""
+def family_of(family: str | FamilyRecord) -> Family:
+    """The family of a built-in name, or the `Family` itself: what stands in `ModelConfig.family`.
 
-    step: Step
-    stage: type[Chunk]
+    Raises ConfigError for another name, and for a `FamilySpec` alone, which cannot be run.
 
-
-FAMILIES = {
-    "gpt": Family(step=Step(batch=gpt_batch, forward=gpt_forward, loss=token_loss), stage=Chunk),
-    "bert": Family(
-        step=Step(
-            batch=bert_batch,
-            forward=bert_forward,
-            loss=bert_loss,
-            prepare_global_batch=weigh_sentence_pairs,
-        ),
-        stage=BertChunk,
-    ),
-    "t5": Family(
-        step=Step(batch=t5_batch, forward=t5_forward, loss=token_loss), stage=EncoderDecoderChunk
-    ),
-}
+    >>> family_of("bert").spec.stacks
+    ('encoder',)
+    """
+    if isinstance(family, Family):
+        return family
+    if isinstance(family, str) and family in FAMILIES:
+        return FAMILIES[family]
+    raise ConfigError(
+        f"model.family = {family!r}: choose one of {', '.join(map(repr, FAMILIES))}, "
+        "or give a megafn.Family."
+    )
 
 
-def _family(name: str) -> Family:
-    if name not in FAMILIES:
-        raise ConfigError(
-            f"model.family = {name!r}: choose one of {', '.join(map(repr, FAMILIES))}, or pass a Step of your own."
-        )
-    return FAMILIES[name]
-
-
-def step_fn(family: str) -> Step:
-    """The built-in functions of a family. Raises ConfigError for a family that is not there.
+def step_fn(family: str | FamilyRecord) -> Step:
+    """The built-in functions of a family. Raises ConfigError as `family_of`.
 
     >>> step_fn("gpt").loss.__name__
     'token_loss'
     """
-    return _family(family).step
+    return family_of(family).step

@@ -1,119 +1,254 @@
-"""GPT: next-token prediction."""
+"""GPT: next-token prediction by one stack of causal layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import attrs
 import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.transformer.enums import AttnMaskType
 
-from megafn.pure.config.records import TrainConfig
-from megafn.runtime.families.step import (
-    Batch,
+from megafn.pure.config.records import ModelConfig, TrainConfig
+from megafn.pure.families.gpt import GPT_SPEC
+from megafn.runtime.families.batch_checks import (
+    Raw,
     as_tensor,
     causal_and_padding_mask,
     check_ids,
+    check_labels,
     check_length,
+    check_mapping,
+    given,
     integers,
+    on_device,
+    real_tokens,
+    unknown_keys,
     zeros_and_ones,
 )
+from megafn.runtime.families.family import Family, FamilyData
+from megafn.runtime.families.step import Batch, Step
+from megafn.runtime.model.chunk import Chunk, ChunkFunctions, ChunkPlan
+from megafn.runtime.model.layers import Attention, layer_spec
+from megafn.runtime.model.losses import IGNORE, token_loss
+from megafn.runtime.model.parts import (
+    one_stack_block,
+    one_stack_hidden,
+    output_layer,
+    rotary_embedding,
+    tie_word_tables,
+    token_embedding,
+    vocabulary_logits,
+)
 from megafn.runtime.parallel.groups import ProcessGroups
+from megafn.runtime.text.tokenizer import Tokenizer
 
+# ------------------------------------------------------------------------------------ its step
 
-def _hidden(raw: Mapping[str, Any], shape: torch.Size) -> torch.Tensor:
-    """raw["attention_mask"], bool [batch or 1, 1, sequence or 1, sequence], True = hidden."""
-    (batch, sequence), wanted = (
-        shape,
-        "bools [batch or 1, 1, sequence or 1, sequence], True = hidden,",
-    )
-    mask = as_tensor(raw, "attention_mask", wanted)
-    fits = (
-        mask.dim() == 4
-        and mask.dtype == torch.bool
-        and mask.size(0) in (1, batch)
-        and mask.size(1) == 1
-    )
-    if not (fits and mask.size(2) in (1, sequence) and mask.size(3) == sequence):
-        raise ValueError(
-            f"batch['attention_mask'] = {mask.dtype} of shape {list(mask.shape)}: {wanted} are wanted beside tokens of shape "
-            f"{list(shape)}; for a mask [batch, sequence] of 1 = real, name the tokens 'input_ids'."
-        )
-    return mask
+_KEYS = "'tokens' and 'labels', 'input_ids', or 'text'"
 
 
 def gpt_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Batch:
     """A micro-batch of next-token prediction from one of three kinds of raw batch.
 
-    - tokens, labels, loss_mask, position_ids [b, s] (attention_mask bool [b, 1, s, s], True = hidden): as megatron-core's dataset gives them.
-    - input_ids [b, s], with attention_mask [b, s] (1 = real), labels [b, s] (-100: no loss; not shifted) and position_ids
-      where given: as a Hugging Face collator gives them. The last position has no label, nor has padding.
+    - tokens, labels, loss_mask, position_ids [b, s] (attention_mask bool [b, 1, s, s], True =
+      hidden): as megatron-core's dataset gives them.
+    - input_ids [b, s], with attention_mask [b, s] (1 = real), labels [b, s] (-100: no loss; not
+      shifted) and position_ids if given: as a Hugging Face collator gives them. The last position
+      has no label, and neither has padding.
     - text [b, s + 1]: inputs are all but the last token, labels all but the first.
-    Raises ValueError on other keys, shapes and dtypes, on ids outside the vocabulary and positions outside a learned table.
+    Raises ValueError on other keys, shapes and dtypes, on ids outside the vocabulary and positions
+    outside a learned table.
     """
-    if not isinstance(raw, Mapping):
-        raise ValueError(
-            f"batch = {type(raw).__name__}: a mapping with 'tokens' and 'labels', 'input_ids', or 'text' is wanted."
-        )
+    check_mapping(raw, _KEYS)
     if "tokens" in raw and "labels" in raw:
-        tokens = integers(raw, "tokens")
-        batch = {"tokens": tokens, "labels": integers(raw, "labels", tokens.shape)}
-        batch["loss_mask"] = (batch["labels"] != -100).long()
-        if raw.get("loss_mask") is not None:
-            batch["loss_mask"] = zeros_and_ones(raw, "loss_mask", tokens.shape) * batch["loss_mask"]
-        if raw.get("attention_mask") is not None:
-            batch["attention_mask"] = _hidden(raw, tokens.shape)
+        batch = _from_dataset(raw)
     elif "text" in raw:
-        text = integers(raw, "text")
-        if raw.get("attention_mask") is not None:
-            raise ValueError(
-                "batch['attention_mask'] beside 'text': it goes with 'input_ids', or with 'tokens' and 'labels'; leave it out or rename the tokens."
-            )
-        if text.size(1) < 2:
-            raise ValueError(
-                f"batch['text'] of shape {list(text.shape)}: at least two tokens of each sequence are wanted, [batch, sequence + 1]."
-            )
-        batch = {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
-        batch["loss_mask"] = torch.ones_like(batch["labels"])
+        batch = _from_text(raw)
     elif "input_ids" in raw:
-        tokens = integers(raw, "input_ids")
-        real = (
-            zeros_and_ones(raw, "attention_mask", tokens.shape)
-            if raw.get("attention_mask") is not None
-            else torch.ones_like(tokens)
-        )
-        labels = (
-            integers(raw, "labels", tokens.shape)
-            if raw.get("labels") is not None
-            else tokens.masked_fill(real == 0, -100)
-        )
-        labels = torch.cat(
-            [labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1
-        )  # the label of a position is the next token
-        labels = labels.masked_fill(real == 0, -100)  # and padding predicts nothing
-        batch = {"tokens": tokens, "labels": labels, "loss_mask": (labels != -100).long()}
-        mask = causal_and_padding_mask(real)
-        if mask is not None:
-            batch["attention_mask"] = mask
+        batch = _from_collator(raw)
     else:
+        raise unknown_keys(raw, _KEYS)
+    tokens = batch["tokens"]
+    positions = _positions(raw, tokens)
+    if positions is not None:
+        batch["position_ids"] = positions
+    check_ids("batch['tokens']", tokens, config.model.vocab_size)
+    check_labels(batch["labels"], config.model.vocab_size)
+    check_length(tokens.size(1), positions, config)
+    return on_device(batch, pg)
+
+
+def _from_dataset(raw: Raw) -> dict[str, torch.Tensor]:
+    """Of megatron-core's keys: tokens and labels, already shifted."""
+    tokens = integers(raw, "tokens")
+    labels = integers(raw, "labels", tokens.shape)
+    loss_mask = (labels != IGNORE).long()
+    if given(raw, "loss_mask"):
+        loss_mask = zeros_and_ones(raw, "loss_mask", tokens.shape) * loss_mask
+    batch = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask}
+    if given(raw, "attention_mask"):
+        batch["attention_mask"] = _hidden_positions(raw, tokens.shape)
+    return batch
+
+
+def _from_text(raw: Raw) -> dict[str, torch.Tensor]:
+    """Of one sequence that is one token longer than the inputs."""
+    text = integers(raw, "text")
+    if given(raw, "attention_mask"):
         raise ValueError(
-            f"batch keys = {sorted(map(str, raw))}: 'tokens' and 'labels', 'input_ids', or 'text' is wanted."
+            "batch['attention_mask'] beside 'text': it goes with 'input_ids', or with 'tokens' and "
+            "'labels'; leave it out or rename the tokens."
         )
-    tokens, model = batch["tokens"], config.model
-    if raw.get("position_ids") is not None:
-        position_ids = integers(raw, "position_ids", tokens.shape)
-        if (
-            position_ids.device.type != "cpu"
-            or (position_ids != torch.arange(tokens.size(1))).any()
-        ):  # else they go without saying
-            batch["position_ids"] = position_ids
-    check_ids("batch['tokens']", tokens, model.vocab_size)
-    check_ids(
-        "batch['labels']", batch["labels"].masked_fill(batch["labels"] == -100, 0), model.vocab_size
-    )
-    check_length(tokens.size(1), batch.get("position_ids"), config)
-    return {key: value.to(pg.device, non_blocking=True) for key, value in batch.items()}
+    if text.size(1) < 2:
+        raise ValueError(
+            f"batch['text'] of shape {list(text.shape)}: expected [batch, sequence + 1], "
+            "with at least two tokens in each sequence."
+        )
+    labels = text[:, 1:].contiguous()
+    return {
+        "tokens": text[:, :-1].contiguous(),
+        "labels": labels,
+        "loss_mask": torch.ones_like(labels),
+    }
+
+
+def _from_collator(raw: Raw) -> dict[str, torch.Tensor]:
+    """Of Hugging Face's keys: labels are the inputs, shifted here."""
+    tokens = integers(raw, "input_ids")
+    real = real_tokens(raw, "attention_mask", tokens)
+    labels = integers(raw, "labels", tokens.shape) if given(raw, "labels") else tokens
+    no_label = torch.full_like(labels[:, :1], IGNORE)
+    if not given(raw, "labels"):
+        labels = labels.masked_fill(~real, IGNORE)
+    # the label of a position is the next token, and padding predicts nothing
+    labels = torch.cat([labels[:, 1:], no_label], dim=1).masked_fill(~real, IGNORE)
+    batch = {"tokens": tokens, "labels": labels, "loss_mask": (labels != IGNORE).long()}
+    mask = causal_and_padding_mask(real)
+    if mask is not None:
+        batch["attention_mask"] = mask
+    return batch
+
+
+def _hidden_positions(raw: Raw, shape: torch.Size) -> torch.Tensor:
+    """raw["attention_mask"], bool [batch or 1, 1, sequence or 1, sequence], True = hidden."""
+    rows, sequence = shape
+    expected = "bools [batch or 1, 1, sequence or 1, sequence], True = hidden"
+    mask = as_tensor(raw, "attention_mask", expected)
+    is_mask = mask.dim() == 4 and mask.dtype == torch.bool
+    if not is_mask or not (
+        mask.size(0) in (1, rows)
+        and mask.size(1) == 1
+        and mask.size(2) in (1, sequence)
+        and mask.size(3) == sequence
+    ):
+        raise ValueError(
+            f"batch['attention_mask'] = {mask.dtype} of shape {list(mask.shape)}: expected "
+            f"{expected}, beside tokens of shape {list(shape)}; for a mask [batch, sequence] of "
+            "1 = real, name the tokens 'input_ids'."
+        )
+    return mask
+
+
+def _positions(raw: Raw, tokens: torch.Tensor) -> torch.Tensor | None:
+    """raw["position_ids"] like the tokens; None if they are the tokens' places anyway."""
+    if not given(raw, "position_ids"):
+        return None
+    positions = integers(raw, "position_ids", tokens.shape)
+    if positions.device.type == "cpu" and (positions == torch.arange(tokens.size(1))).all():
+        return None
+    return positions
 
 
 def gpt_forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Logits [sequence / cp, batch, vocabulary / tp] on the last stage."""
     return model(batch["tokens"], batch.get("position_ids"), batch.get("attention_mask"))
+
+
+# ----------------------------------------------------------------------------------- its chunk
+
+
+def gpt_modules(
+    plan: ChunkPlan,
+    *,
+    mask: AttnMaskType = AttnMaskType.causal,
+    attention: Callable[..., torch.nn.Module] = Attention,
+) -> dict[str, torch.nn.Module | None]:
+    """Embedding on the first chunk, causal layers, the output layer on the last chunk.
+
+    mask: AttnMaskType.padding for layers that attend in both directions. attention: builds the core
+    attention, see `layer_spec`.
+    """
+    layer = layer_spec(plan.config, plan.pg, mask, attention=attention)
+    modules: dict[str, torch.nn.Module | None] = {}
+    if plan.pre_process:
+        modules["embedding"] = token_embedding(plan)
+    modules["rotary"] = rotary_embedding(plan)
+    modules["decoder"] = one_stack_block(plan, layer)
+    if plan.post_process:
+        modules["output_layer"] = output_layer(plan, beside_embedding=plan.pre_process)
+    return modules
+
+
+def gpt_receive(chunk: Chunk, hidden: torch.Tensor | None) -> None:
+    chunk.decoder.set_input_tensor(hidden)
+
+
+def gpt_chunk_forward(
+    chunk: Chunk,
+    tokens: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """tokens, position_ids [batch, sequence / cp] -> logits, on the last stage.
+
+    Logits [sequence / cp, batch, padded vocabulary / tp]; on earlier stages the hidden state.
+    attention_mask: bool [batch or 1, 1, sequence / cp or 1, sequence], True = hidden.
+    """
+    hidden = one_stack_hidden(chunk, chunk.decoder, tokens, position_ids, attention_mask)
+    return vocabulary_logits(chunk, hidden) if chunk.post_process else hidden
+
+
+# ------------------------------------------------------------------------------------ its data
+
+
+def gpt_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
+    """megatron-core's dataset class for next-token prediction, and its config."""
+    data = config.data
+    return GPTDataset, GPTDatasetConfig(
+        random_seed=config.seed,
+        sequence_length=config.model.seq_length,
+        # nothing is padded; or it would lose the tokens of the pad's id
+        tokenizer=attrs.evolve(tokenizer, pad=-1),
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+        create_attention_mask=data.reset_attention_mask,
+        blend=(["megafn"], None),
+        split="1",  # `build_dataset` is given the documents of the split
+        # "" (None means a folder beside the data): each rank builds the indices in memory. In a
+        # cache folder megatron-core writes them on global rank 0 only, not atomically, and the
+        # others wait at a barrier: a second host has no files, a second run reads half of one, and
+        # an error on rank 0 hangs the rest.
+        path_to_cache="",
+    )
+
+
+def no_sentences(model: ModelConfig) -> int:
+    """Documents are runs of tokens."""
+    return 0
+
+
+GPT = Family(
+    spec=GPT_SPEC,
+    step=Step(batch=gpt_batch, forward=gpt_forward, loss=token_loss),
+    chunk=ChunkFunctions(
+        modules=gpt_modules,
+        tie_tables=tie_word_tables,
+        receive=gpt_receive,
+        forward=gpt_chunk_forward,
+    ),
+    data=FamilyData(dataset=gpt_data, sentences=no_sentences),
+    predicts_next_token=True,
+)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from megafn.pure.config.problems import ConfigError
-from megafn.runtime.families.built_in import step_fn
-from megafn.runtime.families.step import check_ids, cut_sequence
+from megafn.pure.config.sequence_unit import sequence_unit
+from megafn.runtime.families.batch_checks import check_ids
+from megafn.runtime.families.built_in import family_of
+from megafn.runtime.families.step import cut_sequence
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel.megatron_context import megatron_context
 from megafn.runtime.training.forward_backward import run_schedule
@@ -25,15 +27,16 @@ def logits(state: State, tokens: torch.Tensor) -> Any:
     Raises ConfigError for T5, whose decoder wants an input of its own, and ValueError where an id lies outside the vocabulary or the sequence is longer than a learned position table.
     """
     config, pg, parallel = state.config, state.pg, state.config.parallel
-    if config.model.family == "t5":
+    family = family_of(config.model.family)
+    if not family.reads_tokens_only:
         raise ConfigError(
-            "model.family = 't5': its decoder wants an input of its own; set return_logits, and evaluate gives the logits of a batch."
+            f"model.family = {family.name!r}: needs more than token ids; set return_logits, and "
+            "evaluate gives the logits of a batch."
         )
-    length, step = tokens.size(1), step_fn(config.model.family)
+    step = family.step
+    length = tokens.size(1)
     check_ids("tokens", tokens, config.model.vocab_size)
-    unit = (2 * parallel.cp if parallel.cp > 1 else 1) * (
-        parallel.tp if parallel.sequence_parallel else 1
-    )
+    unit = sequence_unit(parallel.tp, parallel.cp, parallel.sequence_parallel)
     raw = {"input_ids": torch.nn.functional.pad(tokens, (0, -length % unit))}
     if length % unit:
         raw["attention_mask"] = (
@@ -78,9 +81,11 @@ def generate(
     The model sees the last `seq_length` tokens. The draw is a function of (seed, tokens), so every rank gets the same.
     Raises ValueError for an empty prompt, a negative temperature, top_k below 1, and a family that predicts no next token.
     """
-    if state.config.model.family != "gpt":
+    family = family_of(state.config.model.family)
+    if not family.predicts_next_token:
         raise ValueError(
-            f"model.family = {state.config.model.family!r}: it predicts no next token; ask megafn.logits for what it predicts."
+            f"model.family = {family.name!r}: does not predict the next token; ask megafn.logits "
+            "for what it predicts."
         )
     if tokens.dim() != 2 or tokens.size(1) == 0:
         raise ValueError(

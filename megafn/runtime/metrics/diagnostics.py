@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_du
 from megatron.core.transformer.module import param_is_not_shared
 
 from megafn.pure.config.records import TrainConfig
+from megafn.pure.families.built_in import sample_tokens
 from megafn.pure.flops import training_flops
 from megafn.runtime.model.optimizer import chained
 from megafn.runtime.parallel.groups import ProcessGroups
@@ -104,7 +105,7 @@ def diagnostics(
         "params_norm": parameter_norm(chunks, pg),
         "zeros_in_grad": zeros,
         "tokens_per_second_per_device": config.global_batch_size
-        * config.model.sample_tokens
+        * sample_tokens(config.model)
         / seconds
         / pg.world_size,
         "tflops_per_device": tflops,

@@ -1,8 +1,9 @@
-"""The layers of a stage: megatron-core's parallel layers around torch's attention and norms."""
+"""The layers of a model: megatron-core's parallel layers around torch's attention and norms."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,14 +28,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn.attention.bias import causal_lower_right
 
-from megafn.pure.config.records import TrainConfig
+from megafn.pure.config.records import ParallelConfig, RecomputeConfig, TrainConfig
 from megafn.runtime.parallel.context import cp_positions
 from megafn.runtime.parallel.groups import ProcessGroups
 
@@ -49,27 +46,14 @@ _ACTIVATIONS = {
 }
 
 
+# ------------------------------------------------------------------------ megatron-core's config
+
+
 def transformer_config(config: TrainConfig, pg: ProcessGroups) -> TransformerConfig:
     """megatron-core's config of a run, for this process."""
-    model, parallel, recompute = config.model, config.parallel, config.recompute
+    model = config.model
+    parallel = config.parallel
     dtype = DTYPES[config.precision.dtype]
-    interleaved = {}
-    if parallel.vpp > 1:
-        interleaved["virtual_pipeline_model_parallel_size"] = parallel.vpp
-        if (
-            pg.device.type == "cpu"
-        ):  # batched p2p pairs wrongly on gloo with two stages, which also reads freed outputs
-            interleaved.update(overlap_p2p_comm=True, batch_p2p_comm=False)
-    if recompute.granularity == "full":
-        recomputed = dict(
-            recompute_granularity="full",
-            recompute_method=recompute.method,
-            recompute_num_layers=recompute.num_layers,
-        )
-    elif recompute.granularity == "selective":
-        recomputed = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
-    else:
-        recomputed = {}
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -98,7 +82,7 @@ def transformer_config(config: TrainConfig, pg: ProcessGroups) -> TransformerCon
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         deallocate_pipeline_outputs=pg.device.type == "cuda",
-        moe_token_dispatcher_type="alltoall",  # asked for by variable lengths
+        moe_token_dispatcher_type="alltoall",  # required by variable lengths, for dense models too
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
@@ -107,25 +91,52 @@ def transformer_config(config: TrainConfig, pg: ProcessGroups) -> TransformerCon
         apply_rope_fusion=False,
         attention_softmax_in_fp32=False,
         cuda_graph_scope=[],
-        **interleaved,
-        **recomputed,
+        **_interleaving(parallel, on_cpu=pg.device.type == "cpu"),
+        **_recomputation(config.recompute),
     )
 
 
+def _interleaving(parallel: ParallelConfig, *, on_cpu: bool) -> dict[str, Any]:
+    """megatron-core's settings for several chunks a stage."""
+    if parallel.vpp == 1:
+        return {}
+    settings = {"virtual_pipeline_model_parallel_size": parallel.vpp}
+    if on_cpu:
+        # with two stages gloo pairs batched messages wrongly, and it reads freed outputs
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return settings
+
+
+def _recomputation(recompute: RecomputeConfig) -> dict[str, Any]:
+    """megatron-core's settings for the activations that the backward pass computes again."""
+    if recompute.granularity == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": recompute.method,
+            "recompute_num_layers": recompute.num_layers,
+        }
+    if recompute.granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+# ---------------------------------------------------------------------------------------- parts
+
+
 class Norm(torch.nn.Module):
-    """LayerNorm or RMSNorm as torch computes them, with parameters that know sequence parallelism."""
+    """LayerNorm or RMSNorm as torch computes them, also under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
-        self.shape, self.eps = (hidden_size,), eps
+        self.shape = (hidden_size,)
+        self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.bias = None
         if config.normalization != "RMSNorm":
             self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
-            parameter.sequence_parallel = (
-                config.sequence_parallel
-            )  # their gradients are summed over tp
+            # megatron-core sums the gradients of such parameters over tp
+            parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.bias is None:
@@ -134,12 +145,17 @@ class Norm(torch.nn.Module):
 
 
 class Attention(MegatronModule):
-    """Core attention by torch's `scaled_dot_product_attention` (flash kernels, no mask where it is causal).
+    """Core attention by torch's `scaled_dot_product_attention`.
 
-    query [sq, b, heads / tp, d], key and value [sk, b, groups / tp, d]; mask bool [b or 1, 1, sq or 1, sk], True = hidden,
-    or of the scores' dtype [b or 1, heads / tp, sq, sk], added to them (causality, where it is wanted, is in it then).
-    Context parallel: keys and values are gathered over cp, and each of the rank's two chunks of queries attends to
-    what lies before it (Llama 3, arXiv 2407.21783, section 3.3.2).
+    It has flash kernels, and a causal mask is not in memory.
+
+    query [sq, batch, heads / tp, d], key and value [sk, batch, groups / tp, d] -> context
+    [sq, batch, heads / tp * d]. The mask is bool [batch or 1, 1, sq or 1, sk], True = hidden, or of
+    the scores' dtype [batch or 1, heads / tp, sq, sk], added to them (with causality in it, if
+    there is to be any).
+
+    Context parallel: keys and values are gathered over cp, and each of the rank's two chunks of
+    queries attends to what comes before it (Llama 3, arXiv 2407.21783, section 3.3.2).
     """
 
     def __init__(
@@ -154,88 +170,104 @@ class Attention(MegatronModule):
         pg_collection: Any = None,
     ):
         super().__init__(config=config)
-        self.causal, self.scale, self.cp = (
-            attn_mask_type == AttnMaskType.causal,
-            softmax_scale,
-            pg_collection.cp,
-        )
+        self.causal = attn_mask_type == AttnMaskType.causal
+        self.scale = softmax_scale
+        self.cp = pg_collection.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
         self,
-        query,
-        key,
-        value,
-        attention_mask,
-        attn_mask_type=None,
-        attention_bias=None,
-        packed_seq_params=None,
-    ):
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
-        mask = (
-            attention_mask
-            if attention_mask is None or attention_mask.is_floating_point()
-            else ~attention_mask
-        )
-        if self.cp.size() == 1:
-            if mask is None and self.causal:
-                context = self._attend(query, key, value, None, is_causal=query.size(2) > 1)
-            else:
-                context = self._attend(
-                    query,
-                    key,
-                    value,
-                    self._causal_too(mask, torch.arange(query.size(2), device=query.device)),
-                )
-        else:
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        # [batch, heads, sequence, d]
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        mask = attention_mask
+        if mask is not None and not mask.is_floating_point():
+            mask = ~mask  # True = visible, as torch has it
+        if self.cp.size() > 1:
             context = self._attend_cp(query, key, value, mask)
-        return context.permute(2, 0, 1, 3).flatten(2)  # [s, b, heads * d]
+        elif mask is None and self.causal:
+            context = self._attend(query, key, value, None, is_causal=query.size(2) > 1)
+        else:
+            positions = torch.arange(query.size(2), device=query.device)
+            context = self._attend(query, key, value, self._with_causality(mask, positions))
+        return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _causal_too(self, mask, positions):
-        """A mask of keys alone [.., 1, sk], with the causal part of queries at `positions` added where it is causal."""
+    def _with_causality(
+        self, mask: torch.Tensor | None, positions: torch.Tensor
+    ) -> torch.Tensor | None:
+        """A mask of keys [.., 1, sk]; if attention is causal, it hides keys after `positions` too."""
         if mask is None or not self.causal or mask.size(-2) > 1:
             return mask
-        return mask & (torch.arange(mask.size(-1), device=mask.device) <= positions[:, None])
+        keys = torch.arange(mask.size(-1), device=mask.device)
+        return mask & (keys <= positions[:, None])
 
-    def _attend_cp(self, query, key, value, mask):
-        cp, rank = self.cp.size(), self.cp.rank()
-        both = (
-            torch.stack((key, value)).permute(3, 0, 1, 2, 4).contiguous()
-        )  # [s / cp, 2, b, groups, d]
-        both = gather_from_sequence_parallel_region(
-            both, group=self.cp
-        )  # [s, ...], rank after rank
-        order = torch.cat([cp_positions(both.size(0), cp, r, both.device) for r in range(cp)])
-        key, value = both[order.argsort()].permute(1, 2, 3, 0, 4)
+    def _attend_cp(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        cp = self.cp.size()
+        rank = self.cp.rank()
+        key, value = self._gathered(key, value)
         if not self.causal:
             return self._attend(query, key, value, mask)
-        half, mine = query.size(2) // 2, cp_positions(key.size(2), cp, rank, query.device)
-        parts = []
-        for rows in (slice(0, half), slice(half, None)):
-            positions = mine[rows]
-            seen = (
-                (rank + 1) * half if rows.start == 0 else (2 * cp - rank) * half
-            )  # nothing behind is attended to
-            if mask is None:
-                bias = causal_lower_right(half, seen)
-            else:
-                bias = self._causal_too(
-                    mask if mask.size(-2) == 1 else mask[..., rows, :], positions
-                )[..., :seen]
-            parts.append(
-                self._attend(query[:, :, rows], key[:, :, :seen], value[:, :, :seen], bias)
-            )
-        return torch.cat(parts, dim=2)
-
-    def _attend(self, query, key, value, mask, is_causal=False):
-        dropout = self.dropout if self.training else 0.0
-        # under sequence parallelism the block's own random state differs over tp already; elsewhere heads need their own
-        apart = (
-            get_cuda_rng_tracker().fork()
-            if dropout and not self.config.sequence_parallel
-            else contextlib.nullcontext()
+        half = query.size(2) // 2
+        positions = cp_positions(key.size(2), cp, rank, query.device)
+        # of each of the rank's two chunks of queries: its rows, and how many keys it may see
+        chunks = (
+            (slice(0, half), (rank + 1) * half),
+            (slice(half, None), (2 * cp - rank) * half),
         )
-        with apart:
+        contexts = []
+        for rows, seen in chunks:
+            if mask is None:
+                visible = causal_lower_right(half, seen)
+            else:
+                mask_of_rows = mask if mask.size(-2) == 1 else mask[..., rows, :]
+                visible = self._with_causality(mask_of_rows, positions[rows])[..., :seen]
+            contexts.append(
+                self._attend(query[:, :, rows], key[:, :, :seen], value[:, :, :seen], visible)
+            )
+        return torch.cat(contexts, dim=2)
+
+    def _gathered(
+        self, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [batch, groups, sequence, d] of the whole sequence, in its order."""
+        cp = self.cp.size()
+        # [sequence / cp, 2, batch, groups, d], and gathered one rank after the other
+        both = torch.stack((key, value)).permute(3, 0, 1, 2, 4).contiguous()
+        both = gather_from_sequence_parallel_region(both, group=self.cp)
+        places = [cp_positions(both.size(0), cp, rank, both.device) for rank in range(cp)]
+        in_order = torch.cat(places).argsort()
+        key, value = both[in_order].permute(1, 2, 3, 0, 4)
+        return key, value
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        dropout = self.dropout if self.training else 0.0
+        if dropout and not self.config.sequence_parallel:
+            # heads need random numbers of their own on each tp rank; under sequence parallelism
+            # the block's random state differs over tp already
+            random_state = get_cuda_rng_tracker().fork()
+        else:
+            random_state = contextlib.nullcontext()
+        with random_state:
             return F.scaled_dot_product_attention(
                 query,
                 key,
@@ -248,97 +280,118 @@ class Attention(MegatronModule):
             )
 
 
-class _BiasInside:
-    """Before a parallel linear layer of megatron-core: without tensor parallelism, one `addmm` with the bias inside.
+def _linear_with_bias(
+    layer: ColumnParallelLinear | RowParallelLinear,
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+) -> tuple[torch.Tensor, None]:
+    """A parallel layer that is not cut, as one `addmm` with the bias in it.
 
-    megatron-core hands the bias on to be added by itself: one more pass over memory, one more tensor of the activation's size.
+    megatron-core returns the bias, to be added separately: one more pass over memory and one more
+    tensor of the activation's size.
     """
-
-    def forward(self, input_, weight=None, **options):
-        if self.tp_group.size() > 1:
-            return super().forward(input_, *([] if weight is None else [weight]), **options)
-        return F.linear(input_, self.weight if weight is None else weight, self.bias), None
+    return F.linear(hidden, layer.weight if weight is None else weight, layer.bias), None
 
 
-class ColumnLinear(_BiasInside, ColumnParallelLinear):
-    pass
+class ColumnLinear(ColumnParallelLinear):
+    """megatron-core's, with the bias in the matrix product if there is no tensor parallelism."""
+
+    def forward(self, input_: torch.Tensor, weight: torch.Tensor | None = None, **options: Any):
+        if self.tp_group.size() == 1:
+            return _linear_with_bias(self, input_, weight)
+        return super().forward(input_, weight, **options)
 
 
-class RowLinear(_BiasInside, RowParallelLinear):
-    pass
+class RowLinear(RowParallelLinear):
+    """megatron-core's, with the bias in the matrix product if there is no tensor parallelism."""
+
+    def forward(self, input_: torch.Tensor):
+        if self.tp_group.size() == 1:
+            return _linear_with_bias(self, input_, None)
+        return super().forward(input_)
+
+
+# --------------------------------------------------------------------------------------- layers
 
 
 def layer_spec(
-    config: TrainConfig, pg: ProcessGroups, mask: AttnMaskType, *, cross: bool = False
+    config: TrainConfig,
+    pg: ProcessGroups,
+    mask: AttnMaskType,
+    *,
+    cross: bool = False,
+    attention: Callable[..., torch.nn.Module] = Attention,
 ) -> ModuleSpec:
-    """Which modules megatron-core builds a layer of: self-attention, cross-attention where asked for, MLP; a norm before each."""
+    """Which modules megatron-core builds a layer of: self-attention and MLP, a norm before each.
+
+    mask: AttnMaskType.causal, or padding or arbitrary if only the mask hides anything.
+    cross: with cross-attention between the two, to the context that the block is given.
+    attention: builds the core attention; a module class, or a function, with the arguments of
+        `Attention`, called with them by name.
+    """
     norm_of_heads = Norm if config.model.qk_layernorm else None
-    attending = {}
-    if cross:
-        grouped = partial(ColumnLinear, tp_group=pg.tp)  # megatron-core hands these two no group
-        attending = dict(
-            pre_cross_attn_layernorm=Norm,
-            cross_attn_bda=get_bias_dropout_add,
-            cross_attention=ModuleSpec(
-                module=CrossAttention,
-                params={"attn_mask_type": AttnMaskType.arbitrary},
-                submodules=CrossAttentionSubmodules(
-                    linear_q=grouped,
-                    linear_kv=grouped,
-                    core_attention=Attention,
-                    linear_proj=RowLinear,
-                ),
-            ),
-        )
+    self_attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": mask},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnLinear,
+            core_attention=attention,
+            linear_proj=RowLinear,
+            q_layernorm=norm_of_heads,
+            k_layernorm=norm_of_heads,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
+    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": mask},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnLinear,
-                    core_attention=Attention,
-                    linear_proj=RowLinear,
-                    q_layernorm=norm_of_heads,
-                    k_layernorm=norm_of_heads,
-                ),
-            ),
+            self_attention=self_attention,
             self_attn_bda=get_bias_dropout_add,
-            **attending,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            **(_cross_attention(pg, attention) if cross else {}),
         ),
     )
 
 
-def block_spec(
-    config: TrainConfig,
-    mcore: TransformerConfig,
-    pg: ProcessGroups,
-    vp_stage: int | None,
-    mask: AttnMaskType,
-) -> TransformerBlockSubmodules:
-    """Which layers megatron-core builds a stage's block of, and its last norm."""
-    count = get_num_layers_to_build(mcore, vp_stage=vp_stage, pp_rank=pg.place.pp)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(config, pg, mask)] * count, layer_norm=Norm
-    )
+def _cross_attention(
+    pg: ProcessGroups, attention: Callable[..., torch.nn.Module]
+) -> dict[str, Any]:
+    """The parts of a layer that attend to the context."""
+    linear = partial(ColumnLinear, tp_group=pg.tp)  # megatron-core gives these two no group
+    return {
+        "pre_cross_attn_layernorm": Norm,
+        "cross_attn_bda": get_bias_dropout_add,
+        "cross_attention": ModuleSpec(
+            module=CrossAttention,
+            params={"attn_mask_type": AttnMaskType.arbitrary},
+            submodules=CrossAttentionSubmodules(
+                linear_q=linear,
+                linear_kv=linear,
+                core_attention=attention,
+                linear_proj=RowLinear,
+            ),
+        ),
+    }
 
 
 def check_parallel_layers(module: torch.nn.Module, pg: ProcessGroups) -> None:
-    """Raises RuntimeError naming each parallel layer without its tensor-parallel group: it would silently not be parallel."""
+    """Raises RuntimeError naming each parallel layer without its tensor-parallel group.
+
+    Such a layer would not be parallel, without any error.
+    """
     kinds = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
-    astray = [
+    without_group = [
         name
         for name, layer in module.named_modules()
         if isinstance(layer, kinds) and layer.tp_group is not pg.tp
     ]
-    if astray:
+    if without_group:
         raise RuntimeError(
-            f"layers without the tensor-parallel group of this layout: {', '.join(astray)}; hand them tp_group=pg.tp."
+            f"layers without the tensor-parallel group of this layout: {', '.join(without_group)}; "
+            "give them tp_group=pg.tp."
         )

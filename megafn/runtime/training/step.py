@@ -11,6 +11,7 @@ import attrs
 import torch
 
 from megafn.pure.config.records import TrainConfig
+from megafn.pure.families.built_in import sample_tokens
 from megafn.pure.spikes import append_norm, spike_limit
 from megafn.runtime.families.step import Step
 from megafn.runtime.metrics.diagnostics import diagnostics, zeros_in_grad
@@ -121,7 +122,7 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
         skipped=not updated,
         loss_scale=float(optimizer.get_loss_scale()),
         seconds=seconds,
-        tokens_per_second=samples * config.model.sample_tokens / seconds,
+        tokens_per_second=samples * sample_tokens(config.model) / seconds,
         report=report.report,
         details=more,
         logits=report.logits,

@@ -1,0 +1,53 @@
+"""What transformers have in common: operations of a layer, and initial values."""
+
+from __future__ import annotations
+
+import math
+
+from megafn.pure.config.records import ModelConfig
+from megafn.pure.families.family_spec import Constant, Normal
+
+
+def layer_flops(model: ModelConfig, length: int) -> float:
+    """Forward operations for one token in one layer that attends to `length` tokens.
+
+    Those of matrix products, two for each multiply and add; attention is counted in full, causal
+    or not, as in arXiv 2104.04473 (appendix).
+    """
+    hidden = model.hidden_size
+    inner = model.num_attention_heads * model.head_size
+    keys_and_values = 2 * model.query_groups * model.head_size
+    projections = 2 * hidden * (2 * inner + keys_and_values)
+    attention = 4 * length * inner
+    matrices = 3 if model.gated else 2
+    mlp = 2 * hidden * model.ffn_size * matrices
+    return projections + attention + mlp
+
+
+def one_stack_flops(model: ModelConfig, sequences: int, head: float) -> float:
+    """Forward and backward operations of one stack of layers and a head; `head`: a token's there.
+
+    A backward pass costs twice a forward one; recomputation is not counted.
+    """
+    tokens = sequences * model.seq_length
+    return 3.0 * tokens * (model.num_layers * layer_flops(model, model.seq_length) + head)
+
+
+def initial_distribution(
+    name: str, shape: tuple[int, ...], model: ModelConfig
+) -> Constant | Normal:
+    """GPT-2's: matrices normal with `init_method_std`, norms one, biases zero.
+
+    Matrices that write to the residual stream have that std over sqrt(2 * layers of their stack).
+    """
+    if len(shape) == 1:
+        return Constant(1.0 if name.endswith("norm.weight") else 0.0)
+    if not name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return Normal(model.init_method_std)
+    layers = model.decoder_layers if name.startswith("decoder.") else model.num_layers
+    return Normal(model.init_method_std / math.sqrt(2 * layers))
+
+
+def one_sequence_tokens(model: ModelConfig) -> int:
+    """Tokens of a sample that is one sequence."""
+    return model.seq_length

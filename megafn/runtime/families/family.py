@@ -1,0 +1,99 @@
+"""A family of models, complete in one record of functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from megafn.pure.config.records import ModelConfig, TrainConfig
+from megafn.pure.families.family_spec import FamilySpec
+from megafn.runtime.families.step import Batch, Step
+from megafn.runtime.model.chunk import ChunkFunctions
+from megafn.runtime.model.losses import cross_entropy
+from megafn.runtime.text.tokenizer import Tokenizer
+
+
+@frozen(kw_only=True)
+class FamilyData:
+    """Which of megatron-core's datasets reads a family's samples.
+
+    dataset(config, tokenizer) -> (dataset class, its config). Raises ConfigError if the tokenizer
+        lacks a special token that the samples need.
+    sentences(model): how many sentences a document needs to be read; 0 if documents are runs of
+        tokens that are not split into sentences.
+    """
+
+    dataset: Callable[[TrainConfig, Tokenizer], tuple[type, Any]]
+    sentences: Callable[[ModelConfig], int]
+
+
+def next_token_batch(batch: dict[str, torch.Tensor]) -> Batch:
+    """ "text" [batch, sequence + 1] beside "tokens" and "labels", whichever the batch has."""
+    if "text" in batch and "tokens" not in batch:
+        # before the rest: the micro-batch's shape is that of its inputs
+        text = batch["text"]
+        return {"tokens": text[:, :-1], "labels": text[:, 1:]} | batch
+    if "tokens" in batch and "labels" in batch:
+        last = batch["labels"][:, -1:]
+        return batch | {"text": torch.cat([batch["tokens"], last], dim=1)}
+    return batch
+
+
+def call_for_token_losses(
+    model: torch.nn.Module,
+    chunk: Any,
+    *inputs: Any,
+    labels: torch.Tensor | None = None,
+    **named: Any,
+) -> tuple[Any, Any]:
+    """model(*inputs, labels=labels): losses [batch, sequence] if labels are given, else logits."""
+    output = model(*inputs, **named)
+    if labels is None or not getattr(chunk, "post_process", True):
+        return output, output
+    return output, cross_entropy(output, labels, chunk.pg_collection)
+
+
+@frozen(kw_only=True)
+class TrainStepCalls:
+    """How accelerate's train steps, written for Megatron-LM, read batches and call the model.
+
+    batch(batch): gives tensors the names that the train steps know.
+    call(model, chunk, *inputs, **named) -> (the model's output, what the train step gets): `chunk`
+        is the module inside the wrapper `model`, and losses are made of logits if labels are given.
+    """
+
+    batch: Callable[[dict[str, torch.Tensor]], Batch] = next_token_batch
+    call: Callable[..., tuple[Any, Any]] = call_for_token_losses
+
+
+@frozen(kw_only=True)
+class Family:
+    """A family of models: what distinguishes it from others, and nothing else knows its name.
+
+    To add one, write these functions, or change a built-in family with `attrs.evolve`, and give the
+    record to `ModelConfig(family=...)`; nothing is registered.
+
+    spec: the pure half, rules and numbers that need no torch.
+    step: batch, forward and loss of a micro-batch.
+    chunk: what a model chunk is built of and computes.
+    data: how corpora are read; None if the family is trained on batches only.
+    train_step_calls: how accelerate's train steps read batches and call the model.
+    reads_tokens_only: `megafn.logits` can run it on token ids; its step takes {"input_ids"}.
+    predicts_next_token: `megafn.generate` can write with it.
+    """
+
+    spec: FamilySpec
+    step: Step
+    chunk: ChunkFunctions
+    data: FamilyData | None = None
+    train_step_calls: TrainStepCalls = TrainStepCalls()
+    reads_tokens_only: bool = True
+    predicts_next_token: bool = False
+
+    @property
+    def name(self) -> str:
+        """What stands in configs and checkpoints."""
+        return self.spec.name

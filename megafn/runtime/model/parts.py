@@ -1,0 +1,199 @@
+"""What chunks are composed from: functions that build a part, and functions that compute with it.
+
+Each part is megatron-core's and is given its process groups. Tensors are [sequence, batch, hidden]
+between parts; under sequence parallelism each tp rank has its share of the sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+
+from megafn.pure.config.records import TrainConfig, padded_vocab_size
+from megafn.runtime.model.chunk import Chunk, ChunkPlan
+from megafn.runtime.model.layers import Norm
+from megafn.runtime.parallel.context import cp_positions
+from megafn.runtime.parallel.groups import ProcessGroups
+
+# ------------------------------------------------------------------------------------ building
+
+
+def token_embedding(plan: ChunkPlan) -> LanguageModelEmbedding:
+    """Tables of words, learned positions and token types, as far as the config has them."""
+    model = plan.config.model
+    return LanguageModelEmbedding(
+        plan.mcore,
+        padded_vocab_size(model.vocab_size, plan.config.parallel.tp),
+        model.position_rows,
+        model.position_embedding,
+        num_tokentypes=model.num_tokentypes,
+        tp_group=plan.pg.tp,
+    )
+
+
+def rotary_embedding(plan: ChunkPlan) -> RotaryEmbedding | None:
+    """Rotary positions, or None if the config has others."""
+    model = plan.config.model
+    if model.position_embedding != "rope":
+        return None
+    return RotaryEmbedding(
+        model.head_size,
+        model.rotary_percent,
+        rotary_base=model.rotary_base,
+        use_cpu_initialization=plan.pg.device.type == "cpu",
+        cp_group=plan.pg.cp,
+    )
+
+
+def one_stack_block(plan: ChunkPlan, layer: ModuleSpec) -> TransformerBlock:
+    """The chunk's layers of a model that is one stack, and after the last one the final norm."""
+    count = get_num_layers_to_build(plan.mcore, vp_stage=plan.vp_stage, pp_rank=plan.pg.place.pp)
+    return TransformerBlock(
+        plan.mcore,
+        TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm),
+        pre_process=plan.pre_process,
+        post_process=plan.post_process,
+        pg_collection=plan.pg.collection,
+        vp_stage=plan.vp_stage,
+    )
+
+
+def output_layer(
+    plan: ChunkPlan, *, beside_embedding: bool, bias: bool = False
+) -> ColumnParallelLinear:
+    """The layer that gives logits, cut over the vocabulary.
+
+    beside_embedding: whether the chunk has an embedding too, so that a tied layer needs no weight
+    of its own.
+    """
+    model = plan.config.model
+    return ColumnParallelLinear(
+        model.hidden_size,
+        padded_vocab_size(model.vocab_size, plan.config.parallel.tp),
+        config=plan.mcore,
+        init_method=plan.mcore.init_method,
+        bias=bias,
+        skip_bias_add=False,
+        gather_output=False,
+        skip_weight_param_allocation=beside_embedding and model.tie_word_embeddings,
+        tp_group=plan.pg.tp,
+    )
+
+
+def tie_word_tables(chunk: Chunk) -> None:
+    """megatron-core's marks on the output layer and on the word table of the first stage."""
+    embeds_only = chunk.pre_process and not chunk.post_process
+    if embeds_only or hasattr(chunk, "output_layer"):
+        chunk.setup_embeddings_and_output_layer()
+
+
+# ----------------------------------------------------------------------------------- computing
+
+
+def embed(
+    chunk: Chunk,
+    tokens: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    tokentype_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Embedding [sequence / cp (/ tp), batch, hidden] of tokens [batch, sequence / cp].
+
+    At the positions given, or at the tokens' places in the whole sequence.
+    """
+    cp = chunk.cp_group.size()
+    sequence = tokens.size(1) * cp
+    model = chunk.plan.config.model
+    if model.position_embedding == "learned_absolute" and sequence > model.position_rows:
+        raise ValueError(
+            f"sequence length = {sequence}: the position table has {model.position_rows} rows; "
+            f"raise model.max_position_embeddings or shorten the sequence."
+        )
+    if position_ids is None:
+        places = cp_positions(sequence, cp, chunk.plan.pg.place.cp, tokens.device)
+        position_ids = places.expand_as(tokens)
+    return chunk.embedding(tokens, position_ids, tokentype_ids)
+
+
+def rotary_angles(
+    chunk: Chunk, tokens: torch.Tensor, position_ids: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Angles [sequence / cp, 1, 1, width] of the tokens' places; None without rotary positions.
+
+    Of positions given: [sequence / cp, batch, 1, width].
+    """
+    if chunk.rotary is None:
+        return None
+    cp = chunk.cp_group.size()
+    angles = chunk.rotary.get_emb(tokens.size(1) * cp)
+    if position_ids is not None:
+        angles = position_ids.t()[..., None] * chunk.rotary.inv_freq
+        return torch.cat((angles, angles), dim=-1)[:, :, None]
+    if cp == 1:
+        return angles
+    return angles[cp_positions(angles.size(0), cp, chunk.plan.pg.place.cp, angles.device)]
+
+
+def one_stack_hidden(
+    chunk: Chunk,
+    block: TransformerBlock,
+    tokens: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    tokentype_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The hidden state after the chunk's layers, of the embedding or of what the block received."""
+    hidden = None
+    if chunk.pre_process:
+        hidden = embed(chunk, tokens, position_ids, tokentype_ids)
+    angles = rotary_angles(chunk, tokens, position_ids)
+    return block(hidden, attention_mask, rotary_pos_emb=angles)
+
+
+def vocabulary_logits(chunk: Chunk, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [sequence / cp, batch, padded vocabulary / tp] of the last hidden state.
+
+    Those of padding, which is no token, are the dtype's minimum.
+    """
+    shared = chunk.shared_embedding_or_output_weight() if chunk.plan.ties_output else None
+    logits, _ = chunk.output_layer(hidden, weight=shared)
+    padding = padding_columns(chunk.plan.config, chunk.plan.pg)
+    return _HidePadding.apply(logits, padding) if padding else logits
+
+
+def padding_columns(config: TrainConfig, pg: ProcessGroups) -> int:
+    """How many of this tp rank's columns of the vocabulary only pad it."""
+    tp = config.parallel.tp
+    columns = padded_vocab_size(config.model.vocab_size, tp) // tp
+    tokens_from_here_on = config.model.vocab_size - pg.place.tp * columns
+    tokens = min(max(tokens_from_here_on, 0), columns)
+    return columns - tokens
+
+
+class _HidePadding(torch.autograd.Function):
+    """The last columns become the dtype's minimum, in place; their gradient is zero."""
+
+    @staticmethod
+    def forward(context: Any, logits: torch.Tensor, count: int) -> torch.Tensor:
+        context.count = count
+        context.mark_dirty(logits)
+        logits[..., logits.size(-1) - count :] = torch.finfo(logits.dtype).min
+        return logits
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        first = gradient.size(-1) - context.count
+        if gradient[..., first:].any():
+            # never from a softmax; a copy, for another function may read this gradient
+            gradient = gradient.clone()
+            gradient[..., first:] = 0
+        return gradient, None
