@@ -107,8 +107,8 @@ def _batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Ba
     return {key: value.to(pg.device, non_blocking=True) for key, value in batch.items()}
 
 
-# What a user's forward step calls as `model`. Both keep the module's output in `outputs`: the logits,
-# which the forward step may not return.
+# What a user's forward step calls as `model`. Both keep the module's output in `outputs`: these are
+# the logits, which the forward step may not return.
 
 
 def _call(
