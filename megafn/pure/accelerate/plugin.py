@@ -197,7 +197,7 @@ def _build(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def _check(config: TrainConfig, world_size: int, sources: Mapping[str, str]) -> None:
-    """Raises ConfigError with all that `validate` finds, under the names of the user's arguments."""
+    """Raises ConfigError with all that `validate` finds, by the names of the user's arguments."""
     problems = validate(config, world_size)
     if problems:
         raise config_error(
