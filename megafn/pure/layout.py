@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 
 from attrs import field, frozen
@@ -18,51 +18,64 @@ from megafn.pure.config.records import ModelConfig, ParallelConfig, split_rank
 AXES = ("tp", "cp", "ep", "dp", "pp")
 
 RankGroups = tuple[tuple[int, ...], ...]
-Stages = tuple[int, ...]
+Stages = Sequence[int]
 
 
-def word_table_stages(parallel: ParallelConfig, model: ModelConfig | None) -> tuple[Stages, ...]:
-    """The stages of a pipeline that share the word table, as one group.
+@frozen(kw_only=True)
+class StageLayout:
+    """Which pipeline stages hold which layers and tables; stages count from 0."""
 
-    The first and the last stage, as in megatron-core. If T5 is cut at a split rank: the first
-    stage, the first of the decoder, and the last if the output layer is tied to the table.
+    # the stages of each stack of layers that has stages of its own: T5's encoder and decoder
+    stacks: tuple[range, ...]
+    # the stages that share the word table, a tied output layer included
+    word_tables: tuple[int, ...]
+    # the stages that share the table of learned positions
+    position_tables: tuple[int, ...]
+
+
+def stage_layout(parallel: ParallelConfig, model: ModelConfig | None) -> StageLayout:
+    """Which stages of a pipeline hold what; without a model, as for one stack of layers.
+
+    The word table is on the first and the last stage, as in megatron-core. If T5 is cut at a split
+    rank it is on the first stage of both halves, and on the last one if the output layer is tied.
+    Raises ValueError if a half has no stage.
     """
+    pp = parallel.pp
     split = split_rank(parallel, model)
-    last = parallel.pp - 1
-    stages = {0, last}
-    if split is not None:
-        stages = {0, split, last} if model.tie_word_embeddings else {0, split}
-    return (tuple(sorted(stages)),)
-
-
-def position_table_stages(
-    parallel: ParallelConfig, model: ModelConfig | None
-) -> tuple[Stages, ...]:
-    """The stages of a pipeline that share the table of learned positions, as one group."""
-    split = split_rank(parallel, model)
-    if split is not None and model.position_embedding == "learned_absolute":
-        return ((0, split),)
-    return ((0,),)
-
-
-def halves_of_pipeline(parallel: ParallelConfig, model: ModelConfig | None) -> tuple[Stages, ...]:
-    """The stages of T5's encoder and those of its decoder; for other families all in one group."""
-    split = split_rank(parallel, model)
-    stages = tuple(range(parallel.pp))
     if split is None:
-        return (stages,)
-    return (stages[:split], stages[split:])
+        return StageLayout(
+            stacks=(range(pp),),
+            word_tables=(0, pp - 1) if pp > 1 else (0,),
+            position_tables=(0,),
+        )
+    if not 0 < split < pp:
+        raise ValueError(
+            f"parallel.pipeline_model_parallel_split_rank = {split}: must be 1 to {pp - 1}, "
+            "so that both the encoder and the decoder have a stage"
+        )
+    word_tables = {0, split}
+    if model.tie_word_embeddings:
+        word_tables.add(pp - 1)
+    learned = model.position_embedding == "learned_absolute"
+    return StageLayout(
+        stacks=(range(split), range(split, pp)),
+        word_tables=tuple(sorted(word_tables)),
+        position_tables=(0, split) if learned else (0,),
+    )
 
 
 @frozen(kw_only=True)
 class GroupKind:
     """One kind of process group: a row of the table."""
 
-    name: str  # the field of `Groups` and of `ProcessGroups`
-    axes: tuple[str, ...]  # the ranks of a group differ on these axes only
-    megatron_names: tuple[str, ...]  # its fields in megatron-core's ProcessGroupCollection
-    # Groups along pp that hold some stages only: the stages of each group in one pipeline.
-    stages: Callable[[ParallelConfig, ModelConfig | None], tuple[Stages, ...]] | None = None
+    # the field of `Groups` and of `ProcessGroups`
+    name: str
+    # the ranks of a group differ on these axes only
+    axes: tuple[str, ...]
+    # its fields in megatron-core's ProcessGroupCollection
+    megatron_names: tuple[str, ...]
+    # for groups along pp that hold only some stages: those of each group in one pipeline
+    stages: Callable[[StageLayout], tuple[Stages, ...]] | None = None
 
 
 # As long as ep is 1, experts are placed as the rest of the model is: their groups, which
@@ -81,14 +94,24 @@ GROUP_KINDS = (
     ),
     GroupKind(name="tp_cp", axes=("tp", "cp"), megatron_names=("tp_cp",)),
     GroupKind(name="tp_dp_cp", axes=("tp", "dp", "cp"), megatron_names=("tp_dp_cp",)),
-    GroupKind(name="embd", axes=("pp",), megatron_names=("embd",), stages=word_table_stages),
+    GroupKind(
+        name="embd",
+        axes=("pp",),
+        megatron_names=("embd",),
+        stages=lambda layout: (layout.word_tables,),
+    ),
     GroupKind(
         name="pos_embd",
         axes=("pp",),
         megatron_names=("pos_embd",),
-        stages=position_table_stages,
+        stages=lambda layout: (layout.position_tables,),
     ),
-    GroupKind(name="half", axes=("pp",), megatron_names=(), stages=halves_of_pipeline),
+    GroupKind(
+        name="half",
+        axes=("pp",),
+        megatron_names=(),
+        stages=lambda layout: layout.stacks,
+    ),
     GroupKind(name="world", axes=AXES, megatron_names=("intra_dist_opt",)),
 )
 
@@ -127,7 +150,7 @@ class Groups:
     tp_cp: RankGroups = field(repr=False)
     # all ranks of one pipeline stage
     tp_dp_cp: RankGroups = field(repr=False)
-    # the stages that share the word table, see `word_table_stages`
+    # the stages that share the word table: the first and the last, see `stage_layout`
     embd: RankGroups = field(repr=False)
     # the stages that share the table of learned positions
     pos_embd: RankGroups = field(repr=False)
@@ -189,7 +212,7 @@ def build_groups(
     ValueError: world_size = 8: must be a multiple of tp * pp * cp = 3 * 1 * 1 = 3; start ...
     """
     _check_sizes(parallel, world_size)
-    _check_split_rank(parallel, model)
+    stages = stage_layout(parallel, model)
     sizes = _axis_sizes(parallel, world_size)
     _check_order(parallel, sizes)
 
@@ -202,7 +225,7 @@ def build_groups(
             along_axes[axes] = _groups_along(axes, sizes)
         groups[kind.name] = along_axes[axes]
         if kind.stages is not None:
-            groups[kind.name] = _stages_of_each(along_axes[axes], kind.stages(parallel, model))
+            groups[kind.name] = _stages_of_each(along_axes[axes], kind.stages(stages))
     return Groups(parallel=parallel, world_size=world_size, **groups)
 
 
@@ -367,15 +390,6 @@ def _check_order(parallel: ParallelConfig, sizes: Mapping[str, int]) -> None:
     problem = order_problem(parallel.order, sizes)
     if problem is not None:
         raise ValueError(f"parallel.order = {parallel.order!r}: {problem}")
-
-
-def _check_split_rank(parallel: ParallelConfig, model: ModelConfig | None) -> None:
-    split = split_rank(parallel, model)
-    if split is not None and not 0 < split < parallel.pp:
-        raise ValueError(
-            f"parallel.pipeline_model_parallel_split_rank = {split}: must be 1 to "
-            f"{parallel.pp - 1}, so that both the encoder and the decoder have a stage"
-        )
 
 
 def _check_rank(groups: Groups, rank: int) -> None:
