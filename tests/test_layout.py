@@ -284,7 +284,7 @@ def test_a_split_that_leaves_a_half_without_a_stage_is_refused():
     for split in (0, 2, -1):
         with pytest.raises(
             ValueError,
-            match=f"pipeline_model_parallel_split_rank = {split}: must be 1 to 1, so that both",
+            match=f"pipeline_model_parallel_split_rank = {split}.* 1 to 1",
         ):
             build_groups(
                 ParallelConfig(pp=2, pipeline_model_parallel_split_rank=split), 2, model=model

@@ -20,17 +20,21 @@ from megafn.pure.families.family_spec import StageLayout
 AXES = ("tp", "cp", "ep", "dp", "pp")
 
 RankGroups = tuple[tuple[int, ...], ...]
+Stages = Sequence[int]
 
 
 @frozen(kw_only=True)
 class GroupKind:
     """One kind of process group: a row of the table."""
 
-    name: str  # the field of `Groups` and of `ProcessGroups`
-    axes: tuple[str, ...]  # the ranks of a group differ on these axes only
-    megatron_names: tuple[str, ...]  # its fields in megatron-core's ProcessGroupCollection
-    # Groups along pp that hold some stages only: the stages of each group in one pipeline.
-    stages: Callable[[StageLayout], tuple[Sequence[int], ...]] | None = None
+    # the field of `Groups` and of `ProcessGroups`
+    name: str
+    # the ranks of a group differ on these axes only
+    axes: tuple[str, ...]
+    # its fields in megatron-core's ProcessGroupCollection
+    megatron_names: tuple[str, ...]
+    # for groups along pp that hold only some stages: those of each group in one pipeline
+    stages: Callable[[StageLayout], tuple[Stages, ...]] | None = None
 
 
 # As long as ep is 1, experts are placed as the rest of the model is: their groups, which
@@ -61,7 +65,12 @@ GROUP_KINDS = (
         megatron_names=("pos_embd",),
         stages=lambda layout: (layout.position_tables,),
     ),
-    GroupKind(name="half", axes=("pp",), megatron_names=(), stages=lambda layout: layout.stacks),
+    GroupKind(
+        name="half",
+        axes=("pp",),
+        megatron_names=(),
+        stages=lambda layout: layout.stacks,
+    ),
     GroupKind(name="world", axes=AXES, megatron_names=("intra_dist_opt",)),
 )
 
@@ -100,7 +109,7 @@ class Groups:
     tp_cp: RankGroups = field(repr=False)
     # all ranks of one pipeline stage
     tp_dp_cp: RankGroups = field(repr=False)
-    # the stages that share the word table, T5's decoder has a copy too
+    # the stages that share the word table: the first and the last, see `stage_layout`
     embd: RankGroups = field(repr=False)
     # the stages that share the table of learned positions
     pos_embd: RankGroups = field(repr=False)
