@@ -116,11 +116,19 @@ layers_fit_into_stages = Rule(fields=CUT, remedy=layers_problem)
 
 @rule(*RECOMPUTE, *CUT)
 def recomputed_layers_fit(
-    count: int, granularity: str | None, method: str, *cut: int | None
+    count: int,
+    granularity: str | None,
+    method: str,
+    layers: int,
+    pp: int,
+    vpp: int,
+    first: int | None,
+    last: int | None,
 ) -> str | None:
-    if layers_problem(*cut):
+    if layers_problem(layers, pp, vpp, first, last):
         return None
-    return recompute_problem(count, granularity, method, chunk_sizes(*cut))
+    sizes = chunk_sizes(layers, pp, vpp, first, last)
+    return recompute_problem(count, granularity, method, sizes)
 
 
 def _given_stage_holds_whole_chunks(layers: int | None, vpp: int, pp: int) -> str | None:

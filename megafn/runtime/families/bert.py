@@ -111,7 +111,7 @@ def _from_keys(
     if given(raw, "position_ids"):
         batch["position_ids"] = integers(raw, "position_ids", tokens.shape)
     if model.num_labels is not None:
-        batch |= _class_labels(raw, model, tokens.size(0))
+        batch |= _class_labels(raw, model.problem_type, model.num_labels, tokens.size(0))
     else:
         labels = _token_labels(raw, tokens)
         check_labels(labels, model.vocab_size)
@@ -174,16 +174,17 @@ def _sentence_order(raw: Raw, key: str, rows: int) -> torch.Tensor:
     return order.masked_fill(order < 0, IGNORE)
 
 
-def _class_labels(raw: Raw, model: ModelConfig, rows: int) -> dict[str, torch.Tensor]:
+def _class_labels(
+    raw: Raw, problem_type: str | None, count: int, rows: int
+) -> dict[str, torch.Tensor]:
     """Labels of whole sequences, flat, under the key of their loss.
 
     "targets" (values), "classes" (one of each) or "flags" (several); none if no labels are given.
     """
     if not given(raw, "labels"):
         return {}
-    count = model.num_labels
     labels = as_tensor(raw, "labels", f"numbers of shape [{rows}] or [{rows}, {count}]")
-    kind = model.problem_type or _problem_type(labels, count)
+    kind = problem_type or _problem_type(labels, count)
     labels_a_row = 1 if kind == "single_label_classification" else count
     if labels.numel() != rows * labels_a_row or labels.shape[:1] != (rows,):
         raise ValueError(
@@ -253,9 +254,9 @@ def weigh_sentence_pairs(micro_batches: Sequence[Batch], pg: ProcessGroups) -> S
         )
     if "is_random" not in first:
         return micro_batches
-    tokens = sum(batch["loss_mask"].sum() for batch in micro_batches)
-    pairs = sum((batch["is_random"] >= 0).sum() for batch in micro_batches)
-    counts = torch.stack((tokens, pairs))
+    tokens = [batch["loss_mask"].sum() for batch in micro_batches]
+    pairs = [(batch["is_random"] >= 0).sum() for batch in micro_batches]
+    counts = torch.stack([torch.stack(tokens).sum(), torch.stack(pairs).sum()])
     dist.all_reduce(counts, group=pg.dp)
     weight = counts[0] / counts[1].clamp(min=1)
     return [{**batch, "tokens_per_pair": weight} for batch in micro_batches]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
@@ -79,6 +79,11 @@ class Chunk(LanguageModule):
         """Where megatron-core's gradient sum over `pos_embd` looks for a learned position table."""
         learned = self.plan.config.model.position_embedding == "learned_absolute"
         return self.embedding.position_embeddings if self.pre_process and learned else None
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The modules, whose names are the family's."""
 
     def _set_attention_backend(self) -> None:
         """Not megatron-core's, which writes Transformer Engine's environment variables."""
