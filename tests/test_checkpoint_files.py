@@ -24,7 +24,7 @@ from checkpoint_runs import (
 from equivalence import local_parts, share, tiny, uneven
 from megafn.runtime.checkpoint import atomic_files, save
 from megafn.runtime.checkpoint.disk_format import checkpoints
-from megafn.runtime.checkpoint.resume import _newest_first
+from megafn.runtime.checkpoint.resume import _remove_leftovers
 from megafn.runtime.model.weights import local_parameters
 from pool import run_script
 
@@ -95,7 +95,8 @@ def test_a_crash_between_any_two_effects_leaves_the_old_or_the_new(tmp_path, mon
             assert same(local_parts(loaded), values[loaded.iteration])
             assert newest.name == f"iteration-{loaded.iteration:08d}"
             assert loaded.iteration == (2 if "rename" in done else 1)
-            assert _newest_first(tmp_path)[0] == newest
+            _remove_leftovers(tmp_path)
+            assert mf.latest(tmp_path) == newest
             assert [path.name for path in tmp_path.glob(".*")] == []
             survived.append(loaded.iteration)
             if loaded.iteration == 2:

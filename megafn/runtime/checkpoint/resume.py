@@ -73,7 +73,10 @@ def _load_newest(state: State) -> tuple[State, int | None]:
     pg = state.pg
     if settings.directory is None:
         return state, None
-    paths = _newest_first(Path(settings.directory)) if pg.is_rank_zero else None
+    paths = None
+    if pg.is_rank_zero:
+        _remove_leftovers(Path(settings.directory))
+        paths = list(reversed(checkpoints(settings.directory).values()))
     paths = broadcast_from_rank_zero(paths, pg)
     for path in paths:
         try:
@@ -93,12 +96,11 @@ def _load_newest(state: State) -> tuple[State, int | None]:
     return state, None
 
 
-def _newest_first(directory: Path) -> list[Path]:
-    """The checkpoints, after what a killed run left half written or half deleted is removed."""
+def _remove_leftovers(directory: Path) -> None:
+    """Delete what a killed run left half written or half deleted."""
     for pattern in (".saving-iteration-*", ".removing-iteration-*"):
         for leftover in directory.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
-    return list(reversed(checkpoints(directory).values()))
 
 
 def _refuse_damage(error: CheckpointError, settings: CheckpointConfig) -> None:
