@@ -15,7 +15,7 @@ test: $(VENV)/test            ## every test
 	$(BIN)/python -m pytest
 
 torture: $(VENV)/test         ## a training run killed 100 times, at random
-	MEGAFN_KILLS=100 $(BIN)/python -m pytest tests/test_checkpoint.py -k killed
+	MEGAFN_KILLS=100 $(BIN)/python -m pytest tests/test_checkpoint_kills.py -k killed
 
 bench: $(VENV)/bench          ## speed side by side with the peers
 	$(BIN)/python -m pytest bench --benchmark-sort=name -rs

@@ -100,9 +100,9 @@ _HOME = {
     "fit": "runtime.training.fit",
     "train": "runtime.training.train",
     "replay": "runtime.training.replay",
-    "save": "runtime.checkpoint.checkpoint",
-    "load": "runtime.checkpoint.checkpoint",
-    "latest": "runtime.checkpoint.checkpoint",
+    "save": "runtime.checkpoint.save",
+    "load": "runtime.checkpoint.load",
+    "latest": "runtime.checkpoint.disk_format",
     "CheckpointError": "runtime.checkpoint.atomic_files",
 }
 __all__ = list(_HOME)

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import megafn as mf
+from checkpoint_runs import loader, same, text_config
 from equivalence import assert_equal, local_parts, share, tiny, uneven
 from megafn.pure.spikes import LEAST, WINDOW, append_norm, spike_limit
 from megafn.runtime.families.gpt import gpt_batch
 from megafn.runtime.model.losses import token_loss
-from test_checkpoint import loader, same, text_config
 
 SP, DIST = dict(sequence_parallel=True), dict(use_distributed_optimizer=True)
 GRADIENT = 7.0  # the loss stays, its gradient is too large for a norm

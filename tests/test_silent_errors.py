@@ -10,11 +10,11 @@ Megatron-LM issue 7452 (2026) numbers such findings; the others are issues and p
 | 7452, 4 and 7 | activations cut and gathered over another layout's tensor-parallel group | `tp_of_ranks_that_are_not_neighbours` below |
 | 7452, 8; 7359 | a parameter counted wrongly in the norm, so in clipping | `replicated_parameters_in_the_norm` below (there: attention sinks) |
 | 7452, 9; 7513 | under context parallelism a loss divided by each part's own count | `uneven_counts_over_cp` below |
-| 7452, 12 | a checkpoint whose layers are numbered within a stage, read by other stages | test_checkpoint.py, `pp2-vpp2-to-pp4` |
+| 7452, 12 | a checkpoint whose layers are numbered within a stage, read by other stages | test_checkpoint_layouts.py, `pp2-vpp2-to-pp4` |
 | 7513 | a reported sum that shares the loss's memory must not be divided with it | `test_a_report_that_shares_the_loss_s_memory` below |
 | 7468 | the first step after a resume took another weight decay | `test_the_first_step_after_a_resume_has_its_own_weight_decay` below |
 | 7207, 6717 | an evaluation's mean of means; one summed over some ranks alone | test_features.py, `test_an_evaluation_is_the_training_loss_*` |
-| 6920 | shards of a loaded checkpoint that were not gathered | test_checkpoint.py, `dp2-dist-to-dp4-dist` |
+| 6920 | shards of a loaded checkpoint that were not gathered | test_checkpoint_layouts.py, `dp2-dist-to-dp4-dist` |
 | 5337 | a sum over tp that was lost where the tensor lay in strides of memory | `test_gradients_in_strides_of_memory_are_summed_over_tp` below |
 | 5243 | rotary angles of packed documents under context parallelism | test_features.py, `test_masks_and_positions_*`, `documents-rope-cp2` |
 | 2263, 5916 | which ranks add to the gradient norm where the optimizer's state is cut | `norm_over_shards` below |
@@ -38,8 +38,8 @@ from unittest import mock
 import attrs
 import pytest
 
+import checkpoint_runs
 import megafn as mf
-import test_checkpoint
 from combinations import hold
 from equivalence import assert_equal, run_layout, short, uneven
 from test_features import metrics_of, refused
@@ -174,11 +174,11 @@ def test_a_report_that_shares_the_loss_s_memory(processes, layout, pool):
 
 def test_the_first_step_after_a_resume_has_its_own_weight_decay(pool, tmp_path):
     """7468: loading set the learning rate anew but left the decay that the new optimizer began with. On a ramp the next step is off."""
-    config = test_checkpoint.config_of(
+    config = checkpoint_runs.config_of(
         weight_decay_incr_style="linear", start_weight_decay=0.0, end_weight_decay=1.0
     )
     ((curve, start, end, _),) = pool(
-        1, test_checkpoint.run, config, tmp_path, test_checkpoint.SAVED
+        1, checkpoint_runs.run, config, tmp_path, checkpoint_runs.SAVED
     )
-    ((after, _, last, _),) = pool(1, test_checkpoint.run, config, tmp_path)
-    assert_equal((curve[test_checkpoint.SAVED :], start, end), [(after, start, last)])
+    ((after, _, last, _),) = pool(1, checkpoint_runs.run, config, tmp_path)
+    assert_equal((curve[checkpoint_runs.SAVED :], start, end), [(after, start, last)])

@@ -1,19 +1,24 @@
-"""Files that outlive a crash: tensors without pickles, checksums, and folders that appear whole or not at all."""
+"""Files that survive a crash: tensors without pickles, checksums, and folders that appear whole or
+not at all.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 
+import numpy
 import torch
 
-SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
-_NAMES = {
+CHECKSUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
+
+_SAFETENSORS_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
@@ -28,44 +33,51 @@ _NAMES = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there, is damaged or could not be written; the message names the file."""
+    """A checkpoint is missing, damaged or could not be written; the message names the file."""
 
 
-def write_file(path: Path, *data: bytes) -> str:
-    """Write a new file and flush it to disk; its sha256."""
-    return _write(path, iter(data))
+def write_file(path: Path, data: bytes) -> str:
+    """Write a new file and flush it to disk. Returns its sha256."""
+    return _write_blocks(path, [data])
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Write a new file in the format of safetensors and flush it to disk; the sha256 of what was meant to be written.
+    """Write a new file in the safetensors format and flush it to disk. Returns its sha256.
 
-    Not by safetensors' own writer, which makes a second copy of everything before it writes, holds the interpreter
-    meanwhile, and would have to be read back for the checksum. One tensor at a time is copied here, off a GPU too.
+    The checksum is of what was meant to be written, not of what can be read back.
+    safetensors' own writer makes a second copy of everything before it writes, holds the
+    interpreter meanwhile, and its file would have to be read back for the checksum. Here one
+    tensor at a time is copied, also from a GPU.
     """
-    header, end = {}, 0
+    header = _safetensors_header(tensors)
+    return _write_blocks(path, itertools.chain([header], map(_tensor_bytes, tensors.values())))
+
+
+def _safetensors_header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Eight bytes with the length of the JSON, and the JSON, padded to a multiple of eight."""
+    entries = {}
+    start = 0
     for name, tensor in tensors.items():
-        size = prod(tensor.shape) * tensor.element_size()
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+        end = start + prod(tensor.shape) * tensor.element_size()
+        entries[name] = {
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [end, end + size],
+            "data_offsets": [start, end],
         }
-        end += size
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-
-    def data():
-        yield len(head).to_bytes(8, "little") + head
-        for tensor in tensors.values():
-            yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-
-    return _write(path, data())
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
-def _write(path, data):
+def _tensor_bytes(tensor: torch.Tensor) -> numpy.ndarray:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _write_blocks(path: Path, blocks: Iterable[bytes | numpy.ndarray]) -> str:
     digest = hashlib.sha256()
     with open(path, "xb") as file:
-        for block in data:
+        for block in blocks:
             digest.update(block)
             file.write(block)
         file.flush()
@@ -74,7 +86,7 @@ def _write(path, data):
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to disk."""
+    """Flush the list of names in a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -82,38 +94,45 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def publish(aside: Path, folder: Path, sums: Mapping[str, str]) -> None:
-    """Give a finished folder its name: from then on it is there, whole. sums: the sha256 of each of its files."""
-    write_file(
-        aside / SUMS,
-        "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode(),
-    )
-    sync_folder(aside)
-    os.rename(aside, folder)
+def publish(hidden: Path, folder: Path, checksums: Mapping[str, str]) -> None:
+    """Rename a finished hidden folder to its final name: from then on it is there, whole.
+
+    checksums: the sha256 of each of its files.
+    """
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(checksums.items())]
+    write_file(hidden / CHECKSUMS, "".join(lines).encode())
+    sync_folder(hidden)
+    os.rename(hidden, folder)
     sync_folder(folder.parent)
 
 
-def read_sums(folder: Path) -> dict[str, str]:
-    """The sha256 of each file, as `publish` wrote them. Raises CheckpointError where that is not what they are."""
+def read_checksums(folder: Path) -> dict[str, str]:
+    """The sha256 of each file, as `publish` wrote them.
+
+    Raises CheckpointError if there are none or they cannot be read.
+    """
+    path = folder / CHECKSUMS
     try:
-        text = (folder / SUMS).read_bytes().decode()
+        text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / SUMS} is damaged: {error}") from None
+        raise CheckpointError(f"{path} is damaged: {error}") from None
     if not re.fullmatch(r"([0-9a-f]{64}  [\w.-]+\n)+", text):
-        raise CheckpointError(f"{folder / SUMS} is damaged: it is no list of checksums")
-    return {name: digest for digest, name in (line.split("  ") for line in text.splitlines())}
+        raise CheckpointError(f"{path} is damaged: it is not a list of checksums")
+    checksums = {}
+    for line in text.splitlines():
+        digest, name = line.split("  ")
+        checksums[name] = digest
+    return checksums
 
 
-def find_damage(path: Path, digest: str | None) -> str | None:
-    """What is wrong with a file whose sha256 should be `digest`, in words; None: nothing."""
+def find_damage(path: Path, expected_digest: str | None) -> str | None:
+    """What is wrong with a file, or None if its sha256 is the expected one."""
     try:
         with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
     except OSError as error:
         return f"{path} is damaged: {error.strerror}"
-    return (
-        None
-        if found == digest
-        else f"{path} is damaged: its {size} bytes do not have the sha256 that {SUMS} gives"
-    )
+    if digest == expected_digest:
+        return None
+    return f"{path} is damaged: its {size} bytes do not have the sha256 in {CHECKSUMS}"

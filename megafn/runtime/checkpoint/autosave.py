@@ -1,4 +1,7 @@
-"""When `train` saves: at intervals, after the last iteration, on a signal; what it goes on from; what it deletes."""
+"""When `train` saves: at intervals, after the last iteration, on a signal; and what it deletes.
+
+`save_if_due` takes the record of where automatic saving stands and returns the next one.
+"""
 
 from __future__ import annotations
 
@@ -7,126 +10,193 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
+import attrs
 import torch
 import torch.distributed as dist
+from attrs import frozen
 
 from megafn.pure.checkpoint.retention import iterations_to_keep
+from megafn.pure.config.records import CheckpointConfig
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
-from megafn.runtime.checkpoint.checkpoint import Saving, begin_save, checkpoints, finish_save
+from megafn.runtime.checkpoint.disk_format import checkpoints
+from megafn.runtime.checkpoint.save import Saving, begin_save, finish_save
 from megafn.runtime.checkpoint.state_boxes import check_buffers
 from megafn.runtime.data.same_batches import first_sample
 from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.model.state import State
+from megafn.runtime.parallel.groups import ProcessGroups
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's, and torchrun's
 
 
-@contextlib.contextmanager
-def open_autosave(state: State) -> Iterator[Callable[..., None]]:
-    """`keep(state, batch)`, to be called by every rank after each iteration, and once more with `ended=True` behind the last.
+@frozen(kw_only=True, eq=False)
+class Autosave:
+    """Where automatic saving stands."""
 
-    It saves where the interval says so and, once a rank was sent SIGTERM or SIGUSR1, on every rank: that raises SystemExit(0).
-    Where a checkpoint cannot be written, rank zero warns and training goes on. The signals are heard only from the main thread.
+    settings: CheckpointConfig
+    pg: ProcessGroups
+    signals: Sequence[int]  # numbers of those received so far; a handler appends to it
+    newest: int  # iteration of the newest checkpoint, which may still be in progress
+    last_batch: Any = None  # rank zero's share of the last global batch
+    saving: Saving | None = None  # the save in progress
+
+
+@contextlib.contextmanager
+def open_autosave(state: State) -> Iterator[Autosave]:
+    """Listen to SIGTERM and SIGUSR1 for the length of the `with`, if checkpoints are written.
+
+    Signals are received in the main thread only. Raises ConfigError if the state has something that
+    cannot be saved.
     """
-    settings, pg, newest, sample = state.config.checkpoint, state.pg, state.iteration, None
+    settings = state.config.checkpoint
+    if settings.directory is not None:
+        check_buffers(state)  # now, not when the first checkpoint is due
+        listening = _received_signals()
+    else:
+        listening = contextlib.nullcontext([])
+    with listening as signals:
+        yield Autosave(settings=settings, pg=state.pg, signals=signals, newest=state.iteration)
+
+
+def save_if_due(
+    autosave: Autosave, state: State, batch: Any = None, *, ended: bool = False
+) -> Autosave:
+    """Save the state if the interval says so, or if any rank received a signal.
+
+    Every rank calls it after each iteration with its share of the global batch, and once more with
+    ended=True after the last one. After a signal it raises SystemExit(0) on every rank.
+    If a checkpoint cannot be written, rank zero warns and training continues; after a signal that
+    is a CheckpointError.
+    """
+    settings = autosave.settings
     if settings.directory is None:
-        yield lambda state, batch=None, ended=False: None
-        return
-    check_buffers(state)  # now, not when the first checkpoint is due
-    saving: list[Saving] = []  # at most one
+        return autosave
+    if batch is not None and state.pg.is_rank_zero:
+        autosave = attrs.evolve(autosave, last_batch=batch)
 
-    def attempt(part: Callable[[], Any], last_chance: bool) -> Any:
-        try:
-            return part()
-        except CheckpointError as error:
-            if last_chance:
-                raise
-            if pg.is_rank_zero:
-                warnings.warn(
-                    f"no checkpoint was written: {error}; training goes on, the checkpoints before are whole",
-                    stacklevel=5,
-                )
-
-    def complete(last_chance: bool = False) -> None:
-        if saving and attempt(lambda: finish_save(saving.pop()), last_chance) and pg.is_rank_zero:
-            _forget(Path(settings.directory), settings.keep_last, settings.keep_every)
-
-    def keep(state: State, batch: Any = None, *, ended: bool = False) -> None:
-        nonlocal newest, sample
-        if batch is not None and pg.is_rank_zero:
-            sample = batch
-        flags = torch.tensor(
-            [max(asked, default=0), bool(saving) and not saving[0].written.done()],
-            dtype=torch.int32,
-            device=pg.device,
-        )
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=pg.world)
-        number, busy = flags.tolist()
-        leave = number > 0
-        if not busy:
-            complete()
-        if (
-            leave or ended or settings.interval and state.iteration % settings.interval == 0
-        ) and state.iteration != newest:
-            complete()  # waits for the one before
-            begun = attempt(
-                lambda: begin_save(
-                    state,
-                    settings.directory,
-                    asynchronous=settings.asynchronous and not (leave or ended),
-                    last_sample=first_sample(sample) if sample is not None else None,
-                ),
-                leave,
-            )
-            if begun:
-                saving.append(begun)
-                newest = state.iteration
-        if leave or ended or not settings.asynchronous:
-            complete(leave)
-        if leave:
-            print_on_rank_zero(
-                f"{signal.Signals(number).name}: iteration {newest} is saved in {settings.directory}; the same command goes on from there",
-                state.config,
-                pg,
-            )
-            dist.barrier(group=pg.world)  # nobody leaves while another still listens to it
-            raise SystemExit(0)
-
-    with _signals() as asked:
-        yield keep
+    signal_number, is_writing = _largest_of_all_ranks(autosave)
+    leaving = signal_number > 0
+    if not is_writing:
+        autosave = _finish(autosave)
+    is_due = leaving or ended or _interval_is_over(state)
+    if is_due and state.iteration != autosave.newest:
+        autosave = _finish(autosave)
+        asynchronous = settings.asynchronous and not (leaving or ended)
+        autosave = _begin(autosave, state, asynchronous=asynchronous, last_chance=leaving)
+    if leaving or ended or not settings.asynchronous:
+        autosave = _finish(autosave, last_chance=leaving)
+    if leaving:
+        _leave(autosave, state, signal_number)
+    return autosave
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The signals that came, as they come; the handlers of before are put back."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = {
-        number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS
-    }
+def _largest_of_all_ranks(autosave: Autosave) -> tuple[int, bool]:
+    """(number of a signal that any rank received or 0, whether any rank is still writing)."""
+    saving = autosave.saving
+    is_writing = saving is not None and not saving.written.done()
+    flags = torch.tensor(
+        [max(autosave.signals, default=0), is_writing],
+        dtype=torch.int32,
+        device=autosave.pg.device,
+    )
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=autosave.pg.world)
+    signal_number, is_writing = flags.tolist()
+    return signal_number, bool(is_writing)
+
+
+def _interval_is_over(state: State) -> bool:
+    interval = state.config.checkpoint.interval
+    return bool(interval) and state.iteration % interval == 0
+
+
+def _begin(autosave: Autosave, state: State, *, asynchronous: bool, last_chance: bool) -> Autosave:
+    last_batch = autosave.last_batch
     try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        saving = begin_save(
+            state,
+            autosave.settings.directory,
+            asynchronous=asynchronous,
+            last_sample=None if last_batch is None else first_sample(last_batch),
+        )
+    except CheckpointError as error:
+        if last_chance:
+            raise
+        _warn_of_failure(error, autosave.pg)
+        return autosave
+    return attrs.evolve(autosave, saving=saving, newest=state.iteration)
 
 
-def _forget(directory: Path, keep_last: int, keep_every: int | None) -> None:
-    """Delete the checkpoints that are not to be kept; each loses its name first, so that half of one never passes for a whole one."""
-    found = checkpoints(directory)
-    for iteration in found.keys() - iterations_to_keep(
-        found, keep_last=keep_last, keep_every=keep_every
-    ):
-        path = found[iteration]
-        gone = path.with_name(f".removing-{path.name}")
+def _finish(autosave: Autosave, *, last_chance: bool = False) -> Autosave:
+    """Wait for the save in progress, if there is one; then delete what need not be kept."""
+    if autosave.saving is None:
+        return autosave
+    try:
+        finish_save(autosave.saving)
+    except CheckpointError as error:
+        if last_chance:
+            raise
+        _warn_of_failure(error, autosave.pg)
+    else:
+        if autosave.pg.is_rank_zero:
+            _delete_old_checkpoints(autosave.settings)
+    return attrs.evolve(autosave, saving=None)
+
+
+def _warn_of_failure(error: CheckpointError, pg: ProcessGroups) -> None:
+    if pg.is_rank_zero:
+        warnings.warn(
+            f"no checkpoint was written: {error}; training continues, earlier checkpoints are "
+            "whole",
+            stacklevel=6,  # the caller of `train`
+        )
+
+
+def _delete_old_checkpoints(settings: CheckpointConfig) -> None:
+    """Delete the checkpoints that are not kept.
+
+    Each loses its name first, so that half of one is never taken for a whole one.
+    """
+    paths = checkpoints(settings.directory)
+    kept = iterations_to_keep(paths, keep_last=settings.keep_last, keep_every=settings.keep_every)
+    for iteration in paths.keys() - kept:
+        path = paths[iteration]
+        unnamed = path.with_name(f".removing-{path.name}")
         try:
-            path.rename(gone)
-            shutil.rmtree(gone)
+            path.rename(unnamed)
+            shutil.rmtree(unnamed)
         except OSError as error:
             warnings.warn(f"{path} could not be deleted: {error}", stacklevel=6)
+
+
+def _leave(autosave: Autosave, state: State, signal_number: int) -> NoReturn:
+    print_on_rank_zero(
+        f"{signal.Signals(signal_number).name}: iteration {autosave.newest} is saved in "
+        f"{autosave.settings.directory}; the same command resumes from there",
+        state.config,
+        autosave.pg,
+    )
+    dist.barrier(group=autosave.pg.world)  # no rank leaves while another still reads from it
+    raise SystemExit(0)
+
+
+@contextlib.contextmanager
+def _received_signals() -> Iterator[list[int]]:
+    """The numbers of the signals received, appended as they come.
+
+    The previous handlers are put back at the end.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = {}
+    for number in SIGNALS:
+        previous[number] = signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,13 +1,14 @@
-"""A run's tensors in pieces of whole ones: parameters and optimizer state, by names and places that no layout changes.
+"""A run's state as boxes of whole tensors, under names and places that no layout changes.
 
-Every local parameter knows its name and place in the whole model (`weights.parts`); what the optimizer keeps of it, fp32
-masters included, lies as it does, or is a range of its flattened elements (distributed optimizer). So one description
-serves every layout and family, and reading back is copying what overlaps.
+Every local parameter knows its name and place in the whole model (`weights.local_parameters`).
+What the optimizer keeps of it, fp32 masters included, has the same shape, or is a range of its
+flattened elements (distributed optimizer). So one description serves every layout and family,
+and reading a checkpoint is copying what overlaps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,159 +20,230 @@ from megafn.runtime.model.optimizer import chained, inner_optimizers
 from megafn.runtime.model.state import State
 from megafn.runtime.model.weights import LocalParameter, local_parameters
 
+CopyBox = Callable[[str, Index, Box, torch.Tensor], None]
+
 
 @frozen(kw_only=True, eq=False)
 class StateBox:
     """A box of one whole tensor; `view`, of the box's size, shares its memory with the state."""
 
-    tensor: str  # "parameter/NAME", or "exp_avg/NAME" and what else the optimizer keeps, by torch's names
+    tensor: str  # "parameter/NAME", or "exp_avg/NAME" and so on, by torch's names
     shape: Index  # of the whole tensor
     box: Box
     view: torch.Tensor
 
 
-@frozen(kw_only=True, eq=False)
-class OptimizerShard:
-    """What the optimizer updates of a parameter: elements start to end - 1 of its local part, flattened, and their state."""
-
-    value: torch.Tensor
-    start: int
-    end: int
-    slots: dict[str, Any]
-
-
-def _optimizer_shards(optimizer: Any) -> Callable[[torch.nn.Parameter], OptimizerShard | None]:
-    """The master of a parameter; None where other data-parallel ranks hold all of it."""
-    slots, sharded = {}, {}
-    for inner in inner_optimizers(optimizer):
-        slots.update(
-            {value: inner.state[value] for group in inner.param_groups for value in group["params"]}
-        )
-    for part in chained(optimizer):
-        for parameter, (group, place) in getattr(part, "model_param_group_index_map", {}).items():
-            held = part._get_model_param_range_map(parameter)["param"]
-            sharded[parameter] = (
-                part.optimizer.param_groups[group]["params"][place],
-                held.start,
-                held.end,
-            )
-        cut = hasattr(part, "model_param_group_index_map")
-
-    def master(parameter):
-        if not parameter.requires_grad:  # frozen: nobody updates it
-            return OptimizerShard(value=parameter, start=0, end=parameter.numel(), slots={})
-        if cut and parameter not in sharded:
-            return None
-        value, start, end = sharded.get(parameter) or (
-            getattr(parameter, "main_param", parameter),
-            0,
-            parameter.numel(),
-        )
-        return OptimizerShard(value=value, start=start, end=end, slots=slots[value])
-
-    return master
-
-
-def _views(
-    part: LocalParameter, tensor: torch.Tensor, start: int, end: int
-) -> Iterator[tuple[Box, torch.Tensor]]:
-    """The boxes of the whole parameter that a flattened range of its local part covers, and views of them in `tensor`."""
-    local = tuple(part.parameter.shape)
-    strides = torch.empty(local, device="meta").stride()
-    for box in boxes(local, start, end):
-        for there, at in in_whole(
-            box, local, part.shape, part.dim, stride=part.stride, tp=part.tp, tp_rank=part.tp_rank
-        ):
-            yield (
-                there,
-                tensor.as_strided(
-                    there[1], strides, tensor.storage_offset() + flat(at, local) - start
-                ),
-            )
+# ------------------------------------------------------------------------------ what is saved
 
 
 def check_buffers(state: State) -> None:
-    """Raises ConfigError where a module of the user's has a persistent buffer: nothing says how layouts cut it, so it is not saved."""
+    """Raises ConfigError if a module has a persistent buffer: nothing says how layouts split it."""
     for chunk in state.chunks:
-        for name, module in chunk.named_modules():
-            for buffer in sorted(module._buffers.keys() - module._non_persistent_buffers_set):
-                if module._buffers[buffer] is not None:
+        for place, module in chunk.named_modules():
+            for name, _ in module.named_buffers(recurse=False, remove_duplicate=False):
+                if name not in module._non_persistent_buffers_set:
                     raise ConfigError(
-                        f"model: checkpoints hold parameters, and {type(module).__name__} has the buffer {buffer!r} at {name or 'its root'}; "
-                        f"make it a parameter, or register it with persistent=False"
+                        f"model: checkpoints hold parameters, and {type(module).__name__} has the "
+                        f"buffer {name!r} at {place or 'its root'}; make it a parameter, or "
+                        "register it with persistent=False"
                     )
 
 
 @torch.no_grad()
 def state_boxes(state: State) -> Iterator[StateBox]:
-    """Every piece that this process holds; others may hold the same."""
-    master = _optimizer_shards(state.optimizer)
-    for chunk in state.chunks:
-        for part in local_parameters(chunk, state.config.model, state.pg):
-            if (held := master(part.parameter)) is None:
-                continue
-            for kind, tensor in {"parameter": held.value, **held.slots}.items():
-                if kind != "step" and isinstance(tensor, torch.Tensor):
-                    for box, view in _views(
-                        part, tensor.detach().contiguous(), held.start, held.end
-                    ):
-                        yield StateBox(
-                            tensor=f"{kind}/{part.name}", shape=part.shape, box=box, view=view
-                        )
+    """Every box that this process holds; other processes may hold the same ones."""
+    index = _index_optimizer(state.optimizer)
+    for part in _parameters(state):
+        shard = _shard_of(part.parameter, index)
+        if shard is None:
+            continue
+        for kind, tensor in _tensors_of(shard).items():
+            for box, view in _views(part, tensor.detach().contiguous(), shard.start, shard.end):
+                yield StateBox(tensor=f"{kind}/{part.name}", shape=part.shape, box=box, view=view)
 
 
 def adam_step(state: State) -> int | None:
-    """How many updates Adam has made; None where this process knows of none."""
-    steps = {
-        int(slots["step"])
-        for inner in inner_optimizers(state.optimizer)
-        for slots in inner.state.values()
-        if "step" in slots
-    }
+    """Adam's step count, or None if this rank holds no optimizer state."""
+    steps = set()
+    for inner in inner_optimizers(state.optimizer):
+        for slots in inner.state.values():
+            if "step" in slots:
+                steps.add(int(slots["step"]))
     if len(steps) > 1:
         raise RuntimeError(
-            f"optimizer steps = {sorted(steps)}: one number for all parameters was expected"
+            f"optimizer steps = {sorted(steps)}: expected one number for all parameters"
         )
     return steps.pop() if steps else None
 
 
+def loss_scale(state: State) -> dict[str, float] | None:
+    """The state of fp16's loss scale, or None in other precisions."""
+    for scaler in _grad_scalers(state):
+        return {name: float(value) for name, value in scaler.state_dict().items()}
+    return None
+
+
+# ----------------------------------------------------------------------------- what is loaded
+
+
 @torch.no_grad()
-def fill_state(
-    state: State,
-    copy: Callable[[str, Index, Box, torch.Tensor], None],
+def fill_state(state: State, copy: CopyBox, kinds: Iterable[str], step: int | None) -> None:
+    """Give every tensor of the state its value.
+
+    copy(tensor, whole shape, box, target) copies a box into `target`. kinds: what the optimizer
+    keeps besides the parameters, empty before its first step. step: see `adam_step`.
+    """
+    index = _index_optimizer(state.optimizer)
+    for part in _parameters(state):
+        shard = _shard_of(part.parameter, index)
+        _fill_parameter(part, shard, copy)
+        if shard is not None and part.parameter.requires_grad:
+            _fill_slots(part, shard, copy, kinds, step)
+
+
+def set_loss_scale(state: State, values: Mapping[str, float]) -> None:
+    """Give fp16's loss scale the values that `loss_scale` returned."""
+    counters = {name: int(value) for name, value in values.items() if name != "scale"}
+    scale = torch.tensor([values["scale"]], device=state.pg.device)
+    for scaler in _grad_scalers(state):
+        scaler.load_state_dict({"scale": scale, **counters})
+
+
+def _fill_parameter(part: LocalParameter, shard: OptimizerShard | None, copy: CopyBox) -> None:
+    """Fill a local parameter, and the fp32 master of what this rank updates of it."""
+    parameter = part.parameter
+    local = torch.zeros(
+        parameter.shape,  # rows that pad the vocabulary stay zero
+        dtype=parameter.dtype if shard is None else shard.value.dtype,
+        device=parameter.device,
+    )
+    for box, view in _views(part, local, 0, local.numel()):
+        copy(f"parameter/{part.name}", part.shape, box, view)
+    parameter.copy_(local)
+    if shard is not None and shard.value is not parameter:
+        shard.value.copy_(local.flatten()[shard.start : shard.end].view_as(shard.value))
+
+
+def _fill_slots(
+    part: LocalParameter,
+    shard: OptimizerShard,
+    copy: CopyBox,
     kinds: Iterable[str],
     step: int | None,
 ) -> None:
-    """Give every tensor of the state its value; copy(tensor, whole shape, box, target) copies a box into `target`.
+    shard.slots.clear()
+    for kind in kinds:
+        slot = torch.zeros_like(shard.value, requires_grad=False)
+        for box, view in _views(part, slot, shard.start, shard.end):
+            copy(f"{kind}/{part.name}", part.shape, box, view)
+        shard.slots[kind] = slot
+    if step is not None:
+        # a tensor for each parameter, because it counts in place
+        shard.slots["step"] = torch.full(
+            (), float(step), dtype=torch.float32, device=shard.value.device
+        )
 
-    kinds: what the optimizer keeps besides the parameters, (): nothing yet. step: see `adam_step`.
+
+# ---------------------------------------------------------------- where the optimizer keeps it
+
+
+@frozen(kw_only=True, eq=False)
+class OptimizerShard:
+    """What this rank's optimizer updates of a parameter, and its state.
+
+    It is elements start to end - 1 of the flattened local part.
     """
-    master = _optimizer_shards(state.optimizer)
+
+    value: torch.Tensor
+    start: int
+    end: int
+    slots: dict[str, Any]  # torch's own: what is changed here is changed in the optimizer
+
+
+@frozen(kw_only=True, eq=False)
+class OptimizerIndex:
+    """Where an optimizer keeps its state."""
+
+    slots: Mapping[torch.Tensor, dict[str, Any]]  # by the tensor that is updated
+    ranges: Mapping[torch.nn.Parameter, tuple[torch.Tensor, int, int]]  # distributed optimizer only
+    is_distributed: bool
+
+
+def _index_optimizer(optimizer: Any) -> OptimizerIndex:
+    slots = {}
+    for inner in inner_optimizers(optimizer):
+        for group in inner.param_groups:
+            for value in group["params"]:
+                slots[value] = inner.state[value]
+    ranges = {}
+    is_distributed = False
+    for part in chained(optimizer):
+        if not hasattr(part, "model_param_group_index_map"):
+            continue
+        is_distributed = True
+        for parameter, (group_number, place) in part.model_param_group_index_map.items():
+            value = part.optimizer.param_groups[group_number]["params"][place]
+            local_range = part._get_model_param_range_map(parameter)["param"]
+            ranges[parameter] = (value, local_range.start, local_range.end)
+    return OptimizerIndex(slots=slots, ranges=ranges, is_distributed=is_distributed)
+
+
+def _shard_of(parameter: torch.nn.Parameter, index: OptimizerIndex) -> OptimizerShard | None:
+    """The shard of a parameter, or None if other data-parallel ranks hold all of it."""
+    if not parameter.requires_grad:  # frozen: no rank updates it
+        return OptimizerShard(value=parameter, start=0, end=parameter.numel(), slots={})
+    if not index.is_distributed:
+        value = getattr(parameter, "main_param", parameter)
+        start = 0
+        end = parameter.numel()
+    elif parameter in index.ranges:
+        value, start, end = index.ranges[parameter]
+    else:
+        return None
+    return OptimizerShard(value=value, start=start, end=end, slots=index.slots[value])
+
+
+def _tensors_of(shard: OptimizerShard) -> dict[str, torch.Tensor]:
+    """The tensors of a shard that are saved; Adam's step is one number for all of them."""
+    tensors = {"parameter": shard.value}
+    for kind, slot in shard.slots.items():
+        if kind != "step" and isinstance(slot, torch.Tensor):
+            tensors[kind] = slot
+    return tensors
+
+
+def _grad_scalers(state: State) -> Iterator[Any]:
+    for part in chained(state.optimizer):
+        scaler = getattr(part, "grad_scaler", None)
+        if scaler is not None:
+            yield scaler
+
+
+def _parameters(state: State) -> Iterator[LocalParameter]:
     for chunk in state.chunks:
-        for part in local_parameters(chunk, state.config.model, state.pg):
-            held = master(part.parameter)
-            whole = torch.zeros(
-                part.parameter.shape,
-                dtype=(part.parameter if held is None else held.value).dtype,
-                device=part.parameter.device,
-            )
-            for box, view in _views(
-                part, whole, 0, whole.numel()
-            ):  # rows that pad the vocabulary stay zero
-                copy(f"parameter/{part.name}", part.shape, box, view)
-            part.parameter.copy_(whole)
-            if held is None:
-                continue
-            if held.value is not part.parameter:
-                held.value.copy_(whole.flatten()[held.start : held.end].view_as(held.value))
-            if not part.parameter.requires_grad:
-                continue
-            held.slots.clear()
-            for kind in kinds:
-                held.slots[kind] = torch.zeros_like(held.value, requires_grad=False)
-                for box, view in _views(part, held.slots[kind], held.start, held.end):
-                    copy(f"{kind}/{part.name}", part.shape, box, view)
-            if step is not None:
-                held.slots["step"] = torch.full(
-                    (), float(step), dtype=torch.float32, device=held.value.device
-                )  # one for each: it counts in place
+        yield from local_parameters(chunk, state.config.model, state.pg)
+
+
+def _views(
+    part: LocalParameter, tensor: torch.Tensor, start: int, end: int
+) -> Iterator[tuple[Box, torch.Tensor]]:
+    """The boxes of the whole parameter that a local range covers, and views of them in `tensor`.
+
+    The range is of the flattened local part, and `tensor` holds it.
+    """
+    local = tuple(part.parameter.shape)
+    strides = torch.empty(local, device="meta").stride()
+    for local_box in boxes(local, start, end):
+        blocks = in_whole(
+            local_box,
+            local,
+            part.shape,
+            part.dim,
+            stride=part.stride,
+            tp=part.tp,
+            tp_rank=part.tp_rank,
+        )
+        for box, local_offset in blocks:
+            _, size = box
+            place = tensor.storage_offset() + flat(local_offset, local) - start
+            yield box, tensor.as_strided(size, strides, place)

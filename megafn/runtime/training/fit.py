@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from megafn.pure.config.records import TrainConfig, num_micro_batches
-from megafn.runtime.checkpoint.autosave import open_autosave
+from megafn.runtime.checkpoint.autosave import open_autosave, save_if_due
 from megafn.runtime.data.batches import batches as read_batches
 from megafn.runtime.data.batches import group_batches
 from megafn.runtime.data.same_batches import check_same_batches
@@ -64,7 +64,7 @@ def fit(
             and iteration % config.eval_interval == 0
         )
 
-    with open_sinks(config, pg, state.iteration) as sinks, open_autosave(state) as keep:
+    with open_sinks(config, pg, state.iteration) as sinks, open_autosave(state) as autosave:
         for batch in global_batches(
             batches,
             config,
@@ -83,10 +83,10 @@ def fit(
                 )
             for sink in (*sinks, *on_metrics):
                 sink(metrics)
-            keep(state, batch)
+            autosave = save_if_due(autosave, state, batch)
             if state.skipped_in_a_row >= config.stop_after_skipped > 0:
                 raise FloatingPointError(_skipped_too_often(state))
-        keep(state, ended=True)
+        save_if_due(autosave, state, ended=True)
     if state.iteration < config.iterations:
         warnings.warn(
             f"batches ended at iteration {state.iteration} of {config.iterations}: give more of them, or lower train_iters.",

@@ -13,7 +13,8 @@ from megafn.pure.config.serialization import from_dict
 from megafn.pure.layout import build_groups
 from megafn.pure.validation.validate import check
 from megafn.runtime.accelerate.train_steps import step_of
-from megafn.runtime.checkpoint.checkpoint import checkpoints, read_checkpoint
+from megafn.runtime.checkpoint.disk_format import checkpoints
+from megafn.runtime.checkpoint.load import read_checkpoint
 from megafn.runtime.checkpoint.resume import remaining_batches
 from megafn.runtime.families.step import Step
 from megafn.runtime.metrics.records import Metrics

@@ -54,7 +54,7 @@ def train(
             corpora(
                 config, split
             )  # missing, damaged or too short: told now, not when it is first read
-    check_directory(config)
+    check_directory(config.checkpoint)
     with init_groups(
         build_groups(config.parallel, world, model=config.model),
         timeout_seconds=config.timeout_seconds,

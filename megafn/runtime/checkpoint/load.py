@@ -1,0 +1,216 @@
+"""Reading a checkpoint: verify its files, compare its config, fill the state from its boxes.
+
+The files are verified once, each by one rank, before anything is read into the state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from attrs import frozen
+from safetensors import SafetensorError, safe_open
+
+from megafn.pure.checkpoint.boxes import Box, Index, overlap
+from megafn.pure.checkpoint.compatibility import resume_problems
+from megafn.pure.config.problems import config_error
+from megafn.pure.config.records import TrainConfig
+from megafn.pure.config.serialization import from_dict
+from megafn.runtime.checkpoint.atomic_files import CheckpointError, find_damage, read_checksums
+from megafn.runtime.checkpoint.disk_format import FOLDER, FORMAT, MANIFEST, latest, tensor_key
+from megafn.runtime.checkpoint.state_boxes import fill_state, set_loss_scale
+from megafn.runtime.model.state import State
+from megafn.runtime.parallel.groups import ProcessGroups
+from megafn.runtime.parallel.object_collectives import (
+    broadcast_from_rank_zero,
+    gather_from_all_ranks,
+)
+
+
+def load(state: State, directory: str | Path) -> State:
+    """The state of a checkpoint, in the layout of `state`, whose buffers are donated.
+
+    Every rank calls it. directory: a checkpoint, or a folder of them, of which the newest complete
+    one is read. It may have been written in any layout. Nothing in it is executed.
+    Raises CheckpointError naming the file that is missing or altered, before the state is touched,
+    and ConfigError naming the field if the config is of another model or other data.
+    """
+    path = _checkpoint_at(Path(directory)) if state.pg.is_rank_zero else None
+    path = broadcast_from_rank_zero(path, state.pg)
+    if path is None:
+        raise CheckpointError(
+            f"{directory} holds no complete checkpoint: name a folder that `save` wrote, or the "
+            "one above it"
+        )
+    loaded, _ = read_checkpoint(state, path)
+    return loaded
+
+
+def read_checkpoint(state: State, path: Path) -> tuple[State, dict[str, Any]]:
+    """`load` of the checkpoint at a path that every rank knows. Returns its manifest too."""
+    manifest = _verified_manifest(path, state.pg)
+    _check_config(manifest, state.config)
+    _fill(state, path, manifest)
+    loaded = attrs.evolve(
+        state,
+        iteration=manifest["iteration"],
+        consumed_samples=manifest["consumed_samples"],
+        skipped_samples=manifest["skipped_samples"],
+        grad_norms=tuple(manifest["grad_norms"]),
+    )
+    return loaded, manifest
+
+
+def _checkpoint_at(directory: Path) -> Path | None:
+    if FOLDER.fullmatch(directory.name) or (directory / MANIFEST).exists():
+        return directory
+    return latest(directory)
+
+
+# ---------------------------------------------------------------------------------------- verify
+
+
+def _verified_manifest(path: Path, pg: ProcessGroups) -> dict[str, Any]:
+    """The manifest, after every file was compared with its checksum; ranks share the work.
+
+    Raises CheckpointError, on every rank, with every file that is missing or altered.
+    """
+    manifest, problems = _verify_own_share(path, pg)
+    all_problems = set()
+    for problems_of_rank in gather_from_all_ranks(problems, pg):
+        all_problems.update(problems_of_rank)
+    if all_problems:
+        raise CheckpointError("; ".join(sorted(all_problems)))
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path / MANIFEST} has format {manifest['format']}: this megafn reads format {FORMAT}"
+        )
+    return manifest
+
+
+def _verify_own_share(path: Path, pg: ProcessGroups) -> tuple[dict[str, Any], list[str]]:
+    """The manifest, empty if damaged, and the problems of the files that this rank looks at."""
+    try:
+        checksums = read_checksums(path)
+    except CheckpointError as error:
+        return {}, [str(error)]
+    problem = find_damage(path / MANIFEST, checksums.get(MANIFEST))
+    if problem is not None:
+        return {}, [problem]
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    names = sorted(manifest["files"])[pg.rank :: pg.world_size]
+    problems = [find_damage(path / name, checksums.get(name)) for name in names]
+    return manifest, [problem for problem in problems if problem is not None]
+
+
+# --------------------------------------------------------------------------------------- compare
+
+
+def _check_config(manifest: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raises ConfigError naming each field that makes this another run."""
+    stored = manifest["config"]
+    saved = _as_if_saved_today(from_dict(stored), stored, config)
+    problems = resume_problems(saved, config, manifest["iteration"])
+    if problems:
+        raise config_error(problems)
+
+
+def _as_if_saved_today(saved: Any, stored: Mapping[str, Any], config: Any) -> Any:
+    """A saved config, with the values of `config` in fields that an older megafn did not know.
+
+    So those are not compared. `stored` lacks them, and also those that were None, which are.
+    """
+    changes = {}
+    for field in attrs.fields(type(saved)):
+        name = field.name
+        before = getattr(saved, name)
+        now = getattr(config, name)
+        if name not in stored:
+            if field.default is not None:
+                changes[name] = now
+        elif attrs.has(type(before)) and attrs.has(type(now)):
+            changes[name] = _as_if_saved_today(before, stored[name], now)
+    return attrs.evolve(saved, **changes)
+
+
+# ------------------------------------------------------------------------------------------ fill
+
+
+@frozen(kw_only=True, eq=False)
+class BoxReader:
+    """The tensors of a checkpoint and its files, opened when they are first needed."""
+
+    path: Path
+    tensors: Mapping[str, Any]  # see `make_manifest`
+    files: dict[str, Any]
+    closing: contextlib.ExitStack
+
+
+def _fill(state: State, path: Path, manifest: Mapping[str, Any]) -> None:
+    """Copy the checkpoint into the state. Raises CheckpointError, on every rank, if one fails."""
+    kinds = {name.partition("/")[0] for name in manifest["tensors"]} - {"parameter"}
+    problem = None
+    try:
+        with _open_boxes(path, manifest["tensors"]) as reader:
+            fill_state(state, partial(_copy_box, reader), sorted(kinds), manifest["optimizer_step"])
+    except (CheckpointError, SafetensorError, OSError) as error:
+        # a custom model with other parameters, or a disk that fails now
+        problem = f"{path} could not be read: {error}"
+    for problem_of_rank in gather_from_all_ranks(problem, state.pg):
+        if problem_of_rank is not None:
+            raise CheckpointError(problem_of_rank)
+    if manifest["grad_scaler"] is not None:
+        set_loss_scale(state, manifest["grad_scaler"])
+
+
+@contextlib.contextmanager
+def _open_boxes(path: Path, tensors: Mapping[str, Any]) -> Iterator[BoxReader]:
+    with contextlib.ExitStack() as closing:
+        yield BoxReader(path=path, tensors=tensors, files={}, closing=closing)
+
+
+def _copy_box(reader: BoxReader, tensor: str, shape: Index, box: Box, target: torch.Tensor) -> None:
+    """Copy a box of a whole tensor into `target`, from every stored box that overlaps it."""
+    missing = prod(box[1])
+    for file, *stored_box in _stored_boxes(reader, tensor, shape):
+        offset, size = map(tuple, stored_box)
+        common = overlap(box, (offset, size))
+        if common is None:
+            continue
+        source = _open_file(reader, file).get_slice(tensor_key(tensor, offset))
+        target[_slices(common, box[0])] = source[_slices(common, offset)]
+        missing -= prod(common[1])
+    if missing:
+        raise CheckpointError(f"{missing} elements of {tensor} are missing")
+
+
+def _stored_boxes(reader: BoxReader, tensor: str, shape: Index) -> list[Any]:
+    """[file, offset, size] of each stored box of a tensor, which must have the model's shape."""
+    stored = reader.tensors.get(tensor)
+    stored_shape = "none" if stored is None else stored["shape"]
+    if stored_shape != list(shape):
+        raise CheckpointError(
+            f"the model has {tensor} of shape {list(shape)}, the checkpoint {stored_shape}"
+        )
+    return stored["pieces"]
+
+
+def _open_file(reader: BoxReader, name: str) -> Any:
+    if name not in reader.files:
+        reader.files[name] = reader.closing.enter_context(safe_open(reader.path / name, "pt"))
+    return reader.files[name]
+
+
+def _slices(box: Box, origin: Index) -> tuple[slice, ...]:
+    """The index of a box in a tensor that begins at `origin`."""
+    return tuple(
+        slice(offset - start, offset - start + size)
+        for offset, size, start in zip(*box, origin, strict=True)
+    )

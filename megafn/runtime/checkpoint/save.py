@@ -1,0 +1,290 @@
+"""Writing a checkpoint: plan, write, publish.
+
+The ranks talk three times. Each lists what it holds, and one gather lets every rank compute the
+same plan of who writes what. Each writes its file, and one gather collects the results. Rank zero
+publishes the checkpoint, and one broadcast says whether that worked.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from megafn.pure.checkpoint.write_plan import Holding, plan_writes
+from megafn.runtime.checkpoint.atomic_files import (
+    CheckpointError,
+    publish,
+    sync_folder,
+    write_file,
+    write_tensors,
+)
+from megafn.runtime.checkpoint.disk_format import (
+    MANIFEST,
+    WritePlan,
+    file_name,
+    folder_name,
+    make_manifest,
+    tensor_key,
+)
+from megafn.runtime.checkpoint.state_boxes import (
+    StateBox,
+    adam_step,
+    check_buffers,
+    state_boxes,
+)
+from megafn.runtime.model.state import State
+from megafn.runtime.parallel.groups import ProcessGroups
+from megafn.runtime.parallel.object_collectives import (
+    broadcast_from_rank_zero,
+    gather_from_all_ranks,
+)
+
+
+def save(state: State, directory: str | Path) -> Path:
+    """Write a checkpoint of a state below `directory`, which all hosts share; returns its folder.
+
+    Every rank calls it. Raises CheckpointError, on every rank, if it cannot be written or this
+    iteration already has one; checkpoints that were there before are unchanged.
+    """
+    return finish_save(begin_save(state, directory))
+
+
+# -------------------------------------------------------------------------------- the two halves
+
+
+@frozen(kw_only=True, eq=False)
+class WrittenFile:
+    """What a rank reports of its file."""
+
+    files: Mapping[str, tuple[int, str]] = {}  # name: (bytes, sha256); empty: nothing to write
+    problem: str | None = None  # why it could not be written
+
+
+@frozen(kw_only=True, eq=False)
+class Saving:
+    """A save in progress: this rank's file is being written, or is written."""
+
+    pg: ProcessGroups
+    folder: Path  # its final name
+    hidden: Path  # where it is written
+    manifest: Mapping[str, Any]
+    written: Future[WrittenFile]
+
+
+def begin_save(
+    state: State,
+    directory: str | Path,
+    *,
+    asynchronous: bool = False,
+    last_sample: int | None = None,
+) -> Saving:
+    """The first half of `save`: plan, and begin to write. Every rank calls it.
+
+    If asynchronous, the tensors are copied now and written by a thread.
+    """
+    check_buffers(state)
+    pg = state.pg
+    folder = Path(directory) / folder_name(state.iteration)
+
+    boxes = _boxes_by_key(state)
+    listing = Listing(
+        stage=pg.place.pp,
+        step=adam_step(state),
+        holdings=_holdings(boxes),
+        room=_make_room(folder) if pg.is_rank_zero else None,
+    )
+    listings = gather_from_all_ranks(listing, pg, during=_in_words(folder))
+    room = listings[0].room
+    if room.problem is not None:
+        raise CheckpointError(room.problem)
+
+    plan = plan_writes([(listing.stage, listing.holdings) for listing in listings])
+    tensors = _tensors_to_write(plan, boxes, pg.rank)
+    return Saving(
+        pg=pg,
+        folder=folder,
+        hidden=room.hidden,
+        manifest=make_manifest(state, plan, _common_step(listings), last_sample),
+        written=_start_writing(room.hidden / file_name(pg.rank), tensors, asynchronous),
+    )
+
+
+def finish_save(saving: Saving) -> Path:
+    """The second half of `save`: wait until every rank has written, then publish the checkpoint.
+
+    Every rank calls it.
+    """
+    pg = saving.pg
+    during = _in_words(saving.folder)
+    results = gather_from_all_ranks(_wait_for_own_file(saving), pg, during=during)
+    problem = next((result.problem for result in results if result.problem is not None), None)
+    if pg.is_rank_zero and problem is None:
+        problem = _publish(saving, results)
+    problem = broadcast_from_rank_zero(problem, pg, during=during)
+    if problem is not None:
+        if pg.is_rank_zero:
+            shutil.rmtree(saving.hidden, ignore_errors=True)
+        raise CheckpointError(problem)
+    return saving.folder
+
+
+def _in_words(folder: Path) -> str:
+    return f"saving {folder}"
+
+
+# ------------------------------------------------------------------------------------------ plan
+
+
+@frozen(kw_only=True)
+class Room:
+    """The hidden folder that rank zero made, or why there is none."""
+
+    hidden: Path | None = None
+    problem: str | None = None
+
+
+@frozen(kw_only=True)
+class Listing:
+    """What a rank contributes to the plan."""
+
+    stage: int  # pipeline stage
+    step: int | None  # see `adam_step`
+    holdings: Sequence[Holding]
+    room: Room | None  # rank zero only
+
+
+def _boxes_by_key(state: State) -> dict[str, StateBox]:
+    """What this rank holds, once: chunks of one stage may share a table."""
+    boxes = {}
+    for box in state_boxes(state):
+        boxes.setdefault(tensor_key(box.tensor, box.box[0]), box)
+    return boxes
+
+
+def _holdings(boxes: Mapping[str, StateBox]) -> list[Holding]:
+    holdings = []
+    for box in boxes.values():
+        size = box.view.numel() * box.view.element_size()
+        holdings.append((box.tensor, box.shape, box.box, size))
+    return holdings
+
+
+def _make_room(folder: Path) -> Room:
+    """Make a new hidden folder beside a checkpoint's final one.
+
+    Its name is random, so that two runs in one directory never write into the same folder.
+    """
+    try:
+        if folder.exists():
+            return Room(
+                problem=f"{folder} exists already: save to another directory (one for each run), "
+                "or remove it"
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(f".saving-{folder.name}-*"):  # of a run killed in a save
+            shutil.rmtree(leftover, ignore_errors=True)
+        hidden = folder.with_name(f".saving-{folder.name}-{secrets.token_hex(4)}")
+        hidden.mkdir()
+        sync_folder(folder.parent)
+    except OSError as error:
+        return Room(problem=f"{folder} could not be written: {error}")
+    return Room(hidden=hidden)
+
+
+def _common_step(listings: Sequence[Listing]) -> int | None:
+    steps = {listing.step for listing in listings} - {None}
+    if len(steps) > 1:
+        by_rank = [listing.step for listing in listings]
+        raise RuntimeError(f"optimizer steps by rank = {by_rank}: expected one number")
+    return steps.pop() if steps else None
+
+
+def _tensors_to_write(
+    plan: WritePlan, boxes: Mapping[str, StateBox], rank: int
+) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, (_, writes) in plan.items():
+        for (offset, _), writer in writes:
+            if writer == rank:
+                key = tensor_key(name, offset)
+                tensors[key] = boxes[key].view
+    return tensors
+
+
+# ----------------------------------------------------------------------------------------- write
+
+
+def _start_writing(
+    file: Path, tensors: Mapping[str, torch.Tensor], asynchronous: bool
+) -> Future[WrittenFile]:
+    written: Future[WrittenFile] = Future()
+    if not asynchronous:
+        _write_into(written, file, tensors)
+        return written
+    copies = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
+    # a daemon and not an executor's thread: at its end the interpreter would wait for that one,
+    # forever if the disk hangs
+    thread = threading.Thread(
+        target=_write_into, args=(written, file, copies), name="megafn-checkpoint", daemon=True
+    )
+    thread.start()
+    return written
+
+
+def _write_into(
+    written: Future[WrittenFile], file: Path, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    try:
+        written.set_result(_write(file, tensors))
+    except BaseException as error:
+        written.set_exception(error)
+
+
+def _write(file: Path, tensors: Mapping[str, torch.Tensor]) -> WrittenFile:
+    if not tensors:
+        return WrittenFile()
+    try:
+        digest = write_tensors(file, tensors)
+        return WrittenFile(files={file.name: (file.stat().st_size, digest)})
+    except OSError as error:
+        return WrittenFile(problem=f"{file.parent.name}/{file.name} could not be written: {error}")
+
+
+def _wait_for_own_file(saving: Saving) -> WrittenFile:
+    seconds = saving.pg.timeout_seconds
+    try:
+        return saving.written.result(seconds)
+    except TimeoutError:
+        raise RuntimeError(
+            f"{_in_words(saving.folder)}: rank {saving.pg.rank} hangs: it has not written its file "
+            f"in timeout_seconds = {seconds:g}"
+        ) from None
+
+
+# --------------------------------------------------------------------------------------- publish
+
+
+def _publish(saving: Saving, results: Sequence[WrittenFile]) -> str | None:
+    """Write the manifest and give the checkpoint its name. Returns why that failed, or None."""
+    sizes = {}
+    checksums = {}
+    for result in results:
+        for name, (size, digest) in result.files.items():
+            sizes[name] = size
+            checksums[name] = digest
+    manifest = json.dumps({**saving.manifest, "files": sizes}).encode()
+    try:
+        checksums[MANIFEST] = write_file(saving.hidden / MANIFEST, manifest)
+        publish(saving.hidden, saving.folder, checksums)
+    except OSError as error:
+        return f"{saving.folder} could not be written: {error}"
+    return None
