@@ -12,6 +12,7 @@ from math import inf, lcm
 from typing import Any
 
 from megafn.pure.layout import AXES
+from megafn.pure.optimizers import OPTIMIZERS, readers, refusal, refused_fields
 from megafn.pure.schedule import DECAYS, WEIGHT_DECAY_INCR_STYLES, WSD_DECAY_STYLES
 from megafn.pure.validation.stage_rules import half_fits, layers_fit, recomputed_fit, split_fits
 
@@ -29,7 +30,7 @@ CHOICES = {
     "recompute.granularity": ("selective", "full"),
     "recompute.method": ("uniform", "block"),
     "precision.dtype": ("fp32", "bf16", "fp16"),
-    "optimizer.name": ("adam", "sgd"),
+    "optimizer.name": tuple(OPTIMIZERS),
     "schedule.decay": DECAYS,
     "schedule.wsd_decay_style": WSD_DECAY_STYLES,
     "schedule.weight_decay_incr_style": WEIGHT_DECAY_INCR_STYLES,
@@ -143,8 +144,7 @@ DEAD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("relative",),
     ),
     ("data.reset_position_ids", "model.position_embedding", ("learned_absolute",)),
-    ("optimizer.beta1 optimizer.beta2 optimizer.eps", "optimizer.name", ("adam",)),
-    ("optimizer.momentum", "optimizer.name", ("sgd",)),
+    *((f"optimizer.{name}", "optimizer.name", names) for name, names in readers().items()),
     (
         "precision.initial_loss_scale precision.min_loss_scale precision.loss_scale_window precision.hysteresis",
         "precision.dtype",
@@ -470,14 +470,7 @@ RULES: tuple[tuple[str, Callable[..., Any]], ...] = (
             dtype == "fp16" and least > first and f"choose initial_loss_scale = {first} at most"
         ),
     ),
-    (
-        "optimizer.use_distributed_optimizer optimizer.name",
-        lambda on, name: (
-            on
-            and name == "sgd"
-            and "megatron-core's distributed optimizer shards Adam alone; leave it out or choose adam"
-        ),
-    ),
+    *((f"optimizer.{name} optimizer.name", partial(refusal, name)) for name in refused_fields()),
     (
         "optimizer.lr_mult optimizer.lr_scale_cond",
         lambda mult, cond: (
