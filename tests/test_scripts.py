@@ -14,6 +14,7 @@ NPROC = {
     "custom_loop": 4,
     "custom_loss": 2,
     "custom_step": 2,
+    "custom_optimizer": 2,
     "two_layouts": 2,
     "from_accelerate": 2,
 }

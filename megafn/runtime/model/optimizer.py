@@ -70,10 +70,7 @@ def build_optimizer(
 
 
 def mcore_optimizer_config(config: TrainConfig) -> McoreOptimizerConfig:
-    """megatron-core's optimizer config; a custom optimizer needs one too, for its clipping.
-
-    A `clip_grad` of 0 becomes infinity, which clips nothing, and the norm is computed all the same.
-    """
+    """megatron-core's optimizer config."""
     optimizer = config.optimizer
     precision = config.precision
     dtype = DTYPES[precision.dtype]
@@ -86,7 +83,7 @@ def mcore_optimizer_config(config: TrainConfig) -> McoreOptimizerConfig:
         adam_beta2=optimizer.beta2,
         adam_eps=optimizer.eps,
         sgd_momentum=optimizer.momentum,
-        clip_grad=optimizer.clip_grad or math.inf,
+        clip_grad=optimizer.clip_grad,
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -220,7 +217,7 @@ def guarded_update(
         return Update(done=False, grad_norm=norm, left_out=True)
     for part in chained(optimizer):
         parameters = part.get_parameters()
-        if parameters:
+        if parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(
                 parameters, max_norm=part.config.clip_grad, total_norm=grad_norm
             )
