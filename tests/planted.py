@@ -2,7 +2,6 @@
 must find."""
 
 import contextlib
-import math
 from importlib import import_module
 from types import SimpleNamespace
 from unittest import mock
@@ -47,13 +46,12 @@ def patches(name):
     """(owner, attribute, what stands there instead) of a bug."""
     from megatron.core import tensor_parallel
     from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.optimizer import optimizer
     from megatron.core.tensor_parallel import random
 
     import combinations
     from megafn.runtime.model import layers, losses, parts
     from megafn.runtime.training import forward_backward as passes
-    from megafn.runtime.training import setup
+    from megafn.runtime.training import setup, step
 
     finalize = import_module(
         "megatron.core.distributed.finalize_model_grads"
@@ -72,7 +70,7 @@ def patches(name):
         "updated shards not gathered": lambda: [
             (DistributedDataParallel, "start_param_sync", nothing)
         ],
-        "norm of the local gradients": lambda: [(optimizer, "get_grad_norm_fp32", local_norm)],
+        "norm of the local gradients": lambda: [(step, "squared_norm_share", local_share)],
         "copies over tp count in the norm": lambda: [
             (tensor_parallel, "param_is_not_tensor_parallel_duplicate", lambda *_, **__: True)
         ],
@@ -109,13 +107,15 @@ def times_dp(finalize):
     return scaled
 
 
-def local_norm(gradients, *_, **__):
-    return math.sqrt(
-        sum(
-            float(gradient.norm()) ** 2
-            for gradient in ([gradients] if isinstance(gradients, torch.Tensor) else gradients)
-        )
-    )
+def local_share(optimizer, pg):
+    """As if each rank's own gradients were the model's: rank zero's norm is everyone's."""
+    from megafn.runtime.model.optimizer import chained
+
+    gradients = [
+        gradient for part in chained(optimizer) for gradient in part.get_main_grads_for_grad_norm()
+    ]
+    squared = torch.nn.utils.get_total_norm(gradients).square().double()
+    return squared if pg.is_rank_zero else torch.zeros_like(squared)
 
 
 def of_one(reduce):

@@ -16,6 +16,7 @@ NPROC = {
     "custom_step": 2,
     "custom_attention": 2,
     "custom_family": 2,
+    "custom_optimizer": 2,
     "two_layouts": 2,
     "from_accelerate": 2,
 }

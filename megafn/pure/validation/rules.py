@@ -8,12 +8,14 @@ Fields are dotted paths, several in one string. What only one family requires is
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import inf
 from typing import Any
 
 from megafn.pure.config.rule import Rule, rule
 from megafn.pure.config.sequence_unit import sequence_unit
-from megafn.pure.layout import AXES
+from megafn.pure.layout import order_problem
+from megafn.pure.optimizers import OPTIMIZERS, readers, refusal, refused_fields
 from megafn.pure.schedule import DECAYS, WEIGHT_DECAY_INCR_STYLES, WSD_DECAY_STYLES
 
 # What a string may be.
@@ -29,7 +31,7 @@ CHOICES = {
     "recompute.granularity": ("selective", "full"),
     "recompute.method": ("uniform", "block"),
     "precision.dtype": ("fp32", "bf16", "fp16"),
-    "optimizer.name": ("adam", "sgd"),
+    "optimizer.name": tuple(OPTIMIZERS),
     "schedule.decay": DECAYS,
     "schedule.wsd_decay_style": WSD_DECAY_STYLES,
     "schedule.weight_decay_incr_style": WEIGHT_DECAY_INCR_STYLES,
@@ -148,8 +150,7 @@ DEAD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("relative",),
     ),
     ("data.reset_position_ids", "model.position_embedding", ("learned_absolute",)),
-    ("optimizer.beta1 optimizer.beta2 optimizer.eps", "optimizer.name", ("adam",)),
-    ("optimizer.momentum", "optimizer.name", ("sgd",)),
+    *((f"optimizer.{name}", "optimizer.name", names) for name, names in readers().items()),
     (
         "precision.initial_loss_scale precision.min_loss_scale "
         "precision.loss_scale_window precision.hysteresis",
@@ -183,15 +184,8 @@ world_size_fits = Rule(
 def order_names_each_axis(
     order: str, tp: int, pp: int, cp: int, ep: int, world_size: int
 ) -> str | None:
-    """As `build_groups`: each axis once; one of size 1 may be left out."""
     sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "dp": world_size // (tp * pp * cp)}
-    axes = order.lower().split("-")
-    repeated = len(set(axes)) < len(axes)
-    unknown = set(axes) - set(AXES)
-    missing = [axis for axis in AXES if axis not in axes and sizes[axis] > 1]
-    if repeated or unknown or missing:
-        return f"name each of {', '.join(AXES)} once, the fastest first, as in {'-'.join(AXES)}"
-    return None
+    return order_problem(order, sizes)
 
 
 @rule("parallel.ep")
@@ -421,13 +415,13 @@ def loss_scale_can_fall(least: float, first: float, dtype: str) -> str | None:
     return None
 
 
-@rule("optimizer.use_distributed_optimizer", "optimizer.name")
-def distributed_optimizer_is_adam(distributed: bool, name: str) -> str | None:
-    if distributed and name == "sgd":
-        return (
-            "megatron-core's distributed optimizer shards Adam alone; leave it out or choose adam"
-        )
-    return None
+optimizers_refuse_fields = tuple(
+    Rule(
+        fields=(f"optimizer.{name}", "optimizer.name"),
+        remedy=partial(refusal, name),
+    )
+    for name in refused_fields()
+)
 
 
 @rule("optimizer.lr_mult", "optimizer.lr_scale_cond")
@@ -511,7 +505,7 @@ RULES: tuple[Rule, ...] = (
     samples_fill_a_batch,
     fp16_needs_cuda,
     loss_scale_can_fall,
-    distributed_optimizer_is_adam,
+    *optimizers_refuse_fields,
     lr_mult_has_parameters,
     lr_scale_cond_has_a_factor,
     peak_is_shown,

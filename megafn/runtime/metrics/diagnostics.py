@@ -1,14 +1,14 @@
-"""Everything that can be logged of an iteration: what accelerate's `set_all_logging_options` stands for."""
+"""What `Metrics.details` holds under log.everything (accelerate's `set_all_logging_options`)."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
@@ -18,8 +18,9 @@ from megafn.pure.flops import training_flops
 from megafn.runtime.model.optimizer import chained
 from megafn.runtime.parallel.groups import ProcessGroups
 
-# TFLOP/s of dense bf16 and fp16 products, by the names that CUDA gives its devices (the vendor's data sheets)
-_PEAKS = {
+# TFLOP/s of dense bf16 and fp16 products, by part of the name that CUDA gives the device (vendor's
+# data sheets). The first match counts.
+PEAK_TFLOPS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100": 989.0,
@@ -30,20 +31,32 @@ _PEAKS = {
 
 
 def peak_tflops(config: TrainConfig, device: torch.device) -> float | None:
-    """Of one device: what the config says, else the device's by its name; None where that is not known."""
-    if (
-        config.log.peak_tflops is not None
-        or device.type != "cuda"
-        or config.precision.dtype == "fp32"
-    ):
+    """Peak of one device: the config's, else the table's for its name, else None."""
+    if config.log.peak_tflops is not None:
         return config.log.peak_tflops
+    if device.type != "cuda" or config.precision.dtype == "fp32":
+        return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _PEAKS.items() if known in name), None)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
 @torch.no_grad()
-def parameter_norm(chunks: tuple[torch.nn.Module, ...], pg: ProcessGroups) -> float:
-    """L2 norm of the whole model's parameters, each counted once; the same on every rank, which all call it."""
+def model_sums(
+    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, pg: ProcessGroups
+) -> torch.Tensor:
+    """[squared norm of the parameters, zeros in the gradient] of the whole model, float64, on every
+    rank; every rank calls it, after the update. Each parameter counts once.
+
+    Zeros include those in rows that pad the vocabulary. megatron-core's own count asks a global for
+    the tensor-parallel group; this one looks at the gradients of which the norm is taken.
+    """
+    shares = torch.stack([_squared_parameters(chunks, pg), _zeros(optimizer, pg)])
+    dist.all_reduce(shares, group=pg.world)
+    return shares
+
+
+def _squared_parameters(chunks: Sequence[torch.nn.Module], pg: ProcessGroups) -> torch.Tensor:
+    """This rank's share of the squared norm; data and context parallel ranks hold the same."""
     total = torch.zeros((), dtype=torch.float64, device=pg.device)
     for chunk in chunks:
         for parameter in chunk.parameters():
@@ -51,66 +64,57 @@ def parameter_norm(chunks: tuple[torch.nn.Module, ...], pg: ProcessGroups) -> fl
                 parameter, tp_group=pg.tp
             ):
                 total += parameter.float().square().sum(dtype=torch.float64)
-    dist.all_reduce(total, group=pg.mp)
-    return total.sqrt().item()
+    return total / pg.dp_cp.size()
 
 
-@torch.no_grad()
-def zeros_in_grad(optimizer: Any, pg: ProcessGroups) -> int:
-    """How many elements of the whole model's gradient are 0, rows that pad the vocabulary included; read after the step.
-
-    megatron-core's own count asks a global for the tensor-parallel group; this one counts the gradients of its norm.
-    """
-    total = 0
+def _zeros(optimizer: MegatronOptimizer, pg: ProcessGroups) -> torch.Tensor:
+    """This rank's share of the zeros; ranks of other gradient statistics groups hold the same."""
+    total = torch.zeros((), dtype=torch.float64, device=pg.device)
     for part in chained(optimizer):
-        zeros = sum(
-            gradient.numel() - gradient.count_nonzero()
-            for gradient in part.get_main_grads_for_grad_norm()
-        )
-        count = torch.as_tensor(zeros, dtype=torch.int64, device=pg.device)
-        dist.all_reduce(count, group=part.get_grad_stats_parallel_group())
-        total += int(count)
+        replicas = pg.world_size / part.get_grad_stats_parallel_group().size()
+        for gradient in part.get_main_grads_for_grad_norm():
+            total += (gradient.numel() - gradient.count_nonzero()) / replicas
     return total
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the GPU's peak, or this process's resident one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def diagnostics(
     config: TrainConfig,
     pg: ProcessGroups,
-    chunks: tuple[torch.nn.Module, ...],
     *,
-    zeros: int | None,
+    params_norm: float,
+    zeros_in_grad: int | None,
     seconds: float,
     optimizer_seconds: float,
     iteration: int,
 ) -> Mapping[str, float | None]:
-    """What `Metrics.details` holds under `log.everything`; what is not known is None.
+    """What `Metrics.details` holds; None for what is not known.
 
-    batch_size, params_norm, zeros_in_grad (None where the update was skipped), tokens_per_second_per_device,
-    tflops_per_device, mfu (that over the peak), memory_gib (peak of this process: the GPU's, or resident),
-    forward_backward_seconds, optimizer_seconds, seconds_left.
+    batch_size, params_norm, zeros_in_grad (None if the update was skipped),
+    tokens_per_second_per_device, tflops_per_device, mfu (that over the peak), memory_gib (peak of
+    this process: the GPU's, or resident), forward_backward_seconds, optimizer_seconds,
+    seconds_left.
     """
-    flops, peak = (
-        training_flops(config.model, config.global_batch_size),
-        peak_tflops(config, pg.device),
-    )
+    samples = config.global_batch_size
+    tokens = samples * sample_tokens(config.model)
+    flops = training_flops(config.model, samples)
+    peak = peak_tflops(config, pg.device)
     tflops = flops / seconds / pg.world_size / 1e12 if flops else None
-    if pg.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(pg.device)
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
     return {
-        "batch_size": config.global_batch_size,
-        "params_norm": parameter_norm(chunks, pg),
-        "zeros_in_grad": zeros,
-        "tokens_per_second_per_device": config.global_batch_size
-        * sample_tokens(config.model)
-        / seconds
-        / pg.world_size,
+        "batch_size": samples,
+        "params_norm": params_norm,
+        "zeros_in_grad": zeros_in_grad,
+        "tokens_per_second_per_device": tokens / seconds / pg.world_size,
         "tflops_per_device": tflops,
         "mfu": tflops / peak if tflops and peak else None,
-        "memory_gib": memory / 2**30,
+        "memory_gib": _peak_memory(pg.device) / 2**30,
         "forward_backward_seconds": seconds - optimizer_seconds,
         "optimizer_seconds": optimizer_seconds,
         "seconds_left": seconds * (config.iterations - iteration),

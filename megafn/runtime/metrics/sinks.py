@@ -1,4 +1,8 @@
-"""Where metrics go: each sink is a function of a `Metrics` record. Rank zero alone has any."""
+"""Where metrics go. A sink is a function of a `Metrics` record.
+
+`progress`, `tensorboard` and `jsonl` are context managers that yield a sink, each usable alone;
+`open_sinks` opens those that a config asks for, on rank zero only.
+"""
 
 from __future__ import annotations
 
@@ -13,64 +17,80 @@ from typing import Any
 import attrs
 
 from megafn.pure.config.records import TrainConfig
+from megafn.runtime.metrics.records import Metrics
 from megafn.runtime.parallel.groups import ProcessGroups
 
-Sink = Callable[[Any], None]
-BAR = "{n_fmt}/{total_fmt}|{bar:12}|{elapsed}<{remaining}{postfix}"  # fits a terminal of 100 columns with the numbers in it
+# Called with each record. `train` and `fit` take such functions as on_metrics=, on every rank.
+Sink = Callable[[Metrics], Any]
+
+# Fits a terminal of 100 columns with the numbers in it.
+BAR = "{n_fmt}/{total_fmt}|{bar:12}|{elapsed}<{remaining}{postfix}"
 
 
 @contextlib.contextmanager
 def progress(total: int, start: int = 0) -> Iterator[Sink]:
-    """A bar with loss, learning rate, gradient norm and tokens per second, `start` of `total` iterations done; an evaluation gets a line of its own."""
+    """A progress bar with the main numbers, `start` of `total` iterations done.
+
+    An evaluation is printed on a line of its own.
+    """
     from tqdm import tqdm
 
     with tqdm(total=total, initial=start, unit="it", dynamic_ncols=True, bar_format=BAR) as bar:
 
-        def sink(metrics):
-            norm = "" if metrics.grad_norm is None else f"{metrics.grad_norm:.3f}"
-            norm = f"skipped {norm}".strip() if metrics.skipped else norm
-            line = f"loss {metrics.loss:.4f}, lr {metrics.lr:.2e}, grad norm {norm}, {metrics.tokens_per_second:,.0f} tokens/s"
-            if more := metrics.details:
-                tflops, mfu = more["tflops_per_device"], more["mfu"]
-                line += f", {tflops:.3g} TFLOP/s" if tflops is not None else ""
-                line += f", MFU {mfu:.0%}" if mfu is not None else ""
-                line += f", {more['memory_gib']:.1f} GiB, {metrics.seconds:.3g} s"
+        def sink(metrics: Metrics) -> None:
             if metrics.valid is not None:
                 bar.write(
-                    f"iteration {metrics.iteration}: held-out loss {metrics.valid.loss:.4f}, perplexity {metrics.valid.perplexity:.2f}"
+                    f"iteration {metrics.iteration}: held-out loss {metrics.valid.loss:.4f}, "
+                    f"perplexity {metrics.valid.perplexity:.2f}"
                 )
-            bar.set_postfix_str(line, refresh=False)
+            bar.set_postfix_str(_line(metrics), refresh=False)
             bar.update(metrics.iteration - bar.n)
 
         yield sink
 
 
+def _line(metrics: Metrics) -> str:
+    """The numbers beside the bar."""
+    norm = "" if metrics.grad_norm is None else f"{metrics.grad_norm:.3f}"
+    if metrics.skipped:
+        norm = f"skipped {norm}".strip()
+    parts = [
+        f"loss {metrics.loss:.4f}",
+        f"lr {metrics.lr:.2e}",
+        f"grad norm {norm}",
+        f"{metrics.tokens_per_second:,.0f} tokens/s",
+    ]
+    details = metrics.details
+    if details:
+        if details["tflops_per_device"] is not None:
+            parts.append(f"{details['tflops_per_device']:.3g} TFLOP/s")
+        if details["mfu"] is not None:
+            parts.append(f"MFU {details['mfu']:.0%}")
+        parts.append(f"{details['memory_gib']:.1f} GiB")
+        parts.append(f"{metrics.seconds:.3g} s")
+    return ", ".join(parts)
+
+
 def print_on_rank_zero(text: str, config: TrainConfig, pg: ProcessGroups) -> None:
-    """A line on standard error for who watches the bar: on rank zero, under `log.progress`."""
+    """Print a line on standard error, above the bar: on rank zero, if `log.progress` is set."""
     from tqdm import tqdm
 
     if pg.is_rank_zero and config.log.progress:
         tqdm.write(text, file=sys.stderr)
 
 
-def scalars(metrics: Any) -> dict[str, float]:
-    """The numbers of a record by their TensorBoard names; what is None is left out."""
-    plain = attrs.asdict(metrics, recurse=False)
-    report, valid, details = plain.pop("report"), plain.pop("valid"), plain.pop("details")
-    plain |= {key: value for key, value in details.items() if value is not None}
-    plain.pop("logits")
-    named = {
-        f"train/{key}": value
-        for key, value in plain.items()
-        if key != "iteration" and value is not None
-    }
-    named |= {f"train/{key}": value for key, value in report.items()}
+def scalars(metrics: Metrics) -> dict[str, float]:
+    """The numbers of a record by their TensorBoard names, without those that are None."""
+    numbers = attrs.asdict(metrics, recurse=False)
+    for name in ("iteration", "report", "valid", "details", "logits"):
+        numbers.pop(name)
+    numbers |= metrics.details
+    numbers |= metrics.report
+    named = {f"train/{name}": value for name, value in numbers.items() if value is not None}
+    valid = metrics.valid
     if valid is not None:
-        named |= {
-            "valid/loss": valid.loss,
-            "valid/perplexity": valid.perplexity,
-            **{f"valid/{key}": value for key, value in valid.report.items()},
-        }
+        numbers = {"loss": valid.loss, "perplexity": valid.perplexity, **valid.report}
+        named |= {f"valid/{name}": value for name, value in numbers.items()}
     return named
 
 
@@ -81,7 +101,7 @@ def tensorboard(folder: str) -> Iterator[Sink]:
 
     with SummaryWriter(folder) as writer:
 
-        def sink(metrics):
+        def sink(metrics: Metrics) -> None:
             for name, value in scalars(metrics).items():
                 writer.add_scalar(name, value, metrics.iteration)
 
@@ -90,50 +110,56 @@ def tensorboard(folder: str) -> Iterator[Sink]:
 
 @contextlib.contextmanager
 def jsonl(path: str) -> Iterator[Sink]:
-    """One JSON object a record, appended and flushed; what is no number in JSON (NaN, infinity) is null."""
+    """One JSON object per record, appended and flushed. NaN and infinity become null."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
 
-        def finite(value):
-            if isinstance(value, dict):
-                return {key: finite(item) for key, item in value.items()}
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
-        def sink(metrics):
-            file.write(
-                json.dumps(finite(attrs.asdict(metrics, filter=lambda a, _: a.name != "logits")))
-                + "\n"
-            )
+        def sink(metrics: Metrics) -> None:
+            record = attrs.asdict(metrics, filter=lambda attribute, _: attribute.name != "logits")
+            file.write(json.dumps(_finite(record)) + "\n")
             file.flush()
 
         yield sink
+
+
+def _finite(value: Any) -> Any:
+    """A value with None for each number in it that is NaN or infinite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 @contextlib.contextmanager
 def open_sinks(
     config: TrainConfig, pg: ProcessGroups, start: int = 0
 ) -> Iterator[tuple[Sink, ...]]:
-    """The sinks of a config for the length of a run from iteration `start` on: called every `log.interval` iterations, after the last, and with each evaluation."""
+    """The sinks of a config, for a run from iteration `start` on; () on ranks other than zero.
+
+    They are called every `log.interval` iterations, after the last one, and with each evaluation.
+    """
     log = config.log
+    if not pg.is_rank_zero:
+        yield ()
+        return
     with contextlib.ExitStack() as stack:
-        made = []
-        if pg.is_rank_zero:
-            if log.progress:
-                made.append(stack.enter_context(progress(config.iterations, start)))
-            if log.tensorboard_dir is not None:
-                made.append(stack.enter_context(tensorboard(log.tensorboard_dir)))
-            if log.jsonl is not None:
-                made.append(stack.enter_context(jsonl(log.jsonl)))
+        sinks = []
+        if log.progress:
+            sinks.append(stack.enter_context(progress(config.iterations, start)))
+        if log.tensorboard_dir is not None:
+            sinks.append(stack.enter_context(tensorboard(log.tensorboard_dir)))
+        if log.jsonl is not None:
+            sinks.append(stack.enter_context(jsonl(log.jsonl)))
+        yield tuple(_now_and_then(sink, config) for sink in sinks)
 
-        def now_and_then(sink):
-            def wrapped(metrics):
-                if (
-                    metrics.iteration % log.interval == 0
-                    or metrics.iteration == config.iterations
-                    or metrics.valid is not None
-                ):
-                    sink(metrics)
 
-            return wrapped
+def _now_and_then(sink: Sink, config: TrainConfig) -> Sink:
+    """A sink that leaves out the records between two intervals."""
 
-        yield tuple(map(now_and_then, made))
+    def thinned(metrics: Metrics) -> None:
+        on_interval = metrics.iteration % config.log.interval == 0
+        if on_interval or metrics.iteration == config.iterations or metrics.valid is not None:
+            sink(metrics)
+
+    return thinned

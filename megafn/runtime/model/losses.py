@@ -11,6 +11,9 @@ from attrs import field, frozen
 from torch import Tensor
 
 IGNORE = -100  # a label that takes no part, as in torch's cross_entropy
+FRACTIONAL = -(
+    2**62
+)  # a count on a GPU that is not a whole number: makes the global count negative
 _CPU_BLOCK = 2**20  # elements worked on at once: 4 MiB of fp32, which stays in the cache
 _GPU_BLOCK = 2**24  # 64 MiB of fp32: enough to fill a GPU
 
@@ -73,10 +76,11 @@ class Loss:
     """What a step's loss function returns for one micro-batch. The optimizer sees sum / count over the global batch.
 
     `sum`: a differentiable scalar, the sum over this rank's tokens (or samples). `count`: how many there were, a whole
-    number: an int, or a scalar tensor of any dtype (a float mask's sum is turned into int64, which waits for the GPU).
+    number: an int, or a scalar tensor of any dtype (a float mask's sum is turned into int64).
     `report`: scalars by name, sums as well; metrics show them divided by the count.
 
-    Raises ValueError where `sum` or a report is no scalar, or the count is fractional.
+    Raises ValueError if `sum` or a report is not a scalar, or the count is fractional (on a GPU,
+    where looking at it would wait for the device, `train_step` and `evaluate` raise instead).
 
     >>> import torch
     >>> Loss(sum=torch.tensor(6.0), count=torch.tensor([1.0, 0.0, 1.0]).sum()).count
@@ -287,11 +291,13 @@ def _scalar(name: str, value: Any) -> Tensor:
 
 def _whole(value: Any) -> Tensor:
     count = _scalar("Loss.count", value)
-    if count.is_floating_point():
-        if not float(count).is_integer():
-            raise ValueError(
-                f"Loss.count = {float(count)}: not a whole number; count tokens or samples, and put weights "
-                "into Loss.sum."
-            )
-        count = count.long()
-    return count
+    if not count.is_floating_point():
+        return count
+    if count.device.type != "cpu":  # looking at it would wait for the GPU
+        return torch.where(count == count.round(), count.long(), FRACTIONAL)
+    if not float(count).is_integer():
+        raise ValueError(
+            f"Loss.count = {float(count)}: not a whole number; count tokens or samples, and put "
+            "weights into Loss.sum."
+        )
+    return count.long()

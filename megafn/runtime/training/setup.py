@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import get_model_config
 
 from megafn.pure.config.problems import ConfigError
@@ -16,72 +16,114 @@ from megafn.pure.schedule import make_schedule
 from megafn.pure.validation.validate import check
 from megafn.runtime.families.build import build_chunk
 from megafn.runtime.model.layers import check_parallel_layers
-from megafn.runtime.model.optimizer import build_optimizer
+from megafn.runtime.model.optimizer import build_optimizer, complete_groups
 from megafn.runtime.model.state import State
-from megafn.runtime.model.tied_embeddings import finalize_grads
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.megatron_context import megatron_context
+from megafn.runtime.training.arguments import ModelFunction, OptimizerFunction
+from megafn.runtime.training.gradients import finalize_grads
 
 
-def setup(config: TrainConfig, pg: ProcessGroups, *, model: Callable | None = None) -> State:
-    """Model chunks, optimizer and schedule of this process, at iteration 0 (or behind config.consumed_samples).
+def setup(
+    config: TrainConfig,
+    pg: ProcessGroups,
+    *,
+    model: ModelFunction | None = None,
+    optimizer: OptimizerFunction | None = None,
+) -> State:
+    """Model chunks, optimizer and schedule of this process, after config.consumed_samples.
 
-    model(config, pg, *, pre_process, post_process, vp_stage) -> module builds one chunk; None: config.model_function,
-    or `build_chunk`. config.prepare_model, where given, is handed that as a function without arguments.
-    Raises ConfigError where the config does not fit the layout, and where the groups are of another one.
+    model: builds one chunk; None: config.model_function, or `build_chunk`. config.prepare_model, if
+    set, gets that as a function without arguments. optimizer: (config, chunks, pg) -> megatron-core
+    optimizer, the chunks wrapped in DistributedDataParallel; None: the one that
+    config.optimizer.name names.
+    Raises ConfigError if the config does not fit the layout, or the groups are of another one.
     """
     check(config, pg.world_size, cuda=pg.device.type == "cuda")
-    if pg.groups != build_groups(config.parallel, pg.world_size, model=config.model):
-        raise ConfigError(
-            "pg: its groups are those of another layout or model; make them from "
-            "mf.build_groups(config.parallel, world_size, model=config.model)."
-        )
-    vpp, build = config.parallel.vpp, model or config.model_function or build_chunk
+    _check_groups(config, pg)
+    build = model or config.model_function or build_chunk
     with megatron_context(pg, config.seed, "setup"):
-        chunks = []
-        for i in range(vpp):
-            provider = partial(
-                build,
-                config,
-                pg,
-                pre_process=pg.is_first_stage and i == 0,
-                post_process=pg.is_last_stage and i == vpp - 1,
-                vp_stage=i if vpp > 1 else None,
-            )
-            chunk = provider() if config.prepare_model is None else config.prepare_model(provider)
-            if not isinstance(chunk, torch.nn.Module):
-                raise ConfigError(
-                    f"model function or prepare_model: it returned a {type(chunk).__name__}; return the module of one model chunk"
-                )
-            check_parallel_layers(chunk, pg)
-            chunks.append(chunk)
         chunks = [
-            DistributedDataParallel(
-                get_model_config(chunk),
-                DistributedDataParallelConfig(
-                    use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
-                    grad_reduce_in_fp32=True,
-                ),
-                chunk,
-                pg_collection=pg.collection,
-            )
-            for chunk in chunks
+            _with_gradient_buffers(_build_chunk(build, config, pg, i), config, pg)
+            for i in range(config.parallel.vpp)
         ]
-        optimizer = build_optimizer(config, chunks, pg)
-        for chunk in chunks:
-            mcore = get_model_config(chunk)
-            mcore.finalize_model_grads_func = finalize_grads
-            if (
-                config.precision.dtype == "fp16"
-            ):  # elsewhere the scale is 1, and a model that knows its optimizer is never freed
-                mcore.grad_scale_func = optimizer.scale_loss
+        made = (optimizer or build_optimizer)(config, chunks, pg)
+        _check_optimizer(made)
+        complete_groups(made, pg)
+    _connect(chunks, made, config)
     consumed = config.consumed_samples[0]
     return State(
         config=config,
         pg=pg,
         chunks=tuple(chunks),
-        optimizer=optimizer,
+        optimizer=made,
         schedule=make_schedule(config),
         iteration=consumed // config.global_batch_size,
         consumed_samples=consumed,
     )
+
+
+def _check_groups(config: TrainConfig, pg: ProcessGroups) -> None:
+    if pg.groups == build_groups(config.parallel, pg.world_size, model=config.model):
+        return
+    raise ConfigError(
+        "pg: its groups are those of another layout or model; make them from "
+        "mf.build_groups(config.parallel, world_size, model=config.model)."
+    )
+
+
+def _build_chunk(
+    build: ModelFunction, config: TrainConfig, pg: ProcessGroups, i: int
+) -> torch.nn.Module:
+    """Chunk number i of this pipeline stage, checked."""
+    vpp = config.parallel.vpp
+    provider = partial(
+        build,
+        config,
+        pg,
+        pre_process=pg.is_first_stage and i == 0,
+        post_process=pg.is_last_stage and i == vpp - 1,
+        vp_stage=i if vpp > 1 else None,
+    )
+    chunk = provider() if config.prepare_model is None else config.prepare_model(provider)
+    if not isinstance(chunk, torch.nn.Module):
+        raise ConfigError(
+            f"model function or prepare_model: it returned a {type(chunk).__name__}; "
+            "return the module of one model chunk"
+        )
+    check_parallel_layers(chunk, pg)
+    return chunk
+
+
+def _with_gradient_buffers(
+    chunk: torch.nn.Module, config: TrainConfig, pg: ProcessGroups
+) -> DistributedDataParallel:
+    """A chunk in megatron-core's DistributedDataParallel, which sums fp32 gradients over dp."""
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        grad_reduce_in_fp32=True,
+    )
+    return DistributedDataParallel(get_model_config(chunk), ddp, chunk, pg_collection=pg.collection)
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if not isinstance(optimizer, MegatronOptimizer):
+        raise ConfigError(
+            f"optimizer: it returned a {type(optimizer).__name__}; return a megatron-core "
+            "optimizer, for example FP32Optimizer(torch_optimizer, mcore_config, init_state)"
+        )
+
+
+def _connect(
+    chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, config: TrainConfig
+) -> None:
+    """Tell megatron-core's schedules what to do after the backward pass, and how to scale a loss.
+
+    Only fp16 scales its loss. Elsewhere the model does not learn of its optimizer: it would never
+    be freed.
+    """
+    for chunk in chunks:
+        mcore = get_model_config(chunk)
+        mcore.finalize_model_grads_func = finalize_grads
+        if config.precision.dtype == "fp16":
+            mcore.grad_scale_func = optimizer.scale_loss

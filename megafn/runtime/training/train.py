@@ -1,9 +1,6 @@
-"""The recipe: `train`, and the functions that it is made of, each callable from a loop of one's own."""
+"""The recipe: `train`. Each function that it calls can be called from a custom loop as well."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
@@ -13,10 +10,16 @@ from megafn.runtime.accelerate.train_steps import step_of
 from megafn.runtime.checkpoint.resume import check_directory, resume
 from megafn.runtime.data.corpora import corpora
 from megafn.runtime.families.step import Step
-from megafn.runtime.metrics.records import Metrics
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel import cpu
 from megafn.runtime.parallel.groups import init_groups, world_size
+from megafn.runtime.training.arguments import (
+    Batches,
+    MicroBatches,
+    ModelFunction,
+    OptimizerFunction,
+    Sinks,
+)
 from megafn.runtime.training.fit import fit
 from megafn.runtime.training.setup import setup
 
@@ -25,39 +28,50 @@ def train(
     config: TrainConfig,
     *,
     step: Step | None = None,
-    model: Callable | None = None,
-    batches: Iterable[Any] | Callable | None = None,
-    valid_batches: Iterable[Any] | None = None,
-    on_metrics: Sequence[Callable[[Metrics], Any]] = (),
+    model: ModelFunction | None = None,
+    optimizer: OptimizerFunction | None = None,
+    batches: Batches | None = None,
+    valid_batches: MicroBatches | None = None,
+    on_metrics: Sinks = (),
 ) -> State:
-    """Train a config from start to end, or from its newest checkpoint on; returns the last state. Run it under torchrun, or as one plain process.
+    """Train a config from start to end, or from its newest checkpoint on; returns the last state.
 
-    step: the family's three functions, or your own. model: a function that builds one model chunk, see `setup`.
-    Where they are None, config.step_function and config.model_function come before the built-in ones.
-    batches: raw micro-batches of this rank's data-parallel position, as a DataLoader gives them (instead of config.data). A run
-    that goes on from a checkpoint drops as many as it had read; a function (consumed_samples) -> iterable starts there itself.
-    valid_batches: likewise, iterated anew for each evaluation. on_metrics: called with the `Metrics` of every iteration,
-    on every rank. Under config.checkpoint the run is saved; on SIGTERM or SIGUSR1 it is saved and SystemExit(0) raised.
-    Raises ConfigError with every problem of the config before any process group or file exists.
+    Run it under torchrun, or as one plain process.
+    step: the functions of the training step; model: builds one model chunk; optimizer: builds the
+    optimizer, see `setup`. If None, config.step_function and config.model_function come before the
+    built-in ones.
+    batches: raw micro-batches of this rank's data-parallel position, as a DataLoader gives them,
+    instead of config.data. A run that resumes from a checkpoint drops as many as it had read; a
+    function (consumed_samples) -> iterable starts there itself.
+    valid_batches: likewise, iterated anew for each evaluation.
+    on_metrics: called with the `Metrics` of every iteration, on every rank.
+    Under config.checkpoint the run is saved; on SIGTERM or SIGUSR1 it is saved and SystemExit(0)
+    raised. Raises ConfigError with every problem of the config before any process group or file
+    exists.
     """
     world = world_size()
     check(config, world, cuda=cpu.device().type == "cuda")
-    if config.data is None and batches is None:
-        raise ConfigError(
-            "data = None: name a text or an indexed dataset in config.data, or give train your own batches."
-        )
     step = step if step is not None else step_of(config)
-    if batches is None:
-        for split in (
-            ("train", "valid") if config.eval_iters and valid_batches is None else ("train",)
-        ):
-            corpora(
-                config, split
-            )  # missing, damaged or too short: told now, not when it is first read
+    check_data(config, batches, valid_batches)
     check_directory(config.checkpoint)
-    with init_groups(
-        build_groups(config.parallel, world, model=config.model),
-        timeout_seconds=config.timeout_seconds,
-    ) as pg:
-        state, batches = resume(setup(config, pg, model=model), batches)
+    groups = build_groups(config.parallel, world, model=config.model)
+    with init_groups(groups, timeout_seconds=config.timeout_seconds) as pg:
+        state = setup(config, pg, model=model, optimizer=optimizer)
+        state, batches = resume(state, batches)
         return fit(state, step, batches=batches, valid_batches=valid_batches, on_metrics=on_metrics)
+
+
+def check_data(
+    config: TrainConfig, batches: Batches | None, valid_batches: MicroBatches | None
+) -> None:
+    """Raises ConfigError if there is no data, or a corpus is missing, damaged or too short."""
+    if batches is not None:
+        return
+    if config.data is None:
+        raise ConfigError(
+            "data = None: name a text or an indexed dataset in config.data, or give train your own "
+            "batches."
+        )
+    corpora(config, "train")
+    if config.eval_iters and valid_batches is None:
+        corpora(config, "valid")
