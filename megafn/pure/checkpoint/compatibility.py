@@ -83,10 +83,15 @@ def _changed_fields(saved: TrainConfig, config: TrainConfig) -> Iterator[tuple[s
 
     In the order of `config`.
     """
-    before = {path: value for path, value, _ in all_fields(saved)}
-    for path, now, _ in all_fields(config):
+    before = _values(saved)
+    for path, now in _values(config).items():
         if path in before and now != before[path]:
             yield path, before[path], now
+
+
+def _values(config: TrainConfig) -> dict[str, Any]:
+    """Values by dotted path."""
+    return {path: value for path, value, _ in all_fields(config)}
 
 
 def _too_short(config: TrainConfig, iteration: int) -> Problem:
