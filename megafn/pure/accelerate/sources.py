@@ -22,8 +22,8 @@ from megafn.pure.config.field_types import all_field_types, has_type, type_probl
 from megafn.pure.config.problems import ConfigError, Problem, did_you_mean
 from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig
 
-# Arguments of `from_plugin` that users of Megatron-LM may look for in other_megatron_args.
-_ARGUMENTS = ("lr", "weight_decay", "micro_batch_size")
+# Arguments of `from_plugin` that Megatron-LM has too.
+_COMMON_ARGUMENTS = ("lr", "weight_decay", "micro_batch_size")
 
 # A scheduler that knows where its decay ends gives the length of the run.
 _RUN_LENGTHS = {
@@ -106,7 +106,7 @@ def optimizer_settings(optimizer: Any) -> list[Finding]:
 
 
 def scheduler_settings(known: Mapping[str, Any], scheduler: Any) -> list[Finding]:
-    # Without micro_batch_size, which is a problem already, there is no number of samples.
+    # Without a micro-batch size, a problem already, its steps cannot be counted in samples.
     if scheduler is None or "micro_batch_size" not in known:
         return []
     return _read("scheduler", partial(scheduler_fields, scheduler, known["micro_batch_size"]))
@@ -139,11 +139,12 @@ def run_length(known: Mapping[str, Any], schedule: Sequence[Finding]) -> Iterato
 
 
 def sequence_lengths(known: Mapping[str, Any], plugin: PluginFields) -> Iterator[Finding]:
-    """Lengths of the encoder's and the decoder's input, and how far an earlier run has read."""
+    """Lengths of the encoder's and the decoder's input."""
     family = known.get("model.family")
-    own, other = "encoder_seq_length", "decoder_seq_length"
     if family == "gpt":
-        own, other = other, own
+        own, other = "decoder_seq_length", "encoder_seq_length"
+    else:
+        own, other = "encoder_seq_length", "decoder_seq_length"
     for name in ("seq_length", own):
         if getattr(plugin, name) is not None:
             yield Setting("model.seq_length", getattr(plugin, name), name)
@@ -161,8 +162,6 @@ def sequence_lengths(known: Mapping[str, Any], plugin: PluginFields) -> Iterator
             getattr(plugin, other),
             f"{family} has no {other.partition('_')[0]}; use seq_length or {own}",
         )
-    if plugin.consumed_samples is not None:
-        yield Setting("consumed_samples", tuple(plugin.consumed_samples), "consumed_samples")
 
 
 def custom_functions(plugin: PluginFields) -> Iterator[Finding]:
@@ -214,10 +213,10 @@ def _return_step(step: Any, config: TrainConfig) -> Any:
     return step
 
 
-def megatron_arguments(known: Mapping[str, Any], plugin: PluginFields) -> Iterator[Finding]:
+def megatron_arguments(known: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[Finding]:
     """other_megatron_args, each as a config field."""
     has_data = "data" in known
-    for name, value in (plugin.other_megatron_args or {}).items():
+    for name, value in arguments.items():
         yield _megatron_argument(name, value, has_data)
 
 
@@ -245,7 +244,7 @@ def _megatron_argument(name: str, value: Any, has_data: bool) -> Finding:
 
 
 def _unknown_argument(name: str) -> str:
-    if name in FIELD_NAMES or name in _ARGUMENTS:
+    if name in FIELD_NAMES or name in _COMMON_ARGUMENTS:
         return "it is a field of the plugin; give it there"
     nearest = did_you_mean(name, [*ARGUMENTS, *ELSEWHERE])
     return f"there is no such argument{nearest or ', or it has no meaning in megafn'}"
