@@ -1,4 +1,4 @@
-"""Whatever is handed in, there is one clear sentence of megafn's own, or it works: no traceback from inside a library."""
+"""Any input works, or raises one clear sentence of megafn: no traceback from inside a library."""
 
 import os
 import tomllib
@@ -43,7 +43,7 @@ def answer(function, *arguments):
         return str(error)
 
 
-# --------------------------------------------------------------------------------------------------------- batches
+# ---- Batches
 
 shapes = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 17]), max_size=4)
 values = st.one_of(
@@ -207,7 +207,7 @@ def test_any_batch_of_a_t5_is_read_or_refused(raw):
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ TOML
+# ---- TOML
 
 
 def renamed(tree, name, other):
@@ -272,7 +272,7 @@ def test_a_file_of_other_bytes_is_refused_as_toml(tmp_path_factory, junk, at):
     assert isinstance(made, mf.TrainConfig) or str(path) in made
 
 
-# ------------------------------------------------------------------------------------------------------ data files
+# ---- Data files
 
 
 @pytest.fixture(scope="module")

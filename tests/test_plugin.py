@@ -1,4 +1,4 @@
-"""from_plugin: each of accelerate's 40 names takes effect or is refused by name; from_env reads the seven variables."""
+"""from_plugin: each of accelerate's 40 fields has an effect or is refused by name; from_env."""
 
 import inspect
 import re
@@ -22,13 +22,19 @@ from megafn.pure.schedule import make_schedule
 from megafn.runtime.families.built_in import step_fn
 
 # The seed page's signature of accelerate.utils.MegatronLMPlugin, in its order.
-NAMES = """tp_degree pp_degree num_micro_batches gradient_clipping sequence_parallelism recompute_activations use_distributed_optimizer
-pipeline_model_parallel_split_rank num_layers_per_virtual_pipeline_stage is_train_batch_min train_iters train_samples
-weight_decay_incr_style start_weight_decay end_weight_decay lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_iters
-lr_warmup_samples lr_warmup_fraction min_lr consumed_samples no_wd_decay_cond scale_lr_cond lr_mult megatron_dataset_flag seq_length
-encoder_seq_length decoder_seq_length tensorboard_dir set_all_logging_options eval_iters eval_interval return_logits
-custom_train_step_class custom_train_step_kwargs custom_model_provider_function custom_prepare_model_function
-other_megatron_args""".split()
+NAMES = """
+tp_degree pp_degree num_micro_batches gradient_clipping sequence_parallelism recompute_activations
+use_distributed_optimizer pipeline_model_parallel_split_rank num_layers_per_virtual_pipeline_stage
+is_train_batch_min train_iters train_samples
+weight_decay_incr_style start_weight_decay end_weight_decay
+lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_iters lr_warmup_samples lr_warmup_fraction
+min_lr consumed_samples no_wd_decay_cond scale_lr_cond lr_mult
+megatron_dataset_flag seq_length encoder_seq_length decoder_seq_length
+tensorboard_dir set_all_logging_options eval_iters eval_interval return_logits
+custom_train_step_class custom_train_step_kwargs
+custom_model_provider_function custom_prepare_model_function
+other_megatron_args
+""".split()
 
 GPT2 = SimpleNamespace(
     model_type="gpt2", n_layer=8, n_embd=64, n_head=4, n_positions=64, vocab_size=256
@@ -286,7 +292,8 @@ def test_a_gpt_has_no_encoder_and_no_split():
         made(encoder_seq_length=8)
     with pytest.raises(
         ConfigError,
-        match="^pipeline_model_parallel_split_rank = 1: it is the stage at which T5's decoder begins",
+        match="^pipeline_model_parallel_split_rank = 1: "
+        "it is the stage at which T5's decoder begins",
     ):
         made(pipeline_model_parallel_split_rank=1, pp_degree=2)
 
@@ -407,7 +414,8 @@ def test_a_gpt_has_no_encoder_and_no_split():
         (dict(mixed_precision="fp8"), "mixed_precision = 'fp8': choose one of no, bf16, fp16"),
         (
             dict(other_megatron_args={"rotary_bas": 1.0}),
-            "other_megatron_args['rotary_bas'] = 1.0: there is no such argument; did you mean \"rotary_base\"?",
+            "other_megatron_args['rotary_bas'] = 1.0: there is no such argument; "
+            'did you mean "rotary_base"?',
         ),
         (
             dict(other_megatron_args={"kv_channels": "3"}),
@@ -513,7 +521,7 @@ def test_megatrons_arguments_win_over_the_hugging_face_config():
     assert config.data == DataConfig(train="a", split=(8.0, 1.0, 1.0), sampler="cyclic")
 
 
-# --------------------------------------------------------------------------------------- objects of other libraries
+# ---- Objects of other libraries
 
 
 def test_hugging_face_configs_give_the_model():
@@ -618,7 +626,8 @@ def test_hugging_face_configs_give_the_model():
     ] == [3, 2, "relative", 16, 64, 5]
     with pytest.raises(
         ConfigError,
-        match="^model.feed_forward_proj = 'gated-relu': choose one of relu, gelu, gelu_new, gated-gelu",
+        match="^model.feed_forward_proj = 'gated-relu': "
+        "choose one of relu, gelu, gelu_new, gated-gelu",
     ):
         model_fields(transformers.T5Config(feed_forward_proj="gated-relu"))
     with pytest.raises(
@@ -661,7 +670,8 @@ def test_a_model_is_read_by_its_config_and_what_head_it_has():
     MegatronBertForSequenceClassification.__name__ = "MegatronBertForTokenClassification"
     with pytest.raises(
         ConfigError,
-        match="^model = 'MegatronBertForTokenClassification': this head is not built; give MegatronBertForMaskedLM, ",
+        match="^model = 'MegatronBertForTokenClassification': "
+        "this head is not built; give MegatronBertForMaskedLM, ",
     ):
         model_fields(MegatronBertForSequenceClassification())
     mine = ModelConfig(num_layers=8, hidden_size=64, num_attention_heads=4, seq_length=16)
@@ -866,7 +876,7 @@ def test_the_smallest_batch_of_the_loaders_is_the_micro_batch():
         )
 
 
-# ------------------------------------------------------------------------------------------------------ environment
+# ---- Environment
 
 
 def test_the_seven_variables_are_plugin_arguments():
@@ -920,7 +930,7 @@ def test_a_variable_that_cannot_be_read_is_named(name, text, told):
         from_env({f"MEGATRON_LM_{name}": text})
 
 
-# ------------------------------------------------------------------------------------------------------ never a surprise
+# ---- Never a surprise
 
 
 @given(
@@ -943,7 +953,7 @@ def test_whatever_the_fields_hold_there_is_a_config_or_a_refusal(fields):
         assert str(error)
 
 
-def test_the_page_in_the_docs_tells_of_every_field_and_its_default():
+def test_the_page_in_the_docs_has_every_field_and_its_default():
     rows = dict(
         re.findall(
             r"^\| `(\w+)` \| ([^|]*?) \|",

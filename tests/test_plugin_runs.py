@@ -1,5 +1,6 @@
 """What the plugin's fields do in real runs: each test fails where its field is merely stored."""
 
+import itertools
 import math
 import re
 from functools import partial
@@ -60,7 +61,7 @@ def run(config, *, valid=False, **arguments):
         return seen, whole_parameters(state.chunks, config.model, pg)
 
 
-# ------------------------------------------------------------------------------- which parameters decay, and how fast
+# ---- Which parameters decay, and how fast
 
 
 def late(name, parameter):
@@ -98,7 +99,7 @@ def test_conditions_name_the_same_parameters_in_every_layout(pool, n, layout):
 
 
 def test_conditions_slow_and_spare_exactly_what_they_name(pool):
-    """After one step of SGD with gradients clipped to nothing, all that moves a parameter is its decay, lr * weight decay of it."""
+    """With gradients clipped to nothing, a step of SGD only decays: by lr * weight_decay."""
 
     def after(**fields):
         base = plugin(
@@ -156,11 +157,11 @@ def sgd_steps(config):
     return found
 
 
-# ------------------------------------------------------------------------------------------------- logits come back
+# ---- Logits come back
 
 
 def logits_of(config, every_stage):
-    """One step and one evaluation on this rank's share: (metrics, loss by hand of its logits or None, evaluation's logits)."""
+    """One step and one evaluation: (dp rank, whether the stage is the last, logits of each)."""
     config = attrs.evolve(config, return_logits="every_stage" if every_stage else "last_stage")
     with mf.init_groups(
         mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=60
@@ -189,7 +190,7 @@ def test_logits_are_those_of_the_single_process_and_lie_where_they_are_asked_for
         if logits is not None:
             mine = whole if len(logits) == 8 else whole[dp_rank::2]
             assert len(logits) == len(mine) == len(evaluated)
-            for a, b, c in zip(logits, mine, evaluated):
+            for a, b, c in zip(logits, mine, evaluated, strict=True):
                 assert torch.allclose(a, b, atol=1e-4) and torch.allclose(c, b, atol=1e-4)
 
 
@@ -202,13 +203,13 @@ def test_the_loss_can_be_computed_from_the_returned_logits(pool):
     for metrics in seen:
         losses = [
             F.cross_entropy(logits[:, :-1].flatten(0, 1), raw["input_ids"][:, 1:].flatten())
-            for logits, raw in zip(metrics.logits, next(batches))
+            for logits, raw in zip(metrics.logits, next(batches), strict=True)
         ]
         assert metrics.loss == pytest.approx(sum(losses).item() / 2, abs=1e-5)
     assert pool(1, run, plugin())[0][0][0].logits is None
 
 
-# ------------------------------------------------------------------------------------------- steps and models of one's own
+# ---- Custom steps and models
 
 
 class Methods:
@@ -326,7 +327,8 @@ def test_a_thing_that_is_no_step_is_refused_by_name():
 
     with pytest.raises(
         mf.ConfigError,
-        match="a Half without get_loss_func, get_forward_step_func|a Half without get_forward_step_func, get_loss_func",
+        match="a Half without get_loss_func, get_forward_step_func|"
+        "a Half without get_forward_step_func, get_loss_func",
     ):
         mf.step_of(plugin(custom_train_step_class=Half))
     with pytest.raises(
@@ -403,7 +405,7 @@ def test_a_model_function_alone_and_a_prepare_function_alone_take_effect(pool):
         pool(1, initial, plugin(custom_prepare_model_function=broken))
 
 
-# ---------------------------------------------------------------------------------------- where it starts, what it evaluates
+# ---- Where it starts, what it evaluates
 
 
 def read(config):
@@ -427,10 +429,11 @@ def test_a_run_begins_behind_the_consumed_samples_of_each_split(pool, tmp_path):
         pool(1, read, plugin(**fields))[0],
         pool(1, read, plugin(**fields, consumed_samples=[8, 4, 2]))[0],
     )
-    for (all_of_it, rest), skipped in zip(zip(whole, later), (4, 2, 1)):  # micro-batches of 2
-        assert all(
-            torch.equal(a, b) for a, b in zip(all_of_it[skipped:], rest)
-        ) and not torch.equal(all_of_it[0], rest[0])
+    skipped_micro_batches = (4, 2, 1)  # of 2 samples
+    for all_of_it, rest, skipped in zip(whole, later, skipped_micro_batches, strict=True):
+        pairs = zip(all_of_it[skipped:], rest, strict=False)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert not torch.equal(all_of_it[0], rest[0])
     assert len(whole[0]) == 8 and len(later[0]) == 4 and len(later[1]) == len(later[2]) == 4
     seen = pool(1, trained, plugin(**fields, consumed_samples=[8, 4, 2]))[0]
     full = pool(1, trained, plugin(**fields))[0]
@@ -463,7 +466,7 @@ def attentions(config):
     return len(calls)
 
 
-# ------------------------------------------------------------------------------------------------------------- logging
+# ---- Logging
 
 
 def test_all_that_can_be_logged_is_logged_and_tensorboard_reads_it(pool, tmp_path):
@@ -506,7 +509,8 @@ def test_all_that_can_be_logged_is_logged_and_tensorboard_reads_it(pool, tmp_pat
     ):
         values = [getattr(m, name) if hasattr(m, name) else m.details[name] for m in seen]
         assert told[f"train/{name}"] == [
-            (m.iteration, pytest.approx(value, rel=1e-6)) for m, value in zip(seen, values)
+            (m.iteration, pytest.approx(value, rel=1e-6))
+            for m, value in zip(seen, values, strict=True)
         ], name
     assert [step for step, _ in told["valid/perplexity"]] == [2, 3]
     for m in seen:
@@ -540,14 +544,12 @@ def test_all_that_can_be_logged_is_logged_and_tensorboard_reads_it(pool, tmp_pat
         assert [m.details["zeros_in_grad"] for m in rank[0]] == pytest.approx(
             [m.details["zeros_in_grad"] for m in single], abs=6
         )  # some by rounding
-        rows = 64 - len(
-            torch.cat(
-                [raw["input_ids"][:, :-1] for raw, _ in zip(micro_batches(), range(2))]
-            ).unique()
-        )
-        assert rows > 0 and rank[0][0].details["zeros_in_grad"] == pytest.approx(
-            (rows + 1) * 32, abs=6
-        )  # and the last position's row
+        inputs = [raw["input_ids"][:, :-1] for raw in itertools.islice(micro_batches(), 2)]
+        rows = 64 - len(torch.cat(inputs).unique())
+        assert rows > 0
+        # Rows of tokens that never come, and the last position's row.
+        zeros = rank[0][0].details["zeros_in_grad"]
+        assert zeros == pytest.approx((rows + 1) * 32, abs=6)
     assert pool(1, run, plugin())[0][0][0].details == {}
 
 
@@ -575,7 +577,7 @@ def test_norms_and_zeros_are_the_whole_models_under_the_distributed_optimizer(po
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- the page itself
+# ---- The page itself
 
 
 def executed(code):

@@ -68,7 +68,9 @@ def _common(groups: list[Mapping[str, Any]], key: str) -> Any:
     if len(values) > 1:
         remedy = "use scale_lr_cond and lr_mult" if key == "lr" else "give all of them the same"
         raise _refusal(
-            f"optimizer.{key}", tuple(sorted(values)), f"its parameter groups differ; {remedy}"
+            f"optimizer.{key}",
+            tuple(sorted(values, key=str)),
+            f"its parameter groups differ; {remedy}",
         )
     return values.pop()
 

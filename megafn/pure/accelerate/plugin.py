@@ -8,7 +8,12 @@ from typing import Any
 
 import attrs
 
-from megafn.pure.accelerate.plugin_fields import FIELD_NAMES, SAME, PluginFields, field_problems
+from megafn.pure.accelerate.plugin_fields import (
+    CONFIG_PATHS,
+    FIELD_NAMES,
+    PluginFields,
+    field_problems,
+)
 from megafn.pure.accelerate.settings import Finding, Setting, known_values, merge
 from megafn.pure.accelerate.sources import (
     custom_functions,
@@ -111,7 +116,7 @@ did you mean "tp_degree"?
     findings += schedule
     findings += sequence_lengths(known_values(findings), plugin)
     findings += custom_functions(plugin)
-    findings += megatron_arguments(known_values(findings), plugin)
+    findings += megatron_arguments(known_values(findings), given.get("other_megatron_args", {}))
     findings += layout(known_values(findings), plugin, world_size)
     findings += _accelerates_defaults(plugin)
     findings += run_length(known_values(findings), schedule)
@@ -150,9 +155,11 @@ def _world_size() -> int:
 
 def _plain_settings(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[Finding]:
     """Fields and arguments that are one config field each."""
-    for name, path in SAME.items():
+    for name, path in CONFIG_PATHS.items():
         if name in given:
             yield Setting(path, given[name], name)
+    if "consumed_samples" in given:
+        yield Setting("consumed_samples", tuple(given["consumed_samples"]), "consumed_samples")
     for name, path in (
         ("lr", "schedule.lr"),
         ("weight_decay", "schedule.weight_decay"),
@@ -175,7 +182,7 @@ def _precision(mixed_precision: str) -> Iterator[Finding]:
 def _accelerates_defaults(plugin: PluginFields) -> Iterator[Finding]:
     """Fields whose default in accelerate is not the config's."""
     for name in ("lr_decay_style", "eval_iters", "eval_interval"):
-        yield Setting(SAME[name], getattr(plugin, name), name, weak=True)
+        yield Setting(CONFIG_PATHS[name], getattr(plugin, name), name, weak=True)
 
 
 def _build(values: Mapping[str, Any]) -> TrainConfig:

@@ -43,7 +43,8 @@ class PluginFields:
     lr_warmup_samples: int | None = None
     lr_warmup_fraction: float | None = None
     min_lr: float = 0.0
-    consumed_samples: object = None  # a list or tuple of three integers
+    # A list or tuple of three integers.
+    consumed_samples: object = None
     no_wd_decay_cond: ParameterCondition | None = None
     scale_lr_cond: ParameterCondition | None = None
     lr_mult: float = 1.0
@@ -58,16 +59,18 @@ class PluginFields:
     return_logits: bool = False
     # A class or function (config, **kwargs) -> train step, or a Step.
     custom_train_step_class: object = None
-    custom_train_step_kwargs: object = None  # a dict
+    # A dict.
+    custom_train_step_kwargs: object = None
     custom_model_provider_function: ModelFunction | None = None
     custom_prepare_model_function: PrepareModel | None = None
-    other_megatron_args: object = None  # a dict
+    # A dict.
+    other_megatron_args: object = None
 
 
 FIELD_NAMES: tuple[str, ...] = tuple(attribute.name for attribute in attrs.fields(PluginFields))
 
 # Fields that are one config field each, most under another name.
-SAME: dict[str, str] = {
+CONFIG_PATHS: dict[str, str] = {
     "tp_degree": "parallel.tp",
     "pp_degree": "parallel.pp",
     "gradient_clipping": "optimizer.clip_grad",

@@ -24,8 +24,8 @@ from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig
 from megafn.pure.families.built_in import find_spec
 from megafn.pure.families.family_spec import FamilySpec
 
-# Arguments of `from_plugin` that users of Megatron-LM may look for in other_megatron_args.
-_ARGUMENTS = ("lr", "weight_decay", "micro_batch_size")
+# Arguments of `from_plugin` that Megatron-LM has too.
+_COMMON_ARGUMENTS = ("lr", "weight_decay", "micro_batch_size")
 
 # A scheduler that knows where its decay ends gives the length of the run.
 _RUN_LENGTHS = {
@@ -108,7 +108,7 @@ def optimizer_settings(optimizer: Any) -> list[Finding]:
 
 
 def scheduler_settings(known: Mapping[str, Any], scheduler: Any) -> list[Finding]:
-    # Without micro_batch_size, which is a problem already, there is no number of samples.
+    # Without a micro-batch size, a problem already, its steps cannot be counted in samples.
     if scheduler is None or "micro_batch_size" not in known:
         return []
     return _read("scheduler", partial(scheduler_fields, scheduler, known["micro_batch_size"]))
@@ -141,9 +141,7 @@ def run_length(known: Mapping[str, Any], schedule: Sequence[Finding]) -> Iterato
 
 
 def sequence_lengths(known: Mapping[str, Any], plugin: PluginFields) -> Iterator[Finding]:
-    """Lengths of the encoder's and the decoder's input, and how far an earlier run has read."""
-    if plugin.consumed_samples is not None:
-        yield Setting("consumed_samples", tuple(plugin.consumed_samples), "consumed_samples")
+    """Lengths of the encoder's and the decoder's input."""
     family = find_spec(known.get("model.family"))
     if family is None:
         return
@@ -218,10 +216,10 @@ def _return_step(step: Any, config: TrainConfig) -> Any:
     return step
 
 
-def megatron_arguments(known: Mapping[str, Any], plugin: PluginFields) -> Iterator[Finding]:
+def megatron_arguments(known: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[Finding]:
     """other_megatron_args, each as a config field."""
     has_data = "data" in known
-    for name, value in (plugin.other_megatron_args or {}).items():
+    for name, value in arguments.items():
         yield _megatron_argument(name, value, has_data)
 
 
@@ -249,7 +247,7 @@ def _megatron_argument(name: str, value: Any, has_data: bool) -> Finding:
 
 
 def _unknown_argument(name: str) -> str:
-    if name in FIELD_NAMES or name in _ARGUMENTS:
+    if name in FIELD_NAMES or name in _COMMON_ARGUMENTS:
         return "it is a field of the plugin; give it there"
     nearest = did_you_mean(name, [*ARGUMENTS, *ELSEWHERE])
     return f"there is no such argument{nearest or ', or it has no meaning in megafn'}"

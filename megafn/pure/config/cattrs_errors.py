@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import attrs
+from attrs import frozen
 from cattrs import AttributeValidationNote, ClassValidationError, ForbiddenExtraKeysError
 
 from megafn.pure.config.field_types import FieldType, all_field_types, type_in_words, type_problem
-from megafn.pure.config.problems import Problem, did_you_mean
+from megafn.pure.config.problems import Problem, nearest_name
 
 # An error names the fields of a section if there are no more than this.
 _MOST_NAMES = 12
@@ -24,32 +24,44 @@ class WrongType(ValueError):
         self.kind = kind
 
 
+@frozen
+class _Finding:
+    """A problem, with the path of the field that is missing, or that an unknown key may mean."""
+
+    problem: Problem | str
+    missing: str | None = None
+    meant: str | None = None
+
+
 def problems_in(
     error: ClassValidationError | WrongType, mapping: Any, cls: type
 ) -> list[Problem | str]:
-    """Why `mapping` is not a config of class `cls`, in the order of the fields."""
-    return _without_consequences(list(_problems_below(error, mapping, cls, "")))
+    """Why `mapping` is not a config of class `cls`, in the order of the fields.
+
+    A misspelt name is one problem: the field that it means is not reported as missing.
+    """
+    findings = list(_findings_below(error, mapping, cls, ""))
+    meant = {finding.meant for finding in findings if finding.meant is not None}
+    return [finding.problem for finding in findings if finding.missing not in meant]
 
 
-def _problems_below(
-    error: Exception, mapping: Any, cls: type, path: str
-) -> Iterator[Problem | str]:
-    """The problems of the subtree of errors whose mapping stands at `path` of the whole."""
+def _findings_below(error: Exception, mapping: Any, cls: type, path: str) -> Iterator[_Finding]:
+    """What a subtree of errors says of `mapping`, which stands at `path` of the whole."""
     if isinstance(error, WrongType):
-        yield type_problem(path or "config", error.value, error.kind)
+        yield _Finding(type_problem(path or "config", error.value, error.kind))
     elif isinstance(error, KeyError):
-        yield f"{path} is missing: give {type_in_words(dict(all_field_types(cls))[path])}"
+        words = type_in_words(dict(all_field_types(cls))[path])
+        yield _Finding(f"{path} is missing: give {words}", missing=path)
     elif isinstance(error, ForbiddenExtraKeysError):
         for key in sorted(error.extra_fields, key=str):
-            hint = _hint(_joined(path, key), str(key), error.cl, cls)
-            yield Problem(_joined(path, key), mapping[key], f"there is no such field{hint}")
+            yield _unknown_key(path, key, mapping[key], error.cl, cls)
     elif isinstance(error, ClassValidationError):
         for inner in error.exceptions:
             name = _field_name(inner)
             if name is None:
-                yield from _problems_below(inner, mapping, cls, path)
+                yield from _findings_below(inner, mapping, cls, path)
             else:
-                yield from _problems_below(inner, mapping.get(name), cls, _joined(path, name))
+                yield from _findings_below(inner, mapping.get(name), cls, _joined(path, name))
     else:
         raise error
 
@@ -62,40 +74,31 @@ def _field_name(error: Exception) -> str | None:
     return None
 
 
-def _hint(path: str, key: str, section: type, cls: type) -> str:
-    """The end of a sentence about a key that `section` of `cls` does not have: what to write."""
+def _unknown_key(prefix: str, key: Any, value: Any, section: type, cls: type) -> _Finding:
+    """A key that `section`, which stands at `prefix` of `cls`, does not have."""
+    path = _joined(prefix, key)
     if path == "parallel.dp":
-        return (
-            "; data parallelism follows from the number of processes: world_size / (tp * pp * cp)"
+        return _no_such_field(
+            path,
+            value,
+            "; data parallelism follows from the number of processes: world_size / (tp * pp * cp)",
         )
     for known, _ in all_field_types(cls):
         if known.endswith(f".{key}"):
-            return f'; did you mean "{known}"?'
+            return _no_such_field(path, value, f'; did you mean "{known}"?', meant=known)
     names = [attribute.name for attribute in attrs.fields(section)]
-    return did_you_mean(key, names) or _all_names(names)
+    nearest = nearest_name(str(key), names)
+    if nearest is not None:
+        hint = f'; did you mean "{nearest}"?'
+        return _no_such_field(path, value, hint, meant=_joined(prefix, nearest))
+    if len(names) <= _MOST_NAMES:
+        return _no_such_field(path, value, f"; choose one of {', '.join(names)}")
+    return _no_such_field(path, value, f"; docs/configuration.md lists the {len(names)} fields")
 
 
-def _all_names(names: list[str]) -> str:
-    if len(names) > _MOST_NAMES:
-        return f"; docs/configuration.md lists the {len(names)} fields"
-    return f"; choose one of {', '.join(names)}"
+def _no_such_field(path: str, value: Any, hint: str, meant: str | None = None) -> _Finding:
+    return _Finding(Problem(path, value, f"there is no such field{hint}"), meant=meant)
 
 
-def _without_consequences(problems: list[Problem | str]) -> list[Problem | str]:
-    """Leaves out "is missing" for a field whose misspelt name is reported already."""
-    meant: set[str] = set()
-    for problem in problems:
-        if not isinstance(problem, Problem):
-            continue
-        hint = re.search(r'did you mean "(.+)"', problem.remedy)
-        if hint is not None:
-            meant |= {hint[1], _joined(problem.field.rpartition(".")[0], hint[1])}
-    return [
-        problem
-        for problem in problems
-        if isinstance(problem, Problem) or problem.partition(" is missing")[0] not in meant
-    ]
-
-
-def _joined(path: str, name: Any) -> str:
-    return f"{path}.{name}" if path else str(name)
+def _joined(prefix: str, name: Any) -> str:
+    return f"{prefix}.{name}" if prefix else str(name)

@@ -23,7 +23,9 @@ _WORDS: dict[FieldType, str] = {
 _PLURALS: dict[FieldType, str] = {int: "integers", float: "numbers", str: "strings"}
 
 
-def all_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, FieldType]]:
+def all_fields(
+    config: attrs.AttrsInstance, prefix: str = ""
+) -> Iterator[tuple[str, Any, FieldType]]:
     """(dotted path, value, type) of every field of a config and of its sections.
 
     A section whose value has a wrong type is not entered.

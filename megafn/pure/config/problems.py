@@ -65,6 +65,16 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     >>> did_you_mean("GTP", ["gpt", "bert"])
     '; did you mean "gpt"?'
     """
+    nearest = nearest_name(name, names)
+    return f'; did you mean "{nearest}"?' if nearest is not None else ""
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str | None:
+    """The name most like `name`, upper and lower case alike, or None if none is like it.
+
+    >>> nearest_name("GTP", ["gpt", "bert"])
+    'gpt'
+    """
     lower = {candidate.lower(): candidate for candidate in names}
     close = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f'; did you mean "{lower[close[0]]}"?' if close else ""
+    return lower[close[0]] if close else None

@@ -7,7 +7,7 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import attrs
 import tomli_w
@@ -20,12 +20,12 @@ from megafn.pure.config.field_types import FieldType, has_type, is_section
 from megafn.pure.config.problems import ConfigError, Problem, config_error
 from megafn.pure.config.records import TrainConfig
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=attrs.AttrsInstance)
 
 # ---- To a dict
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: attrs.AttrsInstance) -> dict[str, Any]:
     """A config as plain dicts, lists, strings and numbers, as TOML can hold them.
 
     None is left out, a tuple becomes a list, a family's record its name. Raises ConfigError naming the field if a value, such
@@ -38,7 +38,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return _plain_section(config, "")
 
 
-def _plain_section(config: Any, prefix: str) -> dict[str, Any]:
+def _plain_section(config: attrs.AttrsInstance, prefix: str) -> dict[str, Any]:
     plain = {}
     for attribute in attrs.fields(type(config)):
         value = getattr(config, attribute.name)
@@ -98,7 +98,15 @@ def without_functions(config: Config) -> Config:
 # ---- From a dict
 
 
-def from_dict(mapping: Mapping[str, Any], cls: type[Config] = TrainConfig) -> Config:
+@overload
+def from_dict(mapping: Mapping[str, Any]) -> TrainConfig: ...
+
+
+@overload
+def from_dict(mapping: Mapping[str, Any], cls: type[Config]) -> Config: ...
+
+
+def from_dict(mapping: Mapping[str, Any], cls: type = TrainConfig) -> Any:
     """The config of class `cls` that a nested mapping describes; the inverse of `to_dict`.
 
     Nothing is converted except lists to tuples: "3" and True are not integers. An int passes for a

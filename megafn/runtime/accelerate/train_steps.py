@@ -140,6 +140,6 @@ def _loss(logits: Any, batch: Batch, pg: ProcessGroups) -> Loss:
     )
 
 
-def _first(logits: Any) -> torch.Tensor:
+def _first(logits: Any) -> Any:
     """The logits of tokens, if there are those of the sentence order beside them."""
     return logits[0] if isinstance(logits, tuple) else logits
