@@ -1,6 +1,7 @@
 """A family is a value: a config takes it wherever it takes a name, and nothing has to be
 registered."""
 
+import pickle
 from functools import partial
 
 import attrs
@@ -53,6 +54,12 @@ CONFIG = short(family=OURS)
 
 
 # ------------------------------------------------------------------------------------- as a value
+
+
+@pytest.mark.parametrize("family", [*map(mf.family_of, BUILT_IN_SPECS), OURS], ids=lambda f: f.name)
+def test_a_family_can_be_sent_to_another_process(family):
+    again = pickle.loads(pickle.dumps(family))
+    assert again.spec == family.spec and again.step == family.step and again.data == family.data
 
 
 @pytest.mark.parametrize("family", [SPEC, OURS], ids=["spec", "family"])

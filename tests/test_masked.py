@@ -282,7 +282,7 @@ def test_spans_that_find_no_place_are_refused_before_the_run(changes, told, tmp_
 def test_a_tokenizer_without_bos_begins_with_padding_and_one_without_sentinels_is_refused(tmp_path):
     path, vocab = word_pieces(tmp_path, 0)
     with pytest.raises(
-        mf.ConfigError, match="0.json' has no additional_special_tokens_ids, which data for t5 want"
+        mf.ConfigError, match="0.json' has no additional_special_tokens_ids, which data for t5 need"
     ):
         build_dataset(t5(tmp_path, tokenizer=path, vocab_size=len(vocab)))
     text = (
@@ -362,7 +362,7 @@ def test_what_cannot_be_read_is_refused_at_once(tmp_path):
     (tmp_path / "0.json").write_text(content)
     with pytest.raises(
         mf.ConfigError,
-        match=r"0.json' has no mask, which data for bert want; add these special tokens",
+        match=r"0.json' has no mask, which data for bert need; add these special tokens",
     ):
         build_dataset(config(tmp_path, tokenizer=path))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from attrs import frozen
 
@@ -35,7 +34,9 @@ def rule(*fields: str) -> Callable[[Callable[..., str | None]], Rule]:
     'needs pp of at least 2; raise pp or set vpp to 1'
     """
 
-    def with_fields(remedy: Callable[..., Any]) -> Rule:
+    def with_fields(remedy: Callable[..., str | None]) -> Rule:
+        # pickle finds a function by this name, and the rule takes its place in the module
+        remedy.__qualname__ = f"{remedy.__qualname__}.remedy"
         return Rule(fields=fields, remedy=remedy)
 
     return with_fields

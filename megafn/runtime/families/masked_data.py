@@ -29,10 +29,11 @@ def sample_index(
     """
     ends = np.append(dataset.indices, dataset.indices[-1] + 1)
     documents = dataset.dataset.document_indices[ends]
-    if dataset.num_samples is None:
-        epochs, samples = 1, _ALL
-    else:
-        epochs, samples = _ENDLESS, dataset.num_samples
+    epochs = _ENDLESS
+    samples = dataset.num_samples
+    if samples is None:
+        epochs = 1
+        samples = _ALL
     return helpers.build_mapping(
         documents,
         dataset.dataset.sequence_lengths,
