@@ -23,7 +23,7 @@ from megafn.pure.layout import build_groups
 from megafn.runtime.data.batches import batches, group_batches, prefetched
 from megafn.runtime.data.corpora import build_dataset, corpora, gpt_data
 from megafn.runtime.parallel.groups import init_groups
-from megafn.runtime.text.indexing import indexed_text
+from megafn.runtime.text.cache import indexed_text
 from megafn.runtime.text.tokenizer import byte_tokenizer
 
 
@@ -91,7 +91,7 @@ def rows(items):
     return [row for item in tokens(items) for micro in item for row in micro]
 
 
-# ------------------------------------------------------------------------------------------------ what a batch is
+# ---------------------------------------------------------------------------------- what a batch is
 
 
 def test_labels_are_the_next_tokens_of_the_corpus(tmp_path):
@@ -168,7 +168,7 @@ def test_no_id_of_an_indexed_dataset_is_taken_for_padding(tmp_path):
     )
 
 
-# ----------------------------------------------------------------------------------------------- which samples
+# ------------------------------------------------------------------------------------ which samples
 
 
 @settings(max_examples=30)
@@ -262,7 +262,7 @@ def test_splits_with_a_corpus_of_their_own_leave_the_rest_to_train(tmp_path, cor
     assert (half.begin, half.end) == (0, 10)  # of 1 and 1: valid has its own
 
 
-# --------------------------------------------------------------------------------------------------------- blends
+# ------------------------------------------------------------------------------------------- blends
 
 
 def test_blends_honour_their_weights_all_along(tmp_path):
@@ -361,7 +361,7 @@ def test_samples_are_those_of_megatron_cores_builder(tmp_path, corpus):
             assert rows(batches(blended, pg())) == train[:size]
 
 
-# ------------------------------------------------------------------------------------------------------- bad data
+# ----------------------------------------------------------------------------------------- bad data
 
 
 def idx(sequences=20, documents=21, code=8, header=b"MMIDIDX\0\0", version=1):
@@ -382,22 +382,25 @@ def idx(sequences=20, documents=21, code=8, header=b"MMIDIDX\0\0", version=1):
             lambda p: p.with_suffix(".idx").write_bytes(p.with_suffix(".idx").read_bytes()[:-1]),
             "idx is truncated",
         ),
-        (lambda p: p.with_suffix(".idx").write_bytes(b""), "no index of megatron-core's format"),
+        (
+            lambda p: p.with_suffix(".idx").write_bytes(b""),
+            "not an index of megatron-core's format",
+        ),
         (
             lambda p: p.with_suffix(".idx").write_bytes(idx(header=b"MMIDIDX\0\1") + bytes(999)),
-            "no index of megatron-core's format",
+            "not an index of megatron-core's format",
         ),
         (
             lambda p: p.with_suffix(".idx").write_bytes(idx(version=2) + bytes(999)),
-            "no index of megatron-core's format",
+            "not an index of megatron-core's format",
         ),
         (
             lambda p: p.with_suffix(".idx").write_bytes(idx(code=7) + bytes(999)),
-            "type code 7 is no integer type",
+            "type code 7 is not an integer type",
         ),
         (
             lambda p: p.with_suffix(".idx").write_bytes(idx(code=99) + bytes(999)),
-            "type code 99 is no integer type",
+            "type code 99 is not an integer type",
         ),
         (
             lambda p: p.with_suffix(".idx").write_bytes(idx(sequences=10**15) + bytes(999)),
@@ -492,7 +495,7 @@ def test_nothing_is_said_of_a_cache_that_is_not_wanted(corpus, caplog):
     assert not gpt_dataset.logger.filters and not blended_dataset.logger.filters
 
 
-# ------------------------------------------------------------------------------------------------------- prefetch
+# ----------------------------------------------------------------------------------------- prefetch
 
 
 def prefetch_threads():
@@ -573,7 +576,7 @@ def test_groups_take_no_more_than_they_need():
         group_batches([], 0)
 
 
-# ---------------------------------------------------------------------------------------------------- real processes
+# ----------------------------------------------------------------------------------- real processes
 
 
 def read_share(made):

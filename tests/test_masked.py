@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 import megafn as mf
 from megafn.runtime.data.corpora import build_dataset, corpora
 from megafn.runtime.families.masked_data import bert_data, t5_data
-from megafn.runtime.text.indexing import cut_sentences
+from megafn.runtime.text.documents import cut_sentences
 from pool import ROOT
 
 DOCUMENTS = [

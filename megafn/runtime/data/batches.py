@@ -14,7 +14,7 @@ from megafn.pure.config.records import TrainConfig
 from megafn.pure.sampling import batch_indices
 from megafn.runtime.data.corpora import build_dataset
 from megafn.runtime.parallel.groups import ProcessGroups
-from megafn.runtime.text.indexing import PARTS
+from megafn.runtime.text.documents import SPLITS
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def batches(
     """
     dataset = build_dataset(config, split)
     if consumed_samples is None:
-        consumed_samples = config.consumed_samples[PARTS.index(split)]
+        consumed_samples = config.consumed_samples[SPLITS.index(split)]
     samples, batch = len(dataset), config.global_batch_size
     if split == "train":
         left = max(0, config.iterations * batch - consumed_samples) // batch
