@@ -628,7 +628,7 @@ def through_logits(config):
     ) as pg:
         state = mf.setup(config, pg)
         batch = share(pairs(config, 0), config, pg)
-        with pytest.raises(mf.ConfigError, match="its decoder wants an input of its own"):
+        with pytest.raises(mf.ConfigError, match="its decoder needs its own input"):
             mf.logits(state, batch[0]["input_ids"])
         _, metrics = mf.train_step(state, batch, mf.step_fn("t5"))
         if metrics.logits is None:
