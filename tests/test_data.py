@@ -1,4 +1,4 @@
-"""Data: which tokens reach which rank, and that damaged data is refused before megatron-core meets it."""
+"""Data: which tokens reach which rank, and that damaged data is refused before it is read."""
 
 import gc
 import itertools
@@ -19,12 +19,13 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from megafn.pure.layout import build_groups
+from megafn.pure.layout import build_groups, coordinates
 from megafn.runtime.data.batches import batches, group_batches, prefetched
 from megafn.runtime.data.corpora import build_dataset, corpora
+from megafn.runtime.data.same_batches import _check_same_marks, _first_rank_of_each_position
 from megafn.runtime.families.gpt import gpt_data
 from megafn.runtime.parallel.groups import init_groups
-from megafn.runtime.text.indexing import indexed_text
+from megafn.runtime.text.cache import indexed_text
 from megafn.runtime.text.tokenizer import byte_tokenizer
 
 
@@ -92,7 +93,7 @@ def rows(items):
     return [row for item in tokens(items) for micro in item for row in micro]
 
 
-# ------------------------------------------------------------------------------------------------ what a batch is
+# ---------------------------------------------------------------------------------- what a batch is
 
 
 def test_labels_are_the_next_tokens_of_the_corpus(tmp_path):
@@ -140,7 +141,8 @@ def test_resets_and_masks_stand_where_documents_end(tmp_path):
             12,
         )
         for ids, mask, positions, loss_mask in zip(
-            *(micro[key] for key in ("tokens", "attention_mask", "position_ids", "loss_mask"))
+            *(micro[key] for key in ("tokens", "attention_mask", "position_ids", "loss_mask")),
+            strict=True,
         ):
             document = torch.tensor(
                 [0, *itertools.accumulate(int(i == 0) for i in ids[:-1])]
@@ -169,7 +171,7 @@ def test_no_id_of_an_indexed_dataset_is_taken_for_padding(tmp_path):
     )
 
 
-# ----------------------------------------------------------------------------------------------- which samples
+# ------------------------------------------------------------------------------------ which samples
 
 
 @settings(max_examples=30)
@@ -196,11 +198,11 @@ def test_ranks_share_a_global_batch_and_a_resumed_run_reads_on(
         return [
             [
                 row
-                for micros in zip(*(tokens([item])[0] for item in items))
+                for micros in zip(*(tokens([item])[0] for item in items), strict=True)
                 for micro in micros
                 for row in micro
             ]
-            for items in zip(*shares)
+            for items in zip(*shares, strict=True)
         ]
 
     whole = run(1)
@@ -217,7 +219,8 @@ def test_cyclic_reads_each_epoch_whole_in_another_order(corpus):
     made = config(
         corpus, sampler="cyclic", split=(1, 0, 0), train_iters=27
     )  # 220 tokens: 27 samples, 4 a batch
-    epochs = list(zip(*[iter(map(tuple, rows(batches(made, pg()))))] * 27))
+    first_ids = iter(map(tuple, rows(batches(made, pg()))))
+    epochs = list(zip(*[first_ids] * 27, strict=True))
     assert len(epochs) == 4 and all(len({*epoch}) == 27 for epoch in epochs)
     assert len({*epochs}) == 4 and len({frozenset(epoch) for epoch in epochs}) == 1
 
@@ -263,7 +266,7 @@ def test_splits_with_a_corpus_of_their_own_leave_the_rest_to_train(tmp_path, cor
     assert (half.begin, half.end) == (0, 10)  # of 1 and 1: valid has its own
 
 
-# --------------------------------------------------------------------------------------------------------- blends
+# ------------------------------------------------------------------------------------------- blends
 
 
 def test_blends_honour_their_weights_all_along(tmp_path):
@@ -354,7 +357,8 @@ def test_samples_are_those_of_megatron_cores_builder(tmp_path, corpus):
         blended = attrs.evolve(
             made, data=attrs.evolve(made.data, train=((3.0, corpus), (1.0, other)), split=(1, 1, 0))
         )
-        # upstream builds half a percent of surplus, and repeats differ with the number of epochs: compare one epoch
+        # upstream builds half a percent of surplus, and repeats differ with the number of epochs:
+        # compare one epoch
         if iterations < 10:
             train, _ = mcore_tokens(
                 blended, size, blend=([corpus, other], [3.0, 1.0]), split="1,1,0"
@@ -362,7 +366,7 @@ def test_samples_are_those_of_megatron_cores_builder(tmp_path, corpus):
             assert rows(batches(blended, pg())) == train[:size]
 
 
-# ------------------------------------------------------------------------------------------------------- bad data
+# ----------------------------------------------------------------------------------------- bad data
 
 
 def idx(sequences=20, documents=21, code=8, header=b"MMIDIDX\0\0", version=1):
@@ -383,22 +387,25 @@ def idx(sequences=20, documents=21, code=8, header=b"MMIDIDX\0\0", version=1):
             lambda p: p.with_suffix(".idx").write_bytes(p.with_suffix(".idx").read_bytes()[:-1]),
             "idx is truncated",
         ),
-        (lambda p: p.with_suffix(".idx").write_bytes(b""), "no index of megatron-core's format"),
+        (
+            lambda p: p.with_suffix(".idx").write_bytes(b""),
+            "not an index of megatron-core's format",
+        ),
         (
             lambda p: p.with_suffix(".idx").write_bytes(idx(header=b"MMIDIDX\0\1") + bytes(999)),
-            "no index of megatron-core's format",
+            "not an index of megatron-core's format",
         ),
         (
             lambda p: p.with_suffix(".idx").write_bytes(idx(version=2) + bytes(999)),
-            "no index of megatron-core's format",
+            "not an index of megatron-core's format",
         ),
         (
             lambda p: p.with_suffix(".idx").write_bytes(idx(code=7) + bytes(999)),
-            "type code 7 is no integer type",
+            "type code 7 is not an integer type",
         ),
         (
             lambda p: p.with_suffix(".idx").write_bytes(idx(code=99) + bytes(999)),
-            "type code 99 is no integer type",
+            "type code 99 is not an integer type",
         ),
         (
             lambda p: p.with_suffix(".idx").write_bytes(idx(sequences=10**15) + bytes(999)),
@@ -493,7 +500,7 @@ def test_nothing_is_said_of_a_cache_that_is_not_wanted(corpus, caplog):
     assert not gpt_dataset.logger.filters and not blended_dataset.logger.filters
 
 
-# ------------------------------------------------------------------------------------------------------- prefetch
+# ----------------------------------------------------------------------------------------- prefetch
 
 
 def prefetch_threads():
@@ -574,7 +581,22 @@ def test_groups_take_no_more_than_they_need():
         group_batches([], 0)
 
 
-# ---------------------------------------------------------------------------------------------------- real processes
+# ------------------------------------------------------------------------- batches of other ranks
+
+
+def test_of_a_thousand_ranks_the_two_that_read_different_batches_are_named():
+    groups = build_groups(ParallelConfig(tp=4, pp=2), 1024)
+    positions = [coordinates(groups, rank).dp for rank in range(1024)]
+    first_ranks = _first_rank_of_each_position(groups)
+    assert first_ranks.tolist() == [positions.index(position) for position in positions]
+    marks = torch.tensor(positions) * 10  # ranks of one position read the same
+    _check_same_marks(marks, first_ranks, groups)
+    marks[515] += 1
+    with pytest.raises(ValueError, match="ranks 0 and 515 read .* data-parallel position 0;"):
+        _check_same_marks(marks, first_ranks, groups)
+
+
+# ----------------------------------------------------------------------------------- real processes
 
 
 def read_share(made):

@@ -17,7 +17,7 @@ import megafn as mf
 from megafn.runtime.data.corpora import build_dataset, corpora
 from megafn.runtime.families.bert import bert_data
 from megafn.runtime.families.t5 import t5_data
-from megafn.runtime.text.indexing import cut_sentences
+from megafn.runtime.text.documents import cut_sentences
 from pool import ROOT
 
 DOCUMENTS = [

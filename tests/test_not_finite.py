@@ -1,4 +1,4 @@
-"""Numbers that go wrong: no rank updates, all of them count it, the run stops in time, and the step can be run again."""
+"""Numbers that go wrong: no rank updates, the run stops in time, the step can be run again."""
 
 import math
 import os
@@ -49,7 +49,10 @@ POISONED = mf.Step(batch=batch, forward=mf.step_fn("gpt").forward, loss=loss)
 
 
 def rows_of(config, iteration, bad=BAD):
-    """One of the global batch's micro-batches (the last of the last data-parallel rank) is poisoned, counted from 1."""
+    """A global batch whose last micro-batch (of the last data-parallel rank) is poisoned.
+
+    The keys of `bad` count iterations from 1.
+    """
     rows = uneven(attrs.evolve(config, micro_batch_size=2), iteration)
     for i, row in enumerate(rows):
         row["factor"] = torch.tensor(
@@ -100,7 +103,7 @@ def test_an_update_that_is_not_finite_is_left_out_on_every_rank_alike(n, layout,
 
 
 def run_with_spikes(config, folder=None):
-    """As `run`; where a folder is given, in two halves with a checkpoint of the first between, in front of the spike."""
+    """As `run`; with a folder, in two halves with a checkpoint between them, before the spike."""
 
     def go(state, iterations):
         seen = []
@@ -200,7 +203,8 @@ def test_so_many_in_a_row_end_the_run_and_the_step_can_be_run_again(tmp_path):
     seen, give = [], partial(poisoned_loader, config, (2, 3, 5, 6, 7))
     with pytest.raises(
         FloatingPointError,
-        match=r"iterations 5 to 7: .* 3 times in a row.*samples 32 to 55, of which 48 to 55 last; replay\(config, 7\)",
+        match=r"iterations 5 to 7: .* 3 times in a row.*samples 32 to 55, of which 48 to 55 last; "
+        r"replay\(config, 7\)",
     ):
         mf.train(config, step=POISONED, batches=give(), on_metrics=[seen.append])
     assert [m.skipped for m in seen] == [False, True, True, False, True, True, True] and [

@@ -1,36 +1,59 @@
-"""Errors of upstream that said nothing: numbers that were wrong in some layout. Each that can be had here has a test of its name.
+"""Silent errors of upstream: numbers that were wrong in some layout, each with a test here.
 
-Megatron-LM issue 7452 (2026) numbers such findings; the others are issues and pull requests of the same tracker.
+Megatron-LM issue 7452 (2026) numbers such findings; the others are issues and pull requests of the
+same tracker. Of each: what was wrong there, and the test here.
 
-| upstream | what was wrong | here |
-|---|---|---|
-| 7452, 1; 737, 7464 | labels smoothed over each rank's own part of the vocabulary | `label_smoothing` below |
-| 7452, 2 | gathered logits taken for a slice of the vocabulary: log(tp) too much | `test_logits_gathered_over_tp_are_refused` below |
-| 7452, 3; 7498 | a loss divided by each data-parallel rank's own count of tokens | `uneven_counts_over_dp` below (there: of multi-token prediction) |
-| 7452, 4 and 7 | activations cut and gathered over another layout's tensor-parallel group | `tp_of_ranks_that_are_not_neighbours` below |
-| 7452, 8; 7359 | a parameter counted wrongly in the norm, so in clipping | `replicated_parameters_in_the_norm` below (there: attention sinks) |
-| 7452, 9; 7513 | under context parallelism a loss divided by each part's own count | `uneven_counts_over_cp` below |
-| 7452, 12 | a checkpoint whose layers are numbered within a stage, read by other stages | test_checkpoint_layouts.py, `pp2-vpp2-to-pp4` |
-| 7513 | a reported sum that shares the loss's memory must not be divided with it | `test_a_report_that_shares_the_loss_s_memory` below |
-| 7468 | the first step after a resume took another weight decay | `test_the_first_step_after_a_resume_has_its_own_weight_decay` below |
-| 7207, 6717 | an evaluation's mean of means; one summed over some ranks alone | test_features.py, `test_an_evaluation_is_the_training_loss_*` |
-| 6920 | shards of a loaded checkpoint that were not gathered | test_checkpoint_layouts.py, `dp2-dist-to-dp4-dist` |
-| 5337 | a sum over tp that was lost where the tensor lay in strides of memory | `test_gradients_in_strides_of_memory_are_summed_over_tp` below |
-| 5243 | rotary angles of packed documents under context parallelism | test_features.py, `test_masks_and_positions_*`, `documents-rope-cp2` |
-| 2263, 5916 | which ranks add to the gradient norm where the optimizer's state is cut | `norm_over_shards` below |
-| 1586 | chunks in turns on a stage read what was freed | test_equivalence.py, `pp2-vpp2` |
-| 1464 | gradients of attention under context parallelism | `attention_over_cp` below |
-| 1446 | the last norm's gradient not summed under sequence parallelism | test_equivalence.py, `tp2-sp` |
-| 1256 | dropout of sequence parallelism outside its own random states | test_features.py, `test_randomness_is_a_function_of_*` |
-| 673, 906 | a loss scaled by cp, its gradient by something else | test_equivalence.py, `cp2`, `cp2-dp2-dist` |
-| 844, 656 | a tied table's two copies: in shards, and no longer alike | test_equivalence.py, `pp2-dp2-dist` |
-| 486 | a mask that never came to T5's cross-attention | test_t5.py: losses and gradients are those of transformers |
-| 290 | recomputation of several layers at once from the first one's input | test_equivalence.py, `full-uniform2-tp2-sp` |
-| 26 | tensor-parallel ranks that dropped the same of other heads | test_features.py, `test_heads_have_masks_of_their_own_*` |
+- 7452, 1; 737, 7464: labels smoothed over each rank's own part of the vocabulary
+  Here: `label_smoothing` below
+- 7452, 2: gathered logits taken for a slice of the vocabulary: log(tp) too much
+  Here: `test_logits_gathered_over_tp_are_refused` below
+- 7452, 3; 7498: a loss divided by each data-parallel rank's own count of tokens
+  Here: `uneven_counts_over_dp` below (there: of multi-token prediction)
+- 7452, 4 and 7: activations cut and gathered over another layout's tensor-parallel group
+  Here: `tp_of_ranks_that_are_not_neighbours` below
+- 7452, 8; 7359: a parameter counted wrongly in the norm, so in clipping
+  Here: `replicated_parameters_in_the_norm` below (there: attention sinks)
+- 7452, 9; 7513: under context parallelism a loss divided by each part's own count
+  Here: `uneven_counts_over_cp` below
+- 7452, 12: a checkpoint whose layers are numbered within a stage, read by other stages
+  Here: test_checkpoint_layouts.py, `pp2-vpp2-to-pp4`
+- 7513: a reported sum that shares the loss's memory must not be divided with it
+  Here: `test_a_report_that_shares_the_loss_s_memory` below
+- 7468: the first step after a resume took another weight decay
+  Here: `test_the_first_step_after_a_resume_has_its_own_weight_decay` below
+- 7207, 6717: an evaluation's mean of means; one summed over some ranks alone
+  Here: test_features.py, `test_an_evaluation_is_the_training_loss_*`
+- 6920: shards of a loaded checkpoint that were not gathered
+  Here: test_checkpoint_layouts.py, `dp2-dist-to-dp4-dist`
+- 5337: a sum over tp that was lost where the tensor lay in strides of memory
+  Here: `test_gradients_in_strides_of_memory_are_summed_over_tp` below
+- 5243: rotary angles of packed documents under context parallelism
+  Here: test_features.py, `test_masks_and_positions_*`, `documents-rope-cp2`
+- 2263, 5916: which ranks add to the gradient norm where the optimizer's state is cut
+  Here: `norm_over_shards` below
+- 1586: chunks in turns on a stage read what was freed
+  Here: test_equivalence.py, `pp2-vpp2`
+- 1464: gradients of attention under context parallelism
+  Here: `attention_over_cp` below
+- 1446: the last norm's gradient not summed under sequence parallelism
+  Here: test_equivalence.py, `tp2-sp`
+- 1256: dropout of sequence parallelism outside its own random states
+  Here: test_features.py, `test_randomness_is_a_function_of_*`
+- 673, 906: a loss scaled by cp, its gradient by something else
+  Here: test_equivalence.py, `cp2`, `cp2-dp2-dist`
+- 844, 656: a tied table's two copies: in shards, and no longer alike
+  Here: test_equivalence.py, `pp2-dp2-dist`
+- 486: a mask that never came to T5's cross-attention
+  Here: test_t5.py: losses and gradients are those of transformers
+- 290: recomputation of several layers at once from the first one's input
+  Here: test_equivalence.py, `full-uniform2-tp2-sp`
+- 26: tensor-parallel ranks that dropped the same of other heads
+  Here: test_features.py, `test_heads_have_masks_of_their_own_*`
 
-What cannot be had here: a router's count of masked tokens (7452, 10) and norms of experts (6470), since `validate` refuses
-ep > 1; a gated delta net's norm (7452, 11), since there is no linear attention; multi-token prediction (2417), images
-(LLaVA in 7452, 7), fully sharded parameters (6660, and 7452, 12 as it was), packed rows without padding, FP8.
+Not possible here: a router's count of masked tokens (7452, 10) and norms of experts (6470), since
+`validate` refuses ep > 1; a gated delta net's norm (7452, 11), since there is no linear attention;
+multi-token prediction (2417), images (LLaVA in 7452, 7), fully sharded parameters (6660, and 7452,
+12 as it was), packed rows without padding, FP8.
 """
 
 from unittest import mock
@@ -95,7 +118,10 @@ def of_gathered_logits(logits, batch, pg):
 
 
 def test_logits_gathered_over_tp_are_refused(pool):
-    """7452, 2: the loss counted every logit tp times. It fits every shape, so only the logits themselves, alike on all ranks, tell."""
+    """7452, 2: the loss counted every logit tp times.
+
+    It fits every shape: only that the logits are equal on all ranks gives it away.
+    """
     config = short(tp=2)
     for told, moved, _ in pool(
         2,
@@ -120,7 +146,7 @@ def loss_of_rows(logits, batch, pg):
 
 
 def watched(config, step):
-    """As `run_layout`; and of each tensor that megatron-core summed over tp, whether it lay in one piece."""
+    """As `run_layout`; and whether each tensor that megatron-core summed over tp was contiguous."""
     from megatron.core.tensor_parallel import mappings
 
     whole, reduce = [], mappings._reduce
@@ -134,7 +160,9 @@ def watched(config, step):
 
 
 def test_gradients_in_strides_of_memory_are_summed_over_tp(pool):
-    """5337: the sum was made in a copy, and the rank's own part went on. Rows first, and one head a rank, give such tensors.
+    """5337: the sum was made in a copy, and the rank's own part was used.
+
+    Rows first, and one head a rank, give such tensors.
 
     megatron-core 0.16.1 still has it, so no tensor that comes to its `_reduce` may lie so.
     """
@@ -142,13 +170,13 @@ def test_gradients_in_strides_of_memory_are_summed_over_tp(pool):
         attrs.evolve(mf.step_fn("gpt"), forward=rows_first, loss=loss_of_rows),
         dict(num_attention_heads=2),
     )
-    results, whole = zip(*pool(2, watched, short(tp=2, **base), step))
+    results, whole = zip(*pool(2, watched, short(tp=2, **base), step), strict=True)
     assert all(whole) and all(map(all, whole))
     assert_equal(pool(1, run_layout, short(**base))[0], results)
 
 
 def twice_told(logits, batch, pg):
-    """The built-in loss as fp64, so that turning it into fp64 for the report copies nothing; and the same tensor as a report."""
+    """The built-in loss as fp64, so that conversion to fp64 copies nothing; also as a report."""
     loss = mf.token_loss(logits, batch, pg)
     total = loss.sum.double()
     return mf.Loss(sum=total, count=loss.count, report={"again": total})
@@ -160,7 +188,7 @@ def twice_told(logits, batch, pg):
     ids=["pp2", "cp2-dp2-dist"],
 )
 def test_a_report_that_shares_the_loss_s_memory(processes, layout, pool):
-    """7513: the schedule divides the loss in place, by tokens and micro-batches, and what was reported with it."""
+    """7513: the schedule divides the loss in place, and with it what was reported."""
     plain = pool(1, metrics_of, short(), mf.step_fn("gpt"))[0]
     for seen in pool(
         processes, metrics_of, short(**layout), attrs.evolve(mf.step_fn("gpt"), loss=twice_told)
@@ -173,7 +201,10 @@ def test_a_report_that_shares_the_loss_s_memory(processes, layout, pool):
 
 
 def test_the_first_step_after_a_resume_has_its_own_weight_decay(pool, tmp_path):
-    """7468: loading set the learning rate anew but left the decay that the new optimizer began with. On a ramp the next step is off."""
+    """7468: loading set the learning rate but left the new optimizer's initial weight decay.
+
+    On a ramp the next step is wrong.
+    """
     config = checkpoint_runs.config_of(
         weight_decay_incr_style="linear", start_weight_decay=0.0, end_weight_decay=1.0
     )

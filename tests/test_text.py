@@ -14,30 +14,27 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megafn.pure.config.problems import ConfigError
-from megafn.runtime.text import indexing as text_module
-from megafn.runtime.text.indexing import (
-    PARTS,
-    demo_text,
-    index_text,
-    indexed_text,
-    read_documents,
-    split_documents,
-)
+from megafn.runtime.text import cache, indexing
+from megafn.runtime.text.cache import indexed_text
+from megafn.runtime.text.demo_text import demo_text
+from megafn.runtime.text.documents import SPLITS, _pages, read_documents, split_documents
+from megafn.runtime.text.indexing import index_text
 from megafn.runtime.text.tokenizer import byte_tokenizer, load_tokenizer
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 weights = st.lists(st.sampled_from([0, 1, 2, 50, 949, 0.5]), min_size=3, max_size=3).filter(any)
 
 
-def pieces(prefix, tokenizer=byte_tokenizer()):
-    """The documents of an indexed dataset as text, each with its eod taken off."""
+def pieces(prefix, tokenizer=None):
+    """The documents of an indexed dataset as text, each without its eod; of bytes by default."""
+    tokenizer = tokenizer or byte_tokenizer()
     dataset = IndexedDataset(prefix)
     assert list(dataset.document_indices) == list(range(len(dataset) + 1))
     assert all(ids[-1] == tokenizer.eod and tokenizer.eod not in ids[:-1] for ids in dataset[:])
     return [tokenizer.decode(ids[:-1]) for ids in dataset[:]]
 
 
-# ------------------------------------------------------------------------------------------------- tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 
 @given(texts)
@@ -126,7 +123,7 @@ def test_a_tokenizer_that_cannot_serve_is_refused(hugging_face, tmp_path, monkey
         load_tokenizer(hugging_face("[PAD]"))
     (tmp_path / "bad.json").write_text("{}")
     for name in ("bad.json", "missing.json"):
-        with pytest.raises(ConfigError, match="no Hugging Face tokenizer.json"):
+        with pytest.raises(ConfigError, match="not a Hugging Face tokenizer.json"):
             load_tokenizer(str(tmp_path / name))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigError, match=r"install megafn\[hf\]"):
@@ -134,7 +131,7 @@ def test_a_tokenizer_that_cannot_serve_is_refused(hugging_face, tmp_path, monkey
     assert load_tokenizer("bytes").vocab_size == 256
 
 
-# -------------------------------------------------------------------------------------------------- documents
+# ---------------------------------------------------------------------------------------- documents
 
 
 @given(
@@ -148,7 +145,7 @@ def test_documents_come_back_whatever_the_block_they_are_read_in(
     path.write_bytes("\f".join(documents).encode())
     assert list(read_documents(path)) == documents
     with open(path, "rb") as file:
-        assert b"\f".join(text_module._pages(file, block)) == path.read_bytes()
+        assert b"\f".join(_pages(file, block)) == path.read_bytes()
     path = path.with_suffix(".jsonl")
     path.write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in documents) + "\n\n")
     assert list(read_documents(path)) == documents
@@ -181,7 +178,7 @@ def test_a_bad_file_is_told_in_one_sentence(tmp_path, name, content, message):
     assert {p.name for p in tmp_path.iterdir()} <= {name}  # and leaves nothing
 
 
-# --------------------------------------------------------------------------------------------------- splitting
+# ---------------------------------------------------------------------------------------- splitting
 
 
 @given(st.lists(st.text("ab \n", max_size=80), max_size=12), weights, st.integers(0, 16))
@@ -191,12 +188,12 @@ def test_a_split_loses_no_character_and_gives_each_part_its_share(documents, wei
     seen, given_ = 0, [0, 0, 0]
     for parts in split:
         seen += sum(map(len, parts))
-        given_ = [n + len(part) for n, part in zip(given_, parts)]
+        given_ = [n + len(part) for n, part in zip(given_, parts, strict=True)]
         for i in (0, 1):  # at each of the two cuts
             assert (
                 abs(sum(given_[: i + 1]) - seen * sum(weights[: i + 1]) / sum(weights)) <= reach + 1
             )
-    assert all(n == 0 for n, weight in zip(given_, weights) if weight == 0)
+    assert all(n == 0 for n, weight in zip(given_, weights, strict=True) if weight == 0)
 
 
 def test_cuts_stand_behind_white_space_where_there_is_some():
@@ -215,7 +212,7 @@ def test_weights_that_say_nothing_are_refused(bad):
         list(split_documents(["a"], bad))
 
 
-# ---------------------------------------------------------------------------------------------------- indexing
+# ----------------------------------------------------------------------------------------- indexing
 
 
 def test_the_demo_text_is_prose_with_held_out_text_of_20_kb(tmp_path, monkeypatch):
@@ -234,14 +231,16 @@ def test_the_demo_text_is_prose_with_held_out_text_of_20_kb(tmp_path, monkeypatc
     assert os.path.getsize(path) == before.st_size
 
     made = index_text(path, tmp_path / "demo")
-    assert list(made) == list(PARTS)
-    parts = [pieces(made[part]) for part in PARTS]
+    assert list(made) == list(SPLITS)
+    parts = [pieces(made[part]) for part in SPLITS]
     assert sum(len(piece.encode()) for piece in parts[1]) > 20_000
     assert len(parts[0]) == len(documents)  # every document is cut ...
     assert len(parts[1]) > len(documents) * 0.95
     lost = sum(map(len, documents)) - sum(len(piece) for part in parts for piece in part)
     assert lost == 0  # ... and no character lost
-    assert all(document.startswith(piece) for document, piece in zip(documents, parts[0]))
+    assert all(
+        document.startswith(piece) for document, piece in zip(documents, parts[0], strict=True)
+    )
 
 
 def test_an_indexed_text_holds_the_pieces_that_the_split_makes(tmp_path, hugging_face):
@@ -255,7 +254,7 @@ def test_an_indexed_text_holds_the_pieces_that_the_split_makes(tmp_path, hugging
         assert made == {part: str(tmp_path / f"new/{number}_{part}") for part in ("train", "test")}
         cut = list(split_documents(documents, (5, 0, 2)))
         for part, prefix in made.items():
-            expected = [parts[PARTS.index(part)] for parts in cut if parts[PARTS.index(part)]]
+            expected = [parts[SPLITS.index(part)] for parts in cut if parts[SPLITS.index(part)]]
             assert pieces(prefix, byte_tokenizer() if one == "bytes" else one) == expected
             assert IndexedDataset(prefix).index.dtype is np.uint16
     # a second call replaces all that the first one left
@@ -275,7 +274,7 @@ def test_a_text_that_cannot_be_encoded_is_refused_and_leaves_what_was_there(tmp_
     with pytest.raises(ValueError, match="three weights"):
         index_text(tmp_path / "a.txt", tmp_path / "out", split=(1, 1))
     (tmp_path / "a.txt").write_text("too long")
-    monkeypatch.setattr(text_module, "_LONGEST", 8)
+    monkeypatch.setattr(indexing, "_LONGEST", 8)
     with pytest.raises(ValueError, match="document 1: 8 tokens .* separate documents"):
         index_text(tmp_path / "a.txt", tmp_path / "out", split=(1, 0, 0))
 
@@ -288,7 +287,7 @@ def test_a_text_is_indexed_once_however_many_ask(tmp_path, monkeypatch):
         time.sleep(0.05)
         return index(*args, **kwargs)
 
-    monkeypatch.setattr(text_module, "index_text", counted)
+    monkeypatch.setattr(cache, "index_text", counted)
     source.write_text("some words to learn " * 50)
 
     def ask(split=(8, 1, 1)):
@@ -298,7 +297,7 @@ def test_a_text_is_indexed_once_however_many_ask(tmp_path, monkeypatch):
 
     with ThreadPoolExecutor(4) as pool:
         first, *rest = pool.map(lambda _: ask(), range(4))
-    assert len(calls) == 1 and all(one == first for one in rest) and list(first) == list(PARTS)
+    assert len(calls) == 1 and all(one == first for one in rest) and list(first) == list(SPLITS)
     assert ask((1, 0, 0)) != first and len(calls) == 2  # another split is another index
     source.write_text("other words " * 50)
     assert ask() != first and len(calls) == 3  # so is another text
@@ -320,7 +319,7 @@ def test_an_index_that_fails_is_not_found_later(tmp_path):
             )
     assert all(p.name.endswith(".lock") for p in (tmp_path / "cache").iterdir())
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="data.cache = .* can't be made"):
+    with pytest.raises(ConfigError, match="data.cache = .* can't be created"):
         indexed_text(
             str(source),
             tokenizer=byte_tokenizer(),

@@ -1,4 +1,4 @@
-"""Corpora: where the tokens of a split lie, checked, and megatron-core's datasets of them."""
+"""Corpora: where the tokens of a split are stored, and megatron-core's datasets of them."""
 
 from __future__ import annotations
 
@@ -7,34 +7,39 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from attrs import frozen
 from megatron.core.datasets import blended_dataset, gpt_dataset
+from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType
+from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megafn.pure.config.problems import ConfigError
-from megafn.pure.config.records import TrainConfig
+from megafn.pure.config.records import DataConfig, TrainConfig
 from megafn.runtime.families.built_in import FAMILIES, family_of
 from megafn.runtime.families.family import FamilyData
-from megafn.runtime.text.indexing import LONG_SENTENCE, PARTS, indexed_text
+from megafn.runtime.text.cache import indexed_text
+from megafn.runtime.text.documents import SPLITS
+from megafn.runtime.text.indexing import LONG_SENTENCE
 from megafn.runtime.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @frozen(kw_only=True)
 class Corpus:
-    """The documents `begin` to `end` of an indexed dataset, and how many tokens they hold; weight as the config has it."""
+    """The documents `begin` to `end` of an indexed dataset."""
 
-    source: str
-    prefix: str
-    weight: float | None
+    source: str  # as the config names it
+    prefix: str  # of the indexed dataset's two files
+    weight: float | None  # in the blend, as the config has it
     begin: int
     end: int
-    tokens: int
+    tokens: int  # that these documents hold
 
 
 def _family_data(config: TrainConfig) -> FamilyData:
@@ -48,245 +53,418 @@ def _family_data(config: TrainConfig) -> FamilyData:
     return family.data
 
 
+@frozen(kw_only=True)
+class _SplitSource:
+    """Where a split is read from: the config's field, its sources, and how their text is cut."""
+
+    split: str
+    field: str  # "data.train", or the split's own
+    sources: str | Sequence[str | tuple[float, str]]  # the field's value
+    weights: tuple[float, ...]  # the text is cut by these, of train, valid and test
+    part: int  # and this part of it is read
+
+
+@frozen(kw_only=True)
+class _Location:
+    """An indexed dataset, and the share of its documents that is read, from `begin` to `end`."""
+
+    prefix: str
+    begin: float = 0.0
+    end: float = 1.0
+
+
+@frozen(kw_only=True)
+class _Index:
+    """What the .idx of an indexed dataset says, and the last token of its .bin."""
+
+    lengths: np.ndarray  # of the sequences, int32 [sequences]
+    documents: np.ndarray  # first sequence of each, and the end of the last, int64 [documents + 1]
+    last_token: int
+
+
+@frozen(kw_only=True)
+class _Header:
+    dtype: np.dtype
+    sequences: int
+    documents: int
+
+
 def corpora(
     config: TrainConfig, split: str = "train", *, tokenizer: Tokenizer | None = None
 ) -> tuple[Corpus, ...]:
-    """Finds the corpora of one split, checked; a text is indexed first (once, into the cache folder).
+    """Find and check the corpora of one split; a text is indexed first (once, into the cache).
 
-    Without a corpus of its own, a split's share is cut out of `data.train` by the weights of `data.split`, where splits
-    that have one weigh 0: of a text every document is cut, of an indexed dataset the list of documents (as megatron-core
-    does it). Costs little once the text is indexed; no communication. Call it for "valid" before a long run.
+    A split without a corpus of its own is cut out of `data.train` by the weights of `data.split`,
+    where splits with their own corpus weigh 0. Of a text, every document is cut; of an indexed
+    dataset, the list of documents (as megatron-core does it). Costs little once the text is
+    indexed; no communication. Call it for "valid" before a long run.
 
     Raises ConfigError naming the source that is missing, truncated or too short for one sequence.
     """
     data = config.data
     if data is None:
         raise ConfigError("data = None: give a DataConfig, or pass batches")
-    if split not in PARTS:
-        raise ConfigError(f"split = {split!r}: choose one of {', '.join(PARTS)}")
+    if split not in SPLITS:
+        raise ConfigError(f"split = {split!r}: choose one of {', '.join(SPLITS)}")
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
-    own = None if split == "train" else getattr(data, split)
-    weights = [
-        w if part == "train" or getattr(data, part) is None else 0.0
-        for part, w in zip(PARTS, data.split)
-    ]
-    if own is not None:
-        weights, part, field = [1.0, 0.0, 0.0], "train", f"data.{split}"
-    else:
-        own, part, field = data.train, split, "data.train"
-    total = math.fsum(weights)
-    if len(data.split) != len(PARTS) or not (
-        0 < total < math.inf and weights[PARTS.index(part)] > 0
-    ):
-        raise ConfigError(
-            f"data.split = {data.split}: no text is left for {split}; give each of {', '.join(PARTS)} a weight, "
-            f"{split} one above 0"
-            + ("" if split == "train" else f" or a corpus of its own in data.{split}")
-        )
-    blend = (
-        [(None, own)]
-        if isinstance(own, str)
-        else [one if not isinstance(one, str) else (None, one) for one in own]
-    )
-    if (
-        not blend
-        or any(w is not None and not (0 < w < math.inf) for w, _ in blend)
-        or len({w is None for w, _ in blend}) > 1
-    ):
-        raise ConfigError(
-            f"{field} = {own!r}: give one source or more, all of them with a weight above 0 or none"
-        )
+    split_source = _split_source(data, split)
+    _check_weights(split_source, data)
     return tuple(
-        _corpus(config, tokenizer, split, field, source, weight, weights, PARTS.index(part))
-        for weight, source in blend
+        _corpus(config, tokenizer, split_source, source, weight)
+        for weight, source in _blend(split_source)
     )
+
+
+def _split_source(data: DataConfig, split: str) -> _SplitSource:
+    own_sources = None if split == "train" else getattr(data, split)
+    if own_sources is not None:
+        return _SplitSource(
+            split=split,
+            field=f"data.{split}",
+            sources=own_sources,
+            weights=(1.0, 0.0, 0.0),
+            part=SPLITS.index("train"),
+        )
+    weights = [
+        weight if name == "train" or getattr(data, name) is None else 0.0
+        for name, weight in zip(SPLITS, data.split, strict=False)
+    ]
+    return _SplitSource(
+        split=split,
+        field="data.train",
+        sources=data.train,
+        weights=tuple(weights),
+        part=SPLITS.index(split),
+    )
+
+
+def _check_weights(split_source: _SplitSource, data: DataConfig) -> None:
+    total = math.fsum(split_source.weights)
+    if (
+        len(data.split) == len(SPLITS)
+        and 0 < total < math.inf
+        and split_source.weights[split_source.part] > 0
+    ):
+        return
+    split = split_source.split
+    alternative = "" if split == "train" else f" or a corpus of its own in data.{split}"
+    raise ConfigError(
+        f"data.split = {data.split}: no text is left for {split}; give each of "
+        f"{', '.join(SPLITS)} a weight, {split} one above 0{alternative}"
+    )
+
+
+def _blend(split_source: _SplitSource) -> list[tuple[float | None, str]]:
+    """The sources as (weight, source), the weight None if the config gives none."""
+    sources = split_source.sources
+    if isinstance(sources, str):
+        sources = [sources]
+    blend = [(None, item) if isinstance(item, str) else item for item in sources]
+    weights = [weight for weight, _ in blend if weight is not None]
+    all_or_none_weighted = len(weights) in (0, len(blend))
+    if not blend or not all_or_none_weighted or not all(0 < w < math.inf for w in weights):
+        raise ConfigError(
+            f"{split_source.field} = {split_source.sources!r}: give one source or more, all of "
+            "them with a weight above 0 or none"
+        )
+    return blend
 
 
 def _corpus(
     config: TrainConfig,
     tokenizer: Tokenizer,
-    split: str,
-    field: str,
+    split_source: _SplitSource,
     source: str,
     weight: float | None,
-    weights: list[float],
-    part: int,
 ) -> Corpus:
-    data, ends, total, sentences = (
-        config.data,
-        (0.0, 1.0),
-        math.fsum(weights),
-        _family_data(config).sentences(config.model),
+    """Find one source, check it, and count its documents and tokens."""
+    sentences = _family_data(config).sentences(config.model)
+    location = _locate(source, split_source, config.data, tokenizer, sentences > 0)
+    index = _read_index(location.prefix, split_source.field)
+    if location.prefix == source:
+        _check_end_of_document(index, split_source.field, source, config.data, tokenizer)
+    document_lengths = _document_lengths(index, sentences)
+    begin = int(round(location.begin * float(len(document_lengths))))
+    end = int(round(location.end * float(len(document_lengths))))
+    corpus = Corpus(
+        source=source,
+        prefix=location.prefix,
+        weight=weight,
+        begin=begin,
+        end=end,
+        tokens=int(document_lengths[begin:end].sum(dtype=np.int64)),
     )
+    _check_tokens(corpus, split_source, config, sentences)
+    return corpus
+
+
+def _locate(
+    source: str,
+    split_source: _SplitSource,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    split_sentences: bool,
+) -> _Location:
+    """The indexed dataset that a source names, or that is made of its text."""
+    field = split_source.field
+    weights = split_source.weights
+    part = split_source.part
     if os.path.exists(f"{source}.idx") or os.path.exists(f"{source}.bin"):
-        prefix, ends = (
-            source,
-            (math.fsum(weights[:part]) / total, math.fsum(weights[: part + 1]) / total),
+        total = math.fsum(weights)
+        return _Location(
+            prefix=source,
+            begin=math.fsum(weights[:part]) / total,
+            end=math.fsum(weights[: part + 1]) / total,
         )
-    elif not os.path.isfile(source):
+    if not os.path.isfile(source):
         raise ConfigError(
-            f"{field} = {source!r}: no such file, nor {source}.idx and .bin; give the path of a text "
-            "or the prefix of an indexed dataset"
+            f"{field} = {source!r}: no such file, nor {source}.idx and .bin; give the path of a "
+            "text or the prefix of an indexed dataset"
         )
-    elif source.endswith((".idx", ".bin")):
+    if source.endswith((".idx", ".bin")):
         raise ConfigError(
-            f"{field} = {source!r} is a file of an indexed dataset; give the prefix, {source[:-4]!r}"
+            f"{field} = {source!r}: this is one file of an indexed dataset; "
+            f"give the prefix, {source[:-4]!r}"
         )
-    else:
-        made = indexed_text(
-            source,
-            tokenizer=tokenizer,
-            split=weights,
-            cache=data.cache,
-            split_sentences=sentences > 0,
-        )
-        if PARTS[part] not in made:
-            raise ConfigError(
-                f"{field} = {source!r}: too short to give {split} any text; give more, or change "
-                f"data.split = {data.split}"
-            )
-        prefix = made[PARTS[part]]
-    lengths, documents, last_token = _read_index(prefix, field)
-    marked = data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss
-    if prefix == source and marked and last_token != tokenizer.eod:
+    prefixes = indexed_text(
+        source,
+        tokenizer=tokenizer,
+        split=weights,
+        cache=data.cache,
+        split_sentences=split_sentences,
+    )
+    if SPLITS[part] not in prefixes:
         raise ConfigError(
-            f"{field} = {source!r}: documents end with id {last_token}, but data.tokenizer = {data.tokenizer!r} "
-            f"ends them with {tokenizer.eod}, where resets and masks are wanted; name the tokenizer that made it"
+            f"{field} = {source!r}: too short to give {split_source.split} any text; give more, "
+            f"or change data.split = {data.split}"
         )
+    return _Location(prefix=prefixes[SPLITS[part]])
+
+
+def _check_end_of_document(
+    index: _Index, field: str, source: str, data: DataConfig, tokenizer: Tokenizer
+) -> None:
+    """Resets and masks need the id that ends documents; a user's indexed data may have another."""
+    needed = data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss
+    if needed and index.last_token != tokenizer.eod:
+        raise ConfigError(
+            f"{field} = {source!r}: documents end with id {index.last_token}, but data.tokenizer = "
+            f"{data.tokenizer!r} ends them with {tokenizer.eod}, which the resets and masks of "
+            "data look for; name the tokenizer that wrote it"
+        )
+
+
+def _document_lengths(index: _Index, sentences: int) -> np.ndarray:
+    """Tokens of each document that megatron-core's dataset reads, 0 for one that it leaves out.
+
+    With sentences = 0 each sequence is a document. Else a document must have that many sentences,
+    none of them long unless it is the only one.
+    """
+    if not sentences:
+        return index.lengths
+    counts = np.diff(index.documents)
+    long_sentences = _sum_per_document(index.lengths > LONG_SENTENCE, index.documents)
+    is_read = (counts >= sentences) & ((counts == 1) | (long_sentences == 0))
+    return np.where(is_read, _sum_per_document(index.lengths, index.documents), 0)
+
+
+def _sum_per_document(values: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Sums of the values [sequences] over each document, int64 [documents]."""
+    sums_before = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
+    return np.diff(sums_before[documents])
+
+
+def _check_tokens(
+    corpus: Corpus, split_source: _SplitSource, config: TrainConfig, sentences: int
+) -> None:
+    """Refuse a corpus whose tokens megatron-core would repeat, or search for a sample for ever."""
+    where = f"{split_source.field} = {corpus.source!r}"
     if sentences:
-
-        def per_document(values: np.ndarray) -> np.ndarray:
-            return np.diff(np.concatenate(([0], np.cumsum(values, dtype=np.int64)))[documents])
-
-        count, long = np.diff(documents), per_document(lengths > LONG_SENTENCE)
-        lengths = np.where(
-            (count >= sentences) & ((count == 1) | (long == 0)), per_document(lengths), 0
-        )
-    begin, end = (int(round(at * float(len(lengths)))) for at in ends)
-    tokens, wanted = int(lengths[begin:end].sum(dtype=np.int64)), config.model.seq_length + 1
-    if sentences and not tokens:  # megatron-core would look for a sample without end
+        if corpus.tokens == 0:
+            noun = "sentence" if sentences == 1 else "sentences"
+            raise ConfigError(
+                f"{where}: no document for {split_source.split} has {sentences} {noun} or more, "
+                f"each of {LONG_SENTENCE} tokens at most; give more text, or write it again with "
+                "split_sentences (--split-sentences)"
+            )
+        return
+    least = config.model.seq_length + 1
+    if corpus.tokens < least:
         raise ConfigError(
-            f"{field} = {source!r}: no document for {split} has {sentences} sentence{'s' * (sentences > 1)} or more, each of "
-            f"{LONG_SENTENCE} tokens at most; give more text, or write it again with split_sentences (--split-sentences)"
-        )
-    if (
-        not sentences and tokens < wanted
-    ):  # megatron-core would repeat them, or never end where there are none
-        raise ConfigError(
-            f"{field} = {source!r}: {tokens} tokens for {split}, less than one sequence, model.seq_length + 1 = "
-            f"{wanted}; give more text, another data.split than {data.split}, or a smaller seq_length"
-        )
-    return Corpus(source=source, prefix=prefix, weight=weight, begin=begin, end=end, tokens=tokens)
-
-
-def _read_index(prefix: str, field: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Lengths of the sequences of an indexed dataset, int32 [n], where each document begins and the last ends, int64, and its
-    last token; ConfigError where the files don't fit."""
-
-    def refuse(what: str) -> ConfigError:
-        return ConfigError(
-            f"{field}: {prefix}{what}; write it again (where it lies in the cache folder: remove its folder)"
+            f"{where}: {corpus.tokens} tokens for {split_source.split}, less than one sequence, "
+            f"model.seq_length + 1 = {least}; give more text, another data.split than "
+            f"{config.data.split}, or a smaller seq_length"
         )
 
+
+# ------------------------------------------------------------- the two files of an indexed dataset
+
+_MAGIC = b"MMIDIDX\0\0" + struct.pack("<Q", 1)  # megatron-core's format, version 1
+_HEADER = struct.Struct("<BQQ")  # type code, number of sequences, length of the document list
+_INTEGER_CODES = (1, 2, 3, 4, 5, 8)
+
+
+def _read_index(prefix: str, field: str) -> _Index:
+    """Read and check an indexed dataset; raise ConfigError if its files are damaged."""
+    where = f"{field}: {prefix}"
     for suffix in (".idx", ".bin"):
         if not os.path.isfile(prefix + suffix):
-            raise refuse(f"{suffix} is missing")
+            raise _damaged(where, f"{suffix} is missing")
     with open(prefix + ".idx", "rb") as file:
-        head = file.read(34)
-        if len(head) < 34 or head[:9] != b"MMIDIDX\0\0" or head[9:17] != struct.pack("<Q", 1):
-            raise refuse(".idx is no index of megatron-core's format, version 1")
-        code, sequences, documents = struct.unpack("<BQQ", head[17:])
-        if code not in (1, 2, 3, 4, 5, 8):
-            raise refuse(f".idx: type code {code} is no integer type")
-        if os.path.getsize(file.name) < 34 + 12 * sequences + 8 * documents:
-            raise refuse(
-                f".idx is truncated: {sequences} sequences and {documents - 1} documents do not fit into it"
-            )
-        lengths, pointers, ends = (
-            np.fromfile(file, np.int32, sequences),
-            np.fromfile(file, np.int64, sequences),
-            np.fromfile(file, np.int64, documents),
+        header = _read_header(file, where)
+        lengths = np.fromfile(file, np.int32, header.sequences)
+        offsets = np.fromfile(file, np.int64, header.sequences)
+        documents = np.fromfile(file, np.int64, header.documents)
+    if not _fit_together(lengths, offsets, documents, header):
+        raise _damaged(
+            where, ".idx is damaged: its lengths, places and documents do not fit together"
+        )
+    expected_size = int(lengths.sum(dtype=np.int64)) * header.dtype.itemsize
+    size = os.path.getsize(prefix + ".bin")
+    if size != expected_size:
+        raise _damaged(
+            where, f".bin is truncated or another's: {size} bytes, {expected_size} by its .idx"
+        )
+    if size == 0:
+        raise _damaged(where, ".bin is empty")
+    last_token = _last_token(prefix + ".bin", header.dtype)
+    return _Index(lengths=lengths, documents=documents, last_token=last_token)
+
+
+def _damaged(where: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"{where}{what}; write it again (if it is in the cache folder: remove its folder)"
+    )
+
+
+def _read_header(file: BinaryIO, where: str) -> _Header:
+    """Read what the .idx says of its arrays, and check that the file is long enough for them."""
+    raw = file.read(len(_MAGIC) + _HEADER.size)
+    if len(raw) < len(_MAGIC) + _HEADER.size or not raw.startswith(_MAGIC):
+        raise _damaged(where, ".idx is not an index of megatron-core's format, version 1")
+    code, sequences, documents = _HEADER.unpack(raw[len(_MAGIC) :])
+    if code not in _INTEGER_CODES:
+        raise _damaged(where, f".idx: type code {code} is not an integer type")
+    if os.path.getsize(file.name) < len(raw) + 12 * sequences + 8 * documents:
+        raise _damaged(
+            where,
+            f".idx is truncated: {sequences} sequences and {documents - 1} documents do not fit "
+            "into it",
         )
     dtype = np.dtype(DType.dtype_from_code(code))
-    begins = (
-        np.cumsum(lengths, dtype=np.int64) - lengths
-    )  # each sequence lies behind the one before it
-    if (
-        (lengths < 0).any()
-        or (pointers != begins * dtype.itemsize).any()
-        or [*ends[:1], *ends[-1:]] != [0, sequences]
-        or (np.diff(ends) < 0).any()
-    ):
-        raise refuse(".idx is damaged: its lengths, places and documents do not fit together")
-    size, stated = (
-        os.path.getsize(prefix + ".bin"),
-        int(lengths.sum(dtype=np.int64)) * dtype.itemsize,
+    return _Header(dtype=dtype, sequences=sequences, documents=documents)
+
+
+def _fit_together(
+    lengths: np.ndarray, offsets: np.ndarray, documents: np.ndarray, header: _Header
+) -> bool:
+    """Whether each sequence follows the one before it in the .bin, and documents cover them all."""
+    begins = np.cumsum(lengths, dtype=np.int64) - lengths
+    return bool(
+        (lengths >= 0).all()
+        and (offsets == begins * header.dtype.itemsize).all()
+        and len(documents) > 0
+        and documents[0] == 0
+        and documents[-1] == header.sequences
+        and (np.diff(documents) >= 0).all()
     )
-    if size != stated:
-        raise refuse(f".bin is truncated or another's: {size} bytes, {stated} by its .idx")
-    if size == 0:
-        raise refuse(".bin is empty")
-    with open(prefix + ".bin", "rb") as file:
+
+
+def _last_token(path: str, dtype: np.dtype) -> int:
+    with open(path, "rb") as file:
         file.seek(-dtype.itemsize, os.SEEK_END)
-        return lengths, ends, int(np.fromfile(file, dtype, 1)[0])
+        return int(np.fromfile(file, dtype, 1)[0])
+
+
+# -------------------------------------------------------------------------------- samples of them
 
 
 def build_dataset(config: TrainConfig, split: str = "train") -> torch.utils.data.Dataset:
-    """The samples of one split as megatron-core's dataset: index -> dict of tensors of one sequence.
+    """The samples of one split as megatron-core's dataset: index -> dict of one sequence's tensors.
 
-    For training with the sampler "single" as many samples as the run reads, a short corpus repeated and shuffled by
-    megatron-core; else one epoch. Several corpora are blended by their weights, at every point of the run to within
-    a sample each; without weights by their tokens, and an epoch reads each of them once. Each rank holds the order of
-    samples in memory: 12 bytes a sample and 4 a document, times epochs. No communication.
+    For training with the sampler "single" it has as many samples as the run reads, a short corpus
+    repeated and shuffled by megatron-core; else one epoch. Several corpora are blended by their
+    weights, at every point of the run to within a sample each; without weights, by their tokens,
+    and an epoch reads each of them once. Each rank holds the order of samples in memory: 12 bytes
+    a sample and 4 a document, times epochs. No communication.
     """
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data is not None else None
-    found = corpora(config, split, tokenizer=tokenizer)
+    parts = corpora(config, split, tokenizer=tokenizer)
     kind, mcore = _family_data(config).dataset(config, tokenizer)
+    read = partial(_dataset_of, kind=kind, mcore=mcore, split=split)
+    size = None
+    if split == "train" and config.data.sampler == "single":
+        size = config.iterations * config.global_batch_size
+    with _without_cache_warnings():
+        if len(parts) == 1:
+            return read(parts[0], size)
+        if size is None and parts[0].weight is None:
+            return _once_each(parts, read, mcore)
+        if size is None:
+            size = sum((corpus.tokens - 1) // config.model.seq_length for corpus in parts)
+        return _blended(parts, read, mcore, size)
 
-    def read(corpus: Corpus, samples: int | None) -> Any:
-        indexed = kind.build_low_level_dataset(corpus.prefix, mcore)
-        return kind(
-            indexed,
-            corpus.prefix,
-            np.arange(corpus.begin, corpus.end, dtype=np.int32),
-            samples,
-            Split[split],
-            mcore,
-        )
 
-    size = (
-        config.iterations * config.global_batch_size
-        if split == "train" and config.data.sampler == "single"
-        else None
+def _dataset_of(
+    corpus: Corpus,
+    samples: int | None,
+    *,
+    kind: type[MegatronDataset],
+    mcore: BlendedMegatronDatasetConfig,
+    split: str,
+) -> MegatronDataset:
+    """At least `samples` samples of one corpus, or one epoch if None."""
+    return kind(
+        kind.build_low_level_dataset(corpus.prefix, mcore),
+        corpus.prefix,
+        np.arange(corpus.begin, corpus.end, dtype=np.int32),
+        samples,
+        Split[split],
+        mcore,
     )
-    with _no_word_of_the_cache():
-        if len(found) == 1:
-            return read(found[0], size)
-        if size is None and found[0].weight is None:
-            parts = [read(corpus, None) for corpus in found]
-            return blended_dataset.BlendedDataset(parts, [len(part) for part in parts], None, mcore)
-        size = size or sum((corpus.tokens - 1) // config.model.seq_length for corpus in found)
-        weights = [float(corpus.weight or corpus.tokens) for corpus in found]
-        weights = [weight / math.fsum(weights) for weight in weights]
-        # the blend takes the corpus furthest behind its weight, so none gives more than its share and one
-        parts = [
-            read(corpus, math.ceil(size * weight) + 1) for corpus, weight in zip(found, weights)
-        ]
-        return blended_dataset.BlendedDataset(parts, weights, size, mcore)
+
+
+def _once_each(
+    parts: Sequence[Corpus],
+    read: Callable[[Corpus, int | None], MegatronDataset],
+    mcore: BlendedMegatronDatasetConfig,
+) -> blended_dataset.BlendedDataset:
+    """One epoch of each corpus, interleaved in proportion to their samples."""
+    datasets = [read(corpus, None) for corpus in parts]
+    sizes = [len(dataset) for dataset in datasets]
+    return blended_dataset.BlendedDataset(datasets, sizes, None, mcore)
+
+
+def _blended(
+    parts: Sequence[Corpus],
+    read: Callable[[Corpus, int | None], MegatronDataset],
+    mcore: BlendedMegatronDatasetConfig,
+    size: int,
+) -> blended_dataset.BlendedDataset:
+    """`size` samples, of each corpus its weight, or its share of all tokens."""
+    weights = [float(corpus.weight or corpus.tokens) for corpus in parts]
+    total = math.fsum(weights)
+    weights = [weight / total for weight in weights]
+    # the blend takes the corpus furthest behind its weight: none gives more than its share and one
+    datasets = [
+        read(corpus, math.ceil(size * weight) + 1)
+        for corpus, weight in zip(parts, weights, strict=True)
+    ]
+    return blended_dataset.BlendedDataset(datasets, weights, size, mcore)
 
 
 @contextlib.contextmanager
-def _no_word_of_the_cache() -> Iterator[None]:
-    """megatron-core warns of indices that are not saved; here that is meant."""
+def _without_cache_warnings() -> Iterator[None]:
+    """Leave out megatron-core's warnings that indices are not saved, which is intended here."""
 
-    def keep(record: logging.LogRecord) -> bool:
+    def is_other(record: logging.LogRecord) -> bool:
         return "path_to_cache is None" not in record.getMessage()
 
     loggers = [module.logger for module in (gpt_dataset, blended_dataset)]
     for logger in loggers:
-        logger.addFilter(keep)
+        logger.addFilter(is_other)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(keep)
+            logger.removeFilter(is_other)

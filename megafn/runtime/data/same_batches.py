@@ -1,42 +1,34 @@
-"""Ranks that must read the same batches do: compared by fingerprints before each step."""
+"""Fingerprints of batches, and a check that ranks which must read the same batches do."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
-from megafn.pure.layout import coordinates
+from megafn.pure.layout import Groups, coordinates
 from megafn.runtime.parallel.groups import ProcessGroups
+from megafn.runtime.parallel.tensor_collectives import gather_rows
 
+T = TypeVar("T")
 
-def first_sample(batch: Any) -> int:
-    """A fingerprint of the first row of a global batch's share: on rank zero, whatever the layout, the first sample of the global batch."""
-    micro_batch = next(iter(batch))
-    if isinstance(micro_batch, Mapping):
-        micro_batch = {
-            key: value[0]
-            for key, value in micro_batch.items()
-            if isinstance(value, torch.Tensor) and value.dim() and len(value)
-        }
-    return fingerprint(micro_batch)
+_ENDED = -1  # instead of a fingerprint, which is 0 or more
 
 
 def fingerprint(value: Any, start: int = 0) -> int:
-    """A number of the tensors, numbers and texts within a value; other things do not count.
+    """A checksum (CRC-32) of the tensors, numbers and strings in nested dicts and lists.
 
-    >>> fingerprint({"a": torch.tensor([1, 2])}) == fingerprint({"a": torch.tensor([1, 2])}) != fingerprint({"a": torch.tensor([2, 1])})
-    True
+    Tensors count with their shape, objects of other types are ignored. start: the checksum of what
+    comes before.
+
+    >>> a = fingerprint({"a": torch.tensor([1, 2])})
+    >>> a == fingerprint({"a": torch.tensor([1, 2])}), a == fingerprint({"a": torch.tensor([2, 1])})
+    (True, False)
     """
     if isinstance(value, torch.Tensor):
-        data = value.detach().cpu().contiguous()
-        return zlib.crc32(
-            data.flatten().view(torch.uint8).numpy() if data.numel() else b"",
-            zlib.crc32(repr(data.shape).encode(), start),
-        )
+        return _fingerprint_of_tensor(value, start)
     if isinstance(value, Mapping):
         for key in value:
             start = fingerprint(value[key], zlib.crc32(str(key).encode(), start))
@@ -48,26 +40,65 @@ def fingerprint(value: Any, start: int = 0) -> int:
     return start
 
 
-def check_same_batches(batches: Iterable[Any], pg: ProcessGroups, *, count: int) -> Iterator[Any]:
+def _fingerprint_of_tensor(tensor: torch.Tensor, start: int) -> int:
+    data = tensor.detach().cpu().contiguous()
+    start = zlib.crc32(repr(data.shape).encode(), start)
+    if data.numel() == 0:
+        return start
+    return zlib.crc32(data.flatten().view(torch.uint8).numpy(), start)
+
+
+def first_sample(batch: Iterable[Any]) -> int:
+    """The fingerprint of the first row of the first micro-batch of this rank's share.
+
+    On rank zero this is the first sample of the global batch, whatever the layout. Checkpoints
+    store it, so that a resumed run recognises whether its data are those read before.
+    """
+    micro_batch = next(iter(batch))
+    if isinstance(micro_batch, Mapping):
+        micro_batch = {
+            key: value[0]
+            for key, value in micro_batch.items()
+            if isinstance(value, torch.Tensor) and value.dim() and len(value)
+        }
+    return fingerprint(micro_batch)
+
+
+def check_same_batches(batches: Iterable[T], pg: ProcessGroups, *, count: int) -> Iterator[T]:
     """At most `count` of the batches, ending on every rank as soon as one rank has no more.
 
-    Raises ValueError, on every rank, where ranks that differ only in tp, cp or pp read different batches.
+    Each batch costs one all-gather of a number over all ranks.
+    Raises ValueError, on every rank, if ranks that differ only in tp, cp or pp read different
+    batches.
     """
     iterator = iter(batches)
+    first_ranks = _first_rank_of_each_position(pg.groups)
     for _ in range(count):
         batch = next(iterator, None)
-        mark = torch.tensor([-1 if batch is None else fingerprint(batch)], device=pg.device)
-        marks = [torch.empty_like(mark) for _ in range(pg.world_size)]
-        dist.all_gather(marks, mark, group=pg.world)
-        marks = [int(mark) for mark in marks]
-        if min(marks) < 0:
+        mark = _ENDED if batch is None else fingerprint(batch)
+        marks = gather_rows(torch.tensor([mark], device=pg.device), pg.world).flatten().cpu()
+        if (marks == _ENDED).any():
             return
-        for dp in range(pg.dp_size):
-            ranks = [rank for rank in range(pg.world_size) if coordinates(pg.groups, rank).dp == dp]
-            other = next((rank for rank in ranks if marks[rank] != marks[ranks[0]]), None)
-            if other is not None:
-                raise ValueError(
-                    f"batches: ranks {ranks[0]} and {other} read different batches, but both hold data-parallel position {dp}; "
-                    f"seed and shard the loader by pg.dp_rank, not by rank."
-                )
+        _check_same_marks(marks, first_ranks, pg.groups)
         yield batch
+
+
+def _first_rank_of_each_position(groups: Groups) -> torch.Tensor:
+    """For each rank the first rank of its data-parallel position, which reads the same, [ranks]."""
+    first_of_position: dict[int, int] = {}
+    first_ranks = [
+        first_of_position.setdefault(coordinates(groups, rank).dp, rank)
+        for rank in range(groups.world_size)
+    ]
+    return torch.tensor(first_ranks)
+
+
+def _check_same_marks(marks: torch.Tensor, first_ranks: torch.Tensor, groups: Groups) -> None:
+    different = (marks != marks[first_ranks]).nonzero().flatten().tolist()
+    if different:
+        rank = different[0]
+        raise ValueError(
+            f"batches: ranks {int(first_ranks[rank])} and {rank} read different batches, but both "
+            f"hold data-parallel position {coordinates(groups, rank).dp}; seed and shard the "
+            "loader by pg.dp_rank, not by rank"
+        )

@@ -1,43 +1,58 @@
-"""Losses over a vocabulary that is cut over the tensor-parallel group: the group is an argument, never a global."""
+"""Losses over a vocabulary that is cut over the tensor-parallel group, which is an argument."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from attrs import field, frozen
 from torch import Tensor
 
-IGNORE = -100  # a label that takes no part, as in torch's cross_entropy
-FRACTIONAL = -(
-    2**62
-)  # a count on a GPU that is not a whole number: makes the global count negative
+from megafn.runtime.parallel.tensor_collectives import gather_rows
+
+IGNORE = -100  # a label without loss, as in torch's cross_entropy
+
+# A count on a GPU that is not a whole number; it makes the global count negative.
+FRACTIONAL = -(2**62)
 _CPU_BLOCK = 2**20  # elements worked on at once: 4 MiB of fp32, which stays in the cache
 _GPU_BLOCK = 2**24  # 64 MiB of fp32: enough to fill a GPU
 
+# rows and columns of the first two dimensions of logits
+_Block = tuple[slice, slice]
 
-def cross_entropy(logits: Tensor, labels: Tensor, pg: Any) -> Tensor:
-    """Cross-entropy of each token, [batch, sequence], from logits [sequence, batch, vocab / tp] in natural units (nats).
 
-    Each rank of `pg.tp` holds one contiguous slice of the vocabulary, in rank order; `labels` [batch, sequence] are ids
-    of the whole vocabulary, the same on every rank, and so are the losses. A label of -100 gives loss 0 and gradient 0.
+class _HasTensorParallelGroup(Protocol):
+    """Megafn's ProcessGroups, megatron-core's ProcessGroupCollection, or the like."""
+
+    @property
+    def tp(self) -> dist.ProcessGroup: ...
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, pg: _HasTensorParallelGroup) -> Tensor:
+    """Cross-entropy of each token, [batch, sequence], in natural units (nats).
+
+    From logits [sequence, batch, vocab / tp]: each rank of `pg.tp` holds one contiguous slice of
+    the vocabulary, in rank order. `labels` [batch, sequence] are ids of the whole vocabulary, the
+    same on every rank, and so are the losses. A label of -100 gives loss 0 and gradient 0.
 
         losses[b, s] = log(sum_v exp(logits[s, b, v])) - logits[s, b, labels[b, s]]
 
-    The arithmetic is fp32 (fp64 for fp64 logits) and the gradient has the dtype of `logits`. Kept for the backward
-    pass are `logits` itself (untouched, not a copy) and tensors of the labels' size; blocks of rows are worked on in
-    turn, so that nothing else of the logits' size ever exists but their gradient. One all-gather of three numbers a
-    token runs over the group (none for tp = 1), and no communication in the backward pass. After the
-    vocabulary-parallel loss of Megatron-LM (arXiv 1909.08053, section 3), with the partial sums of arXiv 1805.02867.
+    The arithmetic is fp32 (fp64 for fp64 logits) and the gradient has the dtype of `logits`. Kept
+    for the backward pass are `logits` itself (untouched, not a copy) and tensors of the labels'
+    size; blocks of rows are worked on in turn, so that nothing else of the logits' size ever
+    exists but their gradient. One all-gather of three numbers a token runs over the group (none
+    for tp = 1), and no communication in the backward pass. After the vocabulary-parallel loss of
+    Megatron-LM (arXiv 1909.08053, section 3), with the partial sums of arXiv 1805.02867.
 
-    Raises ValueError for shapes that don't fit and, on CPU, for a label outside the vocabulary and for logits that are
-    the same on every rank, gathered already; on a GPU, where asking would stall the queue, such a label makes its loss
-    (not its gradient) NaN, such logits every loss and gradient.
+    Raises ValueError for shapes that don't fit and, on CPU, for a label outside the vocabulary and
+    for logits that are the same on every rank, that is, already gathered. On a GPU, where a check
+    would stall the queue, such a label makes its loss (not its gradient) NaN, and such logits make
+    every loss and gradient NaN.
 
     >>> import torch, megafn as mf
-    >>> logits = torch.tensor([[[0.0, 0.0]], [[1.0, 3.0]]])         # 2 positions, 1 sequence, 2 token ids
+    >>> logits = torch.tensor([[[0.0, 0.0]], [[1.0, 3.0]]])  # 2 positions, 1 sequence, 2 token ids
     >>> with mf.init_groups(mf.build_groups(mf.ParallelConfig(), world_size=1)) as pg:
     ...     print(cross_entropy(logits, torch.tensor([[1, 0]]), pg))
     tensor([[0.6931, 2.1269]])
@@ -46,38 +61,44 @@ def cross_entropy(logits: Tensor, labels: Tensor, pg: Any) -> Tensor:
     return _CrossEntropy.apply(logits, labels, pg.tp)
 
 
-def logsumexp(logits: Tensor, pg: Any) -> Tensor:
-    """log(sum over the whole vocabulary of exp(logits)), [batch, sequence], of logits [sequence, batch, vocab / tp].
+def logsumexp(logits: Tensor, pg: _HasTensorParallelGroup) -> Tensor:
+    """log(sum over the whole vocabulary of exp(logits)), [batch, sequence].
 
-    Differentiable; precision, memory, communication and the logits it refuses are those of `cross_entropy`.
+    From logits [sequence, batch, vocab / tp]. Differentiable; precision, memory, communication and
+    the logits it refuses are those of `cross_entropy`.
     """
     return _LogSumExp.apply(logits, pg.tp)
 
 
 @torch.no_grad()
-def argmax(logits: Tensor, pg: Any) -> Tensor:
-    """The most likely id of the whole vocabulary, [batch, sequence], of logits [sequence, batch, vocab / tp].
+def argmax(logits: Tensor, pg: _HasTensorParallelGroup) -> Tensor:
+    """The most likely id of the whole vocabulary, [batch, sequence].
 
-    Equal logits go to the lowest id, so the answer is the same for every tp. One all-gather over `pg.tp`.
+    From logits [sequence, batch, vocab / tp]. Of equal logits the lowest id wins, so the answer is
+    the same for every tp. One all-gather over `pg.tp`.
     """
-    value, index = logits.max(-1)  # of equals, the first
-    index += pg.tp.rank() * logits.shape[-1]
+    largest, ids = logits.max(-1)  # of equals, the first
+    ids += pg.tp.rank() * logits.shape[-1]
     if pg.tp.size() > 1:
-        both = _gather_rows(
-            torch.stack([value.double(), index.double()]), pg.tp
-        )  # exact: ids are below 2**53
-        first = both[:, 0].max(0).indices  # ranks are in the order of ids
-        index = both[:, 1].gather(0, first[None])[0].long()
-    return index.t().contiguous()
+        # fp64 is exact for both: ids are below 2**53
+        gathered = gather_rows(torch.stack([largest.double(), ids.double()]), pg.tp)
+        largest_of_ranks = gathered[:, 0]
+        ids_of_ranks = gathered[:, 1]
+        best_rank = largest_of_ranks.max(0).indices  # of equals the first, with the lowest ids
+        ids = ids_of_ranks.gather(0, best_rank[None])[0].long()
+    return ids.t().contiguous()
 
 
 @frozen(eq=False)
 class Loss:
-    """What a step's loss function returns for one micro-batch. The optimizer sees sum / count over the global batch.
+    """What a step's loss function returns for one micro-batch.
 
-    `sum`: a differentiable scalar, the sum over this rank's tokens (or samples). `count`: how many there were, a whole
-    number: an int, or a scalar tensor of any dtype (a float mask's sum is turned into int64).
-    `report`: scalars by name, sums as well; metrics show them divided by the count.
+    The optimizer sees sum / count over the global batch.
+
+    sum: a differentiable scalar, the sum over this rank's tokens (or samples).
+    count: how many there were, a whole number: an int, or a scalar tensor of any dtype (a float
+        mask's sum is converted to int64).
+    report: scalars by name, sums as well; metrics show them divided by the count.
 
     Raises ValueError if `sum` or a report is not a scalar, or the count is fractional (on a GPU,
     where looking at it would wait for the device, `train_step` and `evaluate` raise instead).
@@ -85,111 +106,65 @@ class Loss:
     >>> import torch
     >>> Loss(sum=torch.tensor(6.0), count=torch.tensor([1.0, 0.0, 1.0]).sum()).count
     tensor(2)
-    >>> Loss(sum=torch.tensor(6.0), count=2.5)
+    >>> Loss(sum=torch.tensor(6.0), count=2.5)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: Loss.count = 2.5: not a whole number; count tokens or samples, and put weights into Loss.sum.
+    ValueError: Loss.count = 2.5: not a whole number; count tokens or samples, and put weights ...
     """
 
     sum: Tensor = field(converter=lambda value: _scalar("Loss.sum", value))
-    count: Tensor = field(converter=lambda value: _whole(value))
+    count: Tensor = field(converter=lambda value: _whole_number(value))
     report: Mapping[str, Tensor] = field(
-        factory=dict,
-        converter=lambda report: {
-            name: _scalar(f"Loss.report[{name!r}]", value).detach()
-            for name, value in report.items()
-        },
+        factory=dict, converter=lambda report: _detached_scalars(report)
     )
 
     @sum.validator
     def _is_floating(self, attribute: Any, value: Tensor) -> None:
         if not value.is_floating_point():
             raise ValueError(
-                f"Loss.sum: dtype {value.dtype} has no gradient; sum floating-point losses."
+                f"Loss.sum: dtype {value.dtype} has no gradient; sum floating-point losses"
             )
 
 
-def token_loss(logits: Tensor, batch: Mapping[str, Tensor], pg: Any) -> Loss:
-    """The loss of GPT: cross-entropy of `batch["labels"]`, summed where `batch["loss_mask"]` [batch, sequence] is 1."""
-    losses, mask = cross_entropy(logits, batch["labels"], pg), batch["loss_mask"]
+def token_loss(logits: Tensor, batch: Mapping[str, Tensor], pg: _HasTensorParallelGroup) -> Loss:
+    """The loss of GPT: cross-entropy of `batch["labels"]`, summed over the tokens that count.
+
+    `batch["loss_mask"]` [batch, sequence] is 1 for a token that counts, else 0.
+    """
+    losses = cross_entropy(logits, batch["labels"], pg)
+    mask = batch["loss_mask"]
     return Loss(sum=(losses * mask).sum(), count=mask.sum())
-
-
-def avg_losses(losses: Sequence[Tensor], group: Any) -> Tensor:
-    """Each of `losses` (one-element tensors) averaged over the ranks of `group`, [len(losses)], without gradient.
-
-    A mean of means, as accelerate's `avg_losses_across_data_parallel_group`: ranks count alike however many tokens
-    they hold. Training uses sum over count instead.
-    """
-    means = torch.cat([loss.detach().reshape(1) for loss in losses])
-    if group.size() > 1:
-        dist.all_reduce(means, group=group)
-    return means / group.size()
-
-
-@torch.no_grad()
-def gather(tensors: Any, group: Any) -> Any:
-    """Tensors of all ranks of `group`, concatenated along the first dimension in rank order, without gradient.
-
-    `tensors`: a tensor of one shape on every rank, or lists, tuples and dicts of them, nested at will; the result is
-    nested alike. A scalar becomes [ranks]. As accelerate's `gather_across_data_parallel_groups`.
-    Raises TypeError for anything else, and ValueError where shapes differ over the ranks (which would end the process).
-    """
-    if isinstance(tensors, Tensor):
-        tensor = tensors.reshape(1) if tensors.ndim == 0 else tensors.contiguous()
-        shape = [tensor.element_size(), tensor.ndim, *tensor.shape]
-        shapes = _gather_rows(
-            torch.tensor(shape + [0] * (16 - len(shape)), device=tensor.device), group
-        ).tolist()
-        if shapes != [shapes[0]] * len(shapes):
-            raise ValueError(
-                f"gather: shapes {sorted({tuple(x[2 : 2 + x[1]]) for x in shapes})} (or dtypes) differ over the ranks; "
-                "pad, or drop what is over."
-            )
-        return _gather_rows(tensor, group).flatten(0, 1)
-    if isinstance(tensors, Mapping):
-        return type(tensors)({key: gather(value, group) for key, value in tensors.items()})
-    if isinstance(tensors, tuple) and hasattr(tensors, "_fields"):  # a named tuple
-        return type(tensors)(*(gather(value, group) for value in tensors))
-    if isinstance(tensors, (tuple, list)):
-        return type(tensors)(gather(value, group) for value in tensors)
-    raise TypeError(
-        f"gather: {type(tensors).__name__} is neither a tensor nor a list, tuple or dict of tensors."
-    )
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
         size = logits.shape[-1]
         labels = labels.t()  # [s, b], as the logits lie
-        column = labels - group.rank() * size  # in this rank's slice, if 0 <= column < size
-        mine, kept = (column >= 0) & (column < size), labels != IGNORE
-        column = torch.where(mine, column, 0)
+        counts = labels != IGNORE
+        column = labels - group.rank() * size
+        in_slice = (column >= 0) & (column < size)  # the label is in this rank's slice
+        column = torch.where(in_slice, column, 0)
         target = logits.gather(-1, column[..., None])[..., 0]
-        top, total, target = _reduce(logits, group, torch.where(mine, target, 0))
-        # (top - target) first: exact where all logits lie far from 0
-        losses = torch.where(kept, (top - target) + total.log(), 0)
-        losses = torch.where(
-            kept & ((labels < 0) | (labels >= group.size() * size)), torch.nan, losses
-        )
-        ctx.save_for_backward(logits, top, total, column, mine, kept)
+        top, total, target = _reduce(logits, group, torch.where(in_slice, target, 0))
+        # (top - target) first: exact if all logits lie far from 0
+        losses = torch.where(counts, (top - target) + total.log(), 0)
+        outside = (labels < 0) | (labels >= group.size() * size)
+        losses = torch.where(counts & outside, torch.nan, losses)
+        ctx.save_for_backward(logits, top, total, column, in_slice, counts)
         return losses.t().contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits, top, total, column, mine, kept = ctx.saved_tensors
-        grad = torch.where(kept, grad.t(), 0).to(top.dtype)
-        return (
-            _softmax_times(logits, top, grad / total, (column, torch.where(mine, -grad, 0))),
-            None,
-            None,
-        )
+        logits, top, total, column, in_slice, counts = ctx.saved_tensors
+        grad = torch.where(counts, grad.t(), 0).to(top.dtype)
+        grad_of_target = torch.where(in_slice, -grad, 0)
+        return _softmax_times(logits, top, grad / total, (column, grad_of_target)), None, None
 
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
         top, total, _ = _reduce(logits, group, logits.new_zeros(logits.shape[:2]))
         ctx.save_for_backward(logits, top, total)
         return (top + total.log()).t().contiguous()
@@ -201,95 +176,121 @@ class _LogSumExp(torch.autograd.Function):
         return _softmax_times(logits, top, grad.t() / total), None
 
 
-def _reduce(logits: Tensor, group: Any, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit, sum of exp(logit - largest) and sum of the ranks' targets, over the whole vocabulary, each [s, b]."""
+def _reduce(
+    logits: Tensor, group: dist.ProcessGroup, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the whole vocabulary, each [sequence, batch]:
+
+    the largest logit, the sum of exp(logit - largest), and the sum of the ranks' targets.
+    """
+    top, total = _reduce_slice(logits)
+    target = target.to(top.dtype)
+    if group.size() == 1:
+        return top, total, target
+    tops, totals, targets = gather_rows(torch.stack([top, total, target]), group).unbind(1)
+    already_gathered = _same_on_all_ranks(tops, totals, logits.shape[-1])
+    if logits.device.type == "cpu" and already_gathered:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} are the same on all {group.size()} ranks of "
+            "tp: each rank gives its slice of the vocabulary, [sequence, batch, vocab / tp]; "
+            "don't gather them"
+        )
+    top = torch.where(already_gathered, torch.nan, tops.amax(0))
+    total = (totals * (tops - top).exp()).sum(0)
+    return top, total, targets.sum(0)
+
+
+def _reduce_slice(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's largest logit and sum of exp(logit - largest), each [sequence, batch]."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    low = torch.finfo(dtype).min  # a slice of -inf alone must not give inf - inf
+    low = torch.finfo(dtype).min  # a slice of -inf only must not give inf - inf
     top = logits.new_empty(logits.shape[:2], dtype=dtype)
     total = torch.empty_like(top)
     for block, scratch in _blocks(logits, dtype):
         top[block] = torch.amax(logits[block], -1).to(dtype).clamp_(min=low)
-        y = torch.sub(logits[block], top[block][..., None], out=scratch)
-        torch.sum(y.exp_(), -1, out=total[block])
-    if group.size() == 1:
-        return top, total, target.to(dtype)
-    tops, totals, targets = _gather_rows(torch.stack([top, total, target.to(dtype)]), group).unbind(
-        1
-    )
-    # The same largest and sum of every token on every rank: whole vocabularies, whose loss would be log(tp) too much. A row of
-    # equal logits, whose sum is its length, says nothing.
-    gathered = ((tops == tops[0]) & (totals == totals[0])).all() & (
-        totals != logits.shape[-1]
-    ).any()
-    if logits.device.type == "cpu" and gathered:
-        raise ValueError(
-            f"logits of shape {tuple(logits.shape)} are the same on all {group.size()} ranks of tp: each rank gives "
-            "its slice of the vocabulary, [sequence, batch, vocab / tp]; don't gather them."
-        )
-    top = torch.where(gathered, torch.nan, tops.amax(0))
-    return top, (totals * (tops - top).exp()).sum(0), targets.sum(0)
+        shifted = torch.sub(logits[block], top[block][..., None], out=scratch)
+        torch.sum(shifted.exp_(), -1, out=total[block])
+    return top, total
+
+
+def _same_on_all_ranks(tops: Tensor, totals: Tensor, size: int) -> Tensor:
+    """Whether every token's largest logit and sum are the same on every rank, a bool scalar.
+
+    Then each rank holds the whole vocabulary, and the loss would be log(tp) too large. A row of
+    equal logits, whose sum is its length, is no evidence.
+    """
+    same = (tops == tops[0]) & (totals == totals[0])
+    return same.all() & (totals != size).any()
 
 
 def _softmax_times(
     logits: Tensor, top: Tensor, scale: Tensor, add: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """exp(logits - top) * scale, then add[1] [s, b] added at column add[0] [s, b], in the dtype of logits."""
+    """exp(logits - top) * scale, in the dtype of logits.
+
+    add: (columns, values), each [sequence, batch], added to the product at these columns.
+    """
     result = torch.empty_like(logits)
     for block, scratch in _blocks(logits, top.dtype):
-        y = torch.sub(logits[block], top[block][..., None], out=scratch)
-        y.exp_().mul_(scale[block][..., None])
+        product = torch.sub(logits[block], top[block][..., None], out=scratch)
+        product.exp_().mul_(scale[block][..., None])
         if add is not None:
-            y.scatter_add_(-1, add[0][block][..., None], add[1][block][..., None])
-        result[block] = y
+            columns, values = add
+            product.scatter_add_(-1, columns[block][..., None], values[block][..., None])
+        result[block] = product
     return result
 
 
-def _blocks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-    """Slices that cover the first two dimensions, each small (or one row), and for each a scratch tensor of its shape."""
-    s, b, size = logits.shape
-    rows = max(1, (_CPU_BLOCK if logits.device.type == "cpu" else _GPU_BLOCK) // max(1, size))
-    wide, deep = min(rows, max(b, 1)), max(1, rows // max(b, 1))
-    scratch = logits.new_empty(min(deep, s), min(wide, b), size, dtype=dtype)
-    for i in range(0, s, deep):
-        for j in range(0, b, wide):
-            yield (slice(i, i + deep), slice(j, j + wide)), scratch[: s - i, : b - j]
+def _blocks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[_Block, Tensor]]:
+    """Blocks that cover the first two dimensions, each small (or one row).
+
+    With each comes a scratch tensor of its shape; all share one memory.
+    """
+    sequence, batch, size = logits.shape
+    elements = _CPU_BLOCK if logits.device.type == "cpu" else _GPU_BLOCK
+    rows = max(1, elements // max(1, size))
+    width = min(rows, max(batch, 1))
+    height = max(1, rows // max(batch, 1))
+    scratch = logits.new_empty(min(height, sequence), min(width, batch), size, dtype=dtype)
+    for i in range(0, sequence, height):
+        for j in range(0, batch, width):
+            block = slice(i, i + height), slice(j, j + width)
+            yield block, scratch[: sequence - i, : batch - j]
 
 
-def _gather_rows(tensor: Tensor, group: Any) -> Tensor:
-    """The tensors of all ranks, [ranks, *tensor.shape]."""
-    if group.size() == 1:
-        return tensor[None].clone()
-    rows = tensor.new_empty(group.size(), *tensor.shape)
-    dist.all_gather_into_tensor(rows.flatten(0, 1), tensor, group=group)
-    return rows
-
-
-def _check(logits: Tensor, labels: Tensor, group: Any) -> None:
+def _check(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> None:
     if logits.ndim != 3 or labels.shape != logits.shape[1::-1]:
         raise ValueError(
-            f"labels of shape {tuple(labels.shape)} don't fit logits of shape {tuple(logits.shape)}: "
-            "logits are [sequence, batch, vocab / tp], labels [batch, sequence]."
+            f"labels of shape {tuple(labels.shape)} don't fit logits of shape "
+            f"{tuple(logits.shape)}: expected logits [sequence, batch, vocab / tp] and labels "
+            "[batch, sequence]"
         )
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"labels of dtype {labels.dtype}: give token ids as integers.")
-    vocab = group.size() * logits.shape[-1]
+        raise ValueError(f"labels of dtype {labels.dtype}: give token ids as integers")
+    vocabulary = group.size() * logits.shape[-1]
     if labels.device.type == "cpu":
-        bad = labels[((labels < 0) | (labels >= vocab)) & (labels != IGNORE)]
-        if len(bad):
+        outside = labels[((labels < 0) | (labels >= vocabulary)) & (labels != IGNORE)]
+        if len(outside):
             raise ValueError(
-                f"label {int(bad[0])} is outside the vocabulary of {vocab} ids; use 0 to {vocab - 1}, "
-                f"or {IGNORE} for a token that does not count."
+                f"label {int(outside[0])} is outside the vocabulary of {vocabulary} ids; "
+                f"use 0 to {vocabulary - 1}, or {IGNORE} for a token that does not count"
             )
 
 
 def _scalar(name: str, value: Any) -> Tensor:
     tensor = torch.as_tensor(value)
     if tensor.numel() != 1:
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; give the sum, a scalar.")
+        raise ValueError(f"{name}: expected a scalar, got shape {tuple(tensor.shape)}; sum it")
     return tensor.reshape(())
 
 
-def _whole(value: Any) -> Tensor:
+def _detached_scalars(report: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {
+        name: _scalar(f"Loss.report[{name!r}]", value).detach() for name, value in report.items()
+    }
+
+
+def _whole_number(value: Any) -> Tensor:
     count = _scalar("Loss.count", value)
     if not count.is_floating_point():
         return count
@@ -298,6 +299,6 @@ def _whole(value: Any) -> Tensor:
     if not float(count).is_integer():
         raise ValueError(
             f"Loss.count = {float(count)}: not a whole number; count tokens or samples, and put "
-            "weights into Loss.sum."
+            "weights into Loss.sum"
         )
     return count.long()

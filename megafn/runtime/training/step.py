@@ -17,7 +17,7 @@ from megafn.pure.spikes import append_norm, spike_limit
 from megafn.runtime.families.step import Step
 from megafn.runtime.metrics.diagnostics import diagnostics, model_sums
 from megafn.runtime.metrics.records import Logits, Metrics, Report
-from megafn.runtime.model.modes import eval_mode
+from megafn.runtime.model.eval_mode import eval_mode
 from megafn.runtime.model.optimizer import (
     Update,
     guarded_update,

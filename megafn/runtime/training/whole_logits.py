@@ -1,9 +1,10 @@
-"""Logits of micro-batches, whole again: gathered over tensor and context parallel, and sent over the pipeline if asked."""
+"""Whole logits of micro-batches, gathered over tensor and context parallel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -11,57 +12,72 @@ import torch.distributed as dist
 from megafn.pure.config.records import TrainConfig
 from megafn.runtime.parallel.context import cp_positions
 from megafn.runtime.parallel.groups import ProcessGroups
+from megafn.runtime.parallel.tensor_collectives import gather_rows
 
-
-def _parts(tensor: torch.Tensor, group) -> list[torch.Tensor]:
-    parts = [torch.empty_like(tensor) for _ in range(group.size())]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return parts
-
-
-def _each(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """Of each tensor in a tuple, nested or not, what a function makes of it; None of None."""
-    return (
-        tuple(_each(function, one) for one in value)
-        if isinstance(value, tuple)
-        else None
-        if value is None
-        else function(value)
-    )
+# what a model puts out for a micro-batch: a tensor, or a tuple of outputs
+Output: TypeAlias = "torch.Tensor | tuple[Output, ...] | None"
 
 
 @torch.no_grad()
 def whole_logits(
-    outputs: Sequence[Any], config: TrainConfig, pg: ProcessGroups, *, every_stage: bool
-) -> tuple[Any, ...] | None:
-    """Logits [batch, sequence, vocabulary] of each micro-batch, from what the last stage put out for each.
+    outputs: Sequence[Output], config: TrainConfig, pg: ProcessGroups, *, every_stage: bool
+) -> tuple[Output, ...] | None:
+    """Logits [batch, sequence, vocabulary] of each micro-batch, from the last stage's outputs.
 
-    outputs: on the last pipeline stage, [sequence / cp, batch, padded vocabulary / tp] for each micro-batch; or a tensor
-    [batch, ...] that is whole on the ranks of the first cp position already, or a tuple of such tensors, which comes back
-    as one. () elsewhere. The same on every rank of tp and cp; those of earlier stages get them too where `every_stage`
-    says so, else None. Every rank calls it.
+    outputs: on the last pipeline stage, one for each micro-batch: [sequence / cp, batch, padded
+    vocabulary / tp], or a tensor [batch, ...] that is already whole on the ranks of the first
+    context-parallel position, or a tuple of such tensors, which is returned as a tuple. () on
+    other stages.
+    The result is the same on every rank of tp and cp. Earlier stages get it too if every_stage,
+    else None. Every rank must call this.
     """
-    found, vocabulary = None, config.model.vocab_size
-
-    def whole(output: torch.Tensor) -> torch.Tensor:
-        if output.dim() < 3:
-            return _parts(output, pg.cp)[0]
-        joined = torch.cat(_parts(torch.cat(_parts(output, pg.tp), dim=-1), pg.cp))
-        order = torch.cat(
-            [
-                cp_positions(len(joined), pg.cp.size(), rank, pg.device)
-                for rank in range(pg.cp.size())
-            ]
-        )
-        return joined[order.argsort(), :, :vocabulary].transpose(0, 1).contiguous()
-
+    logits = None
     if pg.is_last_stage:
-        found = _each(whole, tuple(outputs))
+        join = partial(_join, vocab_size=config.model.vocab_size, pg=pg)
+        logits = _map(join, tuple(outputs))
     if every_stage and pg.pp.size() > 1:
-        last = dist.get_process_group_ranks(pg.pp)[-1]
-        shapes = [_each(lambda one: one.to("meta"), found)]
-        dist.broadcast_object_list(shapes, src=last, group=pg.pp, device=pg.device)
-        if found is None:
-            found = _each(lambda one: torch.empty_like(one, device=pg.device), shapes[0])
-        _each(lambda one: dist.broadcast(one, src=last, group=pg.pp), found)
-    return found
+        logits = _broadcast_from_last_stage(logits, pg)
+    return logits
+
+
+def _map(function: Callable[[torch.Tensor], torch.Tensor], value: Output) -> Output:
+    """`value` with the function applied to each of its tensors."""
+    if value is None:
+        return None
+    if isinstance(value, tuple):
+        return tuple(_map(function, item) for item in value)
+    return function(value)
+
+
+def _join(output: torch.Tensor, *, vocab_size: int, pg: ProcessGroups) -> torch.Tensor:
+    """[batch, sequence, vocabulary] from every rank's [sequence / cp, batch, padded vocab / tp].
+
+    A tensor of fewer dimensions is that of the first context-parallel position.
+    """
+    if output.dim() < 3:
+        return gather_rows(output.contiguous(), pg.cp)[0]
+    slices_of_vocabulary = gather_rows(output.contiguous(), pg.tp).unbind(0)
+    all_columns = torch.cat(slices_of_vocabulary, dim=-1)
+    all_positions = gather_rows(all_columns, pg.cp).flatten(0, 1)
+    order = _positions_of_rows(len(all_positions), pg)
+    return all_positions[order.argsort(), :, :vocab_size].transpose(0, 1).contiguous()
+
+
+def _positions_of_rows(sequence: int, pg: ProcessGroups) -> torch.Tensor:
+    """Which position of the sequence each row is, when context-parallel parts are concatenated."""
+    size = pg.cp.size()
+    return torch.cat([cp_positions(sequence, size, rank, pg.device) for rank in range(size)])
+
+
+def _broadcast_from_last_stage(value: Output, pg: ProcessGroups) -> Output:
+    last = dist.get_process_group_ranks(pg.pp)[-1]
+    shapes = [_map(lambda tensor: tensor.to("meta"), value)]
+    dist.broadcast_object_list(shapes, src=last, group=pg.pp, device=pg.device)
+    if value is None:
+        value = _map(lambda tensor: torch.empty_like(tensor, device=pg.device), shapes[0])
+
+    def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+        dist.broadcast(tensor, src=last, group=pg.pp)
+        return tensor
+
+    return _map(broadcast, value)
