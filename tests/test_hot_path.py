@@ -30,9 +30,9 @@ OBJECTS = (
     "recv_object_list",
 )
 
-# They look at tensors on a CPU only: raw batches before they are on the device, and labels, logits
-# and counts where there is no GPU.
-CPU_ONLY = ("runtime/families/", "runtime/model/losses.py")
+# They look at tensors on a CPU only: raw batches before they are on the device; labels, logits and
+# counts where there is no GPU; and megatron-core at the state of the CPU's random numbers.
+CPU_ONLY = ("runtime/families/", "runtime/model/losses.py", "core/tensor_parallel/random.py")
 
 # Passes each call on while megatron-core runs on a CPU: who asked it is counted already.
 THE_SEAM = "runtime/parallel/cpu.py"
