@@ -8,9 +8,12 @@ class Block(nn.Module):
     def __init__(self, hidden, heads):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-        self.qkv, self.proj = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
-        self.up, self.down = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
+        self.norm1 = nn.LayerNorm(hidden)
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.proj = nn.Linear(hidden, hidden)
+        self.norm2 = nn.LayerNorm(hidden)
+        self.up = nn.Linear(hidden, 4 * hidden)
+        self.down = nn.Linear(4 * hidden, hidden)
 
     def forward(self, x):
         batch, sequence, hidden = x.shape
@@ -22,18 +25,17 @@ class Block(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """tokens [batch, sequence], labels alike -> mean cross-entropy; embeddings tied to the output, no dropout."""
+    """tokens, labels [batch, sequence] -> mean cross-entropy.
+
+    The embeddings are tied to the output layer; there is no dropout.
+    """
 
     def __init__(self, layers, hidden, heads, sequence, vocabulary):
         super().__init__()
-        self.words, self.positions = (
-            nn.Embedding(vocabulary, hidden),
-            nn.Embedding(sequence, hidden),
-        )
-        self.blocks, self.norm = (
-            nn.ModuleList(Block(hidden, heads) for _ in range(layers)),
-            nn.LayerNorm(hidden),
-        )
+        self.words = nn.Embedding(vocabulary, hidden)
+        self.positions = nn.Embedding(sequence, hidden)
+        self.blocks = nn.ModuleList(Block(hidden, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(hidden)
         for embedding in (self.words, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
 

@@ -1,7 +1,9 @@
-"""One optimizer step of the same GPT by megafn and by its peers: each maker gives a function text [b, s + 1] -> loss.
+"""One optimizer step of the same GPT by megafn and by its peers.
 
-All clip the gradient's norm at 1 and update with AdamW, fused. bf16 means: megafn and megatron-core keep bf16 weights,
-fp32 masters and fp32 gradient sums; transformers and plain torch run fp32 weights under bf16 autocast, as users do.
+Each maker returns a function text [batch, sequence + 1] -> loss, and the number of parameters. All
+clip the gradient's norm at 1 and update with AdamW, fused. bf16 means: megafn and megatron-core
+keep bf16 weights, fp32 masters and fp32 gradient sums; transformers and plain torch run fp32
+weights under bf16 autocast, as users do.
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ from megafn.runtime.model.optimizer import build_optimizer
 from megafn.runtime.parallel.megatron_context import megatron_context
 from plain_gpt import PlainGPT
 
-LAYERS, HIDDEN, HEADS, SEQUENCE, BATCH, VOCABULARY = 6, 384, 6, 256, 8, 8192
+LAYERS = 6
+HIDDEN = 384
+HEADS = 6
+SEQUENCE = 256
+BATCH = 8
+VOCABULARY = 8192
 
 
 def train_config(dtype):
@@ -49,14 +56,15 @@ def train_config(dtype):
 
 def megafn_step(pg, dtype):
     config = train_config(dtype)
-    held = [mf.setup(config, pg)]  # a cell: train_step gives a new state for the old one
+    state = mf.setup(config, pg)
     step = mf.step_fn("gpt")
 
     def run(text):
-        held[0], metrics = mf.train_step(held[0], [{"text": text}], step)
+        nonlocal state
+        state, metrics = mf.train_step(state, [{"text": text}], step)
         return metrics.loss
 
-    return run, count(held[0].chunks[0])
+    return run, count(state.chunks[0])
 
 
 def megatron_step(pg, dtype, build, forward_step):
@@ -72,10 +80,8 @@ def megatron_step(pg, dtype, build, forward_step):
             pg_collection=pg.collection,
         )
         optimizer = build_optimizer(config, [model], pg)
-        mcore.finalize_model_grads_func, mcore.grad_scale_func = (
-            finalize_model_grads,
-            optimizer.scale_loss,
-        )
+        mcore.finalize_model_grads_func = finalize_model_grads
+        mcore.grad_scale_func = optimizer.scale_loss
     forward_backward = get_forward_backward_func(pp_size=1)
 
     def run(text):
@@ -120,7 +126,10 @@ def bare_step(pg, dtype):
 
 
 def local_spec_step(pg, dtype):
-    """(b) megatron-core's GPTModel with its local spec and its own loss, which needs megatron-core's global groups."""
+    """(b) megatron-core's GPTModel with its local spec and its own loss.
+
+    The loss needs megatron-core's global groups.
+    """
     mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).tril() < 0.5
     positions = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
 
@@ -141,15 +150,12 @@ def local_spec_step(pg, dtype):
 
         def loss_func(losses):
             total = losses.float().sum()
-            return (
-                total,
-                torch.tensor(losses.numel(), dtype=torch.int),
-                {"loss": total.detach() / losses.numel()},
-            )
+            tokens = torch.tensor(losses.numel(), dtype=torch.int)
+            return total, tokens, {"loss": total.detach() / losses.numel()}
 
-        return model(
-            text[:, :-1].contiguous(), positions, mask, labels=text[:, 1:].contiguous()
-        ), loss_func
+        tokens = text[:, :-1].contiguous()
+        labels = text[:, 1:].contiguous()
+        return model(tokens, positions, mask, labels=labels), loss_func
 
     return megatron_step(pg, dtype, build, forward_step)
 
@@ -177,7 +183,10 @@ def torch_step(model, loss_of, dtype):
 
 
 def transformers_step(pg, dtype):
-    """(c) transformers' GPT-2 with SDPA, which shifts the labels itself (so it scores one token less a sequence)."""
+    """(c) transformers' GPT-2 with SDPA.
+
+    It shifts the labels itself, so it scores one token less in each sequence.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(
@@ -221,7 +230,10 @@ def count(model):
 
 @contextlib.contextmanager
 def megatron_globals():
-    """megatron-core's global groups for the peer that cannot do without; megafn, in the same process, asks for none."""
+    """megatron-core's global groups, for the peer that needs them.
+
+    megafn, in the same process, uses none.
+    """
     parallel_state.initialize_model_parallel()
     try:
         yield

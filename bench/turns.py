@@ -1,4 +1,7 @@
-"""Timing in which the peers take turns: work beside it on the machine slows all of them alike, and ratios stay true."""
+"""Timing in which the peers take turns.
+
+Other work on the machine then slows all of them alike, and ratios stay true.
+"""
 
 import contextlib
 import statistics
@@ -18,7 +21,10 @@ def threads(count):
 
 
 def take_turns(runs, rounds, between=lambda: None):
-    """Seconds of every call: {name: [rounds]} of runs {name: function}; `between` is called after each round."""
+    """Seconds of every call, {name: [rounds]}, of runs {name: function}.
+
+    `between` is called after each round.
+    """
     seconds = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():

@@ -1,4 +1,4 @@
-"""What a training step costs beside its mathematics: moves of numbers to the host, and pickled objects."""
+"""What a training step costs beside its mathematics: moves to the host and pickled objects."""
 
 import contextlib
 import sys
@@ -13,6 +13,9 @@ import torch.distributed as dist
 
 import megafn as mf
 from equivalence import share, short, uneven
+from megafn.runtime.model.losses import FRACTIONAL
+from megafn.runtime.training.forward_backward import MicroBatchSums
+from megafn.runtime.training.totals import sum_over_ranks
 
 PACKAGE = Path(mf.__file__).parent
 
@@ -27,9 +30,9 @@ OBJECTS = (
     "recv_object_list",
 )
 
-# They look at tensors on a CPU only: raw batches before they are on the device, and labels, logits
-# and counts where there is no GPU.
-CPU_ONLY = ("runtime/families/", "runtime/model/losses.py")
+# They look at tensors on a CPU only: raw batches before they are on the device; labels, logits and
+# counts where there is no GPU; and megatron-core at the state of the CPU's random numbers.
+CPU_ONLY = ("runtime/families/", "runtime/model/losses.py", "core/tensor_parallel/random.py")
 
 # Passes each call on while megatron-core runs on a CPU: who asked it is counted already.
 THE_SEAM = "runtime/parallel/cpu.py"
@@ -171,3 +174,14 @@ def test_an_evaluation_that_raises_leaves_the_mode_as_it_was():
                 mf.evaluate(state, raising([batch]), mf.step_fn("gpt"))
             mf.evaluate(state, [batch], mf.step_fn("gpt"))
             assert state.chunks[0].training == training
+
+
+def test_a_count_that_is_not_whole_is_refused_after_the_sum_where_looking_at_it_would_wait():
+    """On a GPU `Loss` marks such a count; here the mark itself stands for it."""
+    with mf.init_groups(mf.build_groups(mf.ParallelConfig(), 1)) as pg:
+        values = torch.tensor([3.0, FRACTIONAL], dtype=torch.float64)
+        fine = MicroBatchSums(names=(), values=torch.tensor([3.0, 2.0], dtype=torch.float64))
+        marked = MicroBatchSums(names=(), values=values)
+        assert sum_over_ranks([fine, fine], None, pg).count == 4
+        with pytest.raises(ValueError, match="Loss.count: not a whole number"):
+            sum_over_ranks([fine, marked], (), pg)
