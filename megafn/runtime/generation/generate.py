@@ -28,7 +28,9 @@ def logits(state: State, tokens: torch.Tensor) -> torch.Tensor | tuple[torch.Ten
     Raises ConfigError for T5, whose decoder needs its own input, and ValueError for an id outside
     the vocabulary or a sequence longer than a learned position table.
     """
-    config, pg, parallel = state.config, state.pg, state.config.parallel
+    config = state.config
+    parallel = config.parallel
+    pg = state.pg
     family = family_of(config.model.family)
     if not family.reads_tokens_only:
         raise ConfigError(

@@ -148,8 +148,7 @@ class _CrossEntropy(torch.autograd.Function):
         top, total, target = _reduce(logits, group, torch.where(in_slice, target, 0))
         # (top - target) first: exact if all logits lie far from 0
         losses = torch.where(counts, (top - target) + total.log(), 0)
-        outside = (labels < 0) | (labels >= group.size() * size)
-        losses = torch.where(counts & outside, torch.nan, losses)
+        losses = torch.where(_outside(labels, group.size() * size), torch.nan, losses)
         ctx.save_for_backward(logits, top, total, column, in_slice, counts)
         return losses.t().contiguous()
 
@@ -208,8 +207,8 @@ def _reduce_slice(logits: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.empty_like(top)
     for block, scratch in _blocks(logits, dtype):
         top[block] = torch.amax(logits[block], -1).to(dtype).clamp_(min=low)
-        shifted = torch.sub(logits[block], top[block][..., None], out=scratch)
-        torch.sum(shifted.exp_(), -1, out=total[block])
+        exponentials = _exp_below(logits[block], top[block], scratch)
+        torch.sum(exponentials, -1, out=total[block])
     return top, total
 
 
@@ -232,13 +231,19 @@ def _softmax_times(
     """
     result = torch.empty_like(logits)
     for block, scratch in _blocks(logits, top.dtype):
-        product = torch.sub(logits[block], top[block][..., None], out=scratch)
-        product.exp_().mul_(scale[block][..., None])
+        product = _exp_below(logits[block], top[block], scratch)
+        product.mul_(scale[block][..., None])
         if add is not None:
             columns, values = add
             product.scatter_add_(-1, columns[block][..., None], values[block][..., None])
         result[block] = product
     return result
+
+
+def _exp_below(logits: Tensor, top: Tensor, out: Tensor) -> Tensor:
+    """exp(logits - top), written into `out`."""
+    torch.sub(logits, top[..., None], out=out)
+    return out.exp_()
 
 
 def _blocks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[_Block, Tensor]]:
@@ -269,12 +274,18 @@ def _check(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> None:
         raise ValueError(f"labels of dtype {labels.dtype}: give token ids as integers")
     vocabulary = group.size() * logits.shape[-1]
     if labels.device.type == "cpu":
-        outside = labels[((labels < 0) | (labels >= vocabulary)) & (labels != IGNORE)]
+        outside = labels[_outside(labels, vocabulary)]
         if len(outside):
             raise ValueError(
                 f"label {int(outside[0])} is outside the vocabulary of {vocabulary} ids; "
                 f"use 0 to {vocabulary - 1}, or {IGNORE} for a token that does not count"
             )
+
+
+def _outside(labels: Tensor, vocabulary: int) -> Tensor:
+    """Which labels are neither ids of the vocabulary nor ignored."""
+    is_id = (labels >= 0) & (labels < vocabulary)
+    return ~is_id & (labels != IGNORE)
 
 
 def _scalar(name: str, value: Any) -> Tensor:
