@@ -28,8 +28,8 @@ Config = TypeVar("Config", bound=attrs.AttrsInstance)
 def to_dict(config: attrs.AttrsInstance) -> dict[str, Any]:
     """A config as plain dicts, lists, strings and numbers, as TOML can hold them.
 
-    None is left out, a tuple becomes a list, a family's record its name. Raises ConfigError naming the field if a value, such
-    as a function, cannot be written to a file.
+    None is left out, a tuple becomes a list, a family's record its name. Raises ConfigError naming
+    the field if a value, such as a function, cannot be written to a file.
 
     >>> from megafn.pure.config.records import RecomputeConfig
     >>> to_dict(RecomputeConfig(num_layers=2))

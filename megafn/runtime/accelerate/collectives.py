@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,14 +39,18 @@ def gather(tensors: Tree, group: dist.ProcessGroup) -> Tree:
     Raises TypeError for anything else, and ValueError if shapes or dtypes differ over the ranks
     (the collective itself would end the process).
     """
+    return _gather_tree(tensors, group)
+
+
+def _gather_tree(tensors: Any, group: dist.ProcessGroup) -> Any:
     if isinstance(tensors, Tensor):
         return _gather_tensor(tensors, group)
     if isinstance(tensors, Mapping):
-        return type(tensors)({key: gather(value, group) for key, value in tensors.items()})
+        return type(tensors)({key: _gather_tree(value, group) for key, value in tensors.items()})
     if isinstance(tensors, tuple) and hasattr(tensors, "_fields"):  # a named tuple
-        return type(tensors)(*(gather(value, group) for value in tensors))
+        return type(tensors)(*(_gather_tree(value, group) for value in tensors))
     if isinstance(tensors, (tuple, list)):
-        return type(tensors)(gather(value, group) for value in tensors)
+        return type(tensors)(_gather_tree(value, group) for value in tensors)
     raise TypeError(
         f"gather: expected a tensor, or a list, tuple or dict of tensors, "
         f"got {type(tensors).__name__}"

@@ -33,14 +33,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megafn import __version__
-from megafn.pure.checkpoint.boxes import Box, Index
+from megafn.pure.checkpoint.boxes import Index
+from megafn.pure.checkpoint.write_plan import WritePlan
 from megafn.pure.config.serialization import to_dict, without_functions
 from megafn.runtime.checkpoint.state_boxes import loss_scale
 from megafn.runtime.model.state import State
@@ -48,8 +48,6 @@ from megafn.runtime.model.state import State
 FORMAT = 1
 MANIFEST = "manifest.json"
 FOLDER = re.compile(r"iteration-(\d+)")
-
-WritePlan = Mapping[str, tuple[Index, Sequence[tuple[Box, int]]]]  # see `plan_writes`
 
 
 # -------------------------------------------------------------------------------------- names

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from megafn.pure.checkpoint.write_plan import Holding, plan_writes
+from megafn.pure.checkpoint.write_plan import Holding, WritePlan, plan_writes
 from megafn.runtime.checkpoint.atomic_files import (
     CheckpointError,
     publish,
@@ -29,7 +29,6 @@ from megafn.runtime.checkpoint.atomic_files import (
 )
 from megafn.runtime.checkpoint.disk_format import (
     MANIFEST,
-    WritePlan,
     file_name,
     folder_name,
     make_manifest,

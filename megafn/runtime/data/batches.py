@@ -120,7 +120,7 @@ def _read_micro_batch(
     return micro_batch
 
 
-def _stack(rows: Sequence[torch.Tensor], pin: bool) -> torch.Tensor:
+def _stack(rows: list[torch.Tensor], pin: bool) -> torch.Tensor:
     """[b, ...] of b rows, written once, into pinned memory if `pin`."""
     if not pin:
         return torch.stack(rows)
@@ -144,10 +144,16 @@ def _check_token_ids(
 
 @frozen
 class _Item(Generic[T]):
-    """What the thread of `prefetched` passes on: an item, or the error that came instead of it."""
+    """What the thread of `prefetched` passes on."""
 
-    value: T | None
-    error: BaseException | None = None
+    value: T
+
+
+@frozen
+class _Failure:
+    """What it passes on if the next item raises."""
+
+    error: BaseException
 
 
 @frozen
@@ -156,7 +162,8 @@ class _Channel(Generic[T]):
 
     free: threading.Semaphore  # places for items that are read ahead
     stop: threading.Event
-    ready: SimpleQueue[_Item[T] | None] = field(factory=SimpleQueue)  # None: no more items
+    # None: no more items
+    ready: SimpleQueue[_Item[T] | _Failure | None] = field(factory=SimpleQueue)
 
 
 def prefetched(items: Iterable[T], depth: int) -> Iterator[T]:
@@ -178,7 +185,7 @@ def prefetched(items: Iterable[T], depth: int) -> Iterator[T]:
     thread.start()
     try:
         while (item := channel.ready.get()) is not None:
-            if item.error is not None:
+            if isinstance(item, _Failure):
                 raise item.error
             channel.free.release()
             yield item.value
@@ -198,7 +205,7 @@ def _fill(channel: _Channel[T], items: Iterable[T]) -> None:
     except StopIteration:
         channel.ready.put(None)
     except BaseException as error:
-        channel.ready.put(_Item(None, error))
+        channel.ready.put(_Failure(error))
 
 
 def group_batches(micro_batches: Iterable[T], num_micro_batches: int) -> Iterator[tuple[T, ...]]:

@@ -21,7 +21,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megafn.pure.config.problems import ConfigError
-from megafn.pure.config.records import DataConfig, TrainConfig
+from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig
 from megafn.runtime.families.built_in import FAMILIES, family_of
 from megafn.runtime.families.family import FamilyData
 from megafn.runtime.text.cache import indexed_text
@@ -57,6 +57,7 @@ def _family_data(config: TrainConfig) -> FamilyData:
 class _SplitSource:
     """Where a split is read from: the config's field, its sources, and how their text is cut."""
 
+    data: DataConfig
     split: str
     field: str  # "data.train", or the split's own
     sources: str | Sequence[str | tuple[float, str]]  # the field's value
@@ -108,7 +109,7 @@ def corpora(
         raise ConfigError(f"split = {split!r}: choose one of {', '.join(SPLITS)}")
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     split_source = _split_source(data, split)
-    _check_weights(split_source, data)
+    _check_weights(split_source)
     return tuple(
         _corpus(config, tokenizer, split_source, source, weight)
         for weight, source in _blend(split_source)
@@ -119,6 +120,7 @@ def _split_source(data: DataConfig, split: str) -> _SplitSource:
     own_sources = None if split == "train" else getattr(data, split)
     if own_sources is not None:
         return _SplitSource(
+            data=data,
             split=split,
             field=f"data.{split}",
             sources=own_sources,
@@ -130,6 +132,7 @@ def _split_source(data: DataConfig, split: str) -> _SplitSource:
         for name, weight in zip(SPLITS, data.split, strict=False)
     ]
     return _SplitSource(
+        data=data,
         split=split,
         field="data.train",
         sources=data.train,
@@ -138,7 +141,8 @@ def _split_source(data: DataConfig, split: str) -> _SplitSource:
     )
 
 
-def _check_weights(split_source: _SplitSource, data: DataConfig) -> None:
+def _check_weights(split_source: _SplitSource) -> None:
+    data = split_source.data
     total = math.fsum(split_source.weights)
     if (
         len(data.split) == len(SPLITS)
@@ -159,7 +163,9 @@ def _blend(split_source: _SplitSource) -> list[tuple[float | None, str]]:
     sources = split_source.sources
     if isinstance(sources, str):
         sources = [sources]
-    blend = [(None, item) if isinstance(item, str) else item for item in sources]
+    blend: list[tuple[float | None, str]] = [
+        (None, item) if isinstance(item, str) else item for item in sources
+    ]
     weights = [weight for weight, _ in blend if weight is not None]
     all_or_none_weighted = len(weights) in (0, len(blend))
     if not blend or not all_or_none_weighted or not all(0 < w < math.inf for w in weights):
@@ -179,10 +185,10 @@ def _corpus(
 ) -> Corpus:
     """Find one source, check it, and count its documents and tokens."""
     sentences = _family_data(config).sentences(config.model)
-    location = _locate(source, split_source, config.data, tokenizer, sentences > 0)
+    location = _locate(source, split_source, tokenizer, sentences > 0)
     index = _read_index(location.prefix, split_source.field)
     if location.prefix == source:
-        _check_end_of_document(index, split_source.field, source, config.data, tokenizer)
+        _check_end_of_document(index, split_source, source, tokenizer)
     document_lengths = _document_lengths(index, sentences)
     begin = int(round(location.begin * float(len(document_lengths))))
     end = int(round(location.end * float(len(document_lengths))))
@@ -194,16 +200,12 @@ def _corpus(
         end=end,
         tokens=int(document_lengths[begin:end].sum(dtype=np.int64)),
     )
-    _check_tokens(corpus, split_source, config, sentences)
+    _check_tokens(corpus, split_source, config.model, sentences)
     return corpus
 
 
 def _locate(
-    source: str,
-    split_source: _SplitSource,
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    split_sentences: bool,
+    source: str, split_source: _SplitSource, tokenizer: Tokenizer, split_sentences: bool
 ) -> _Location:
     """The indexed dataset that a source names, or that is made of its text."""
     field = split_source.field
@@ -230,27 +232,28 @@ def _locate(
         source,
         tokenizer=tokenizer,
         split=weights,
-        cache=data.cache,
+        cache=split_source.data.cache,
         split_sentences=split_sentences,
     )
     if SPLITS[part] not in prefixes:
         raise ConfigError(
             f"{field} = {source!r}: too short to give {split_source.split} any text; give more, "
-            f"or change data.split = {data.split}"
+            f"or change data.split = {split_source.data.split}"
         )
     return _Location(prefix=prefixes[SPLITS[part]])
 
 
 def _check_end_of_document(
-    index: _Index, field: str, source: str, data: DataConfig, tokenizer: Tokenizer
+    index: _Index, split_source: _SplitSource, source: str, tokenizer: Tokenizer
 ) -> None:
     """Resets and masks need the id that ends documents; a user's indexed data may have another."""
+    data = split_source.data
     needed = data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss
     if needed and index.last_token != tokenizer.eod:
         raise ConfigError(
-            f"{field} = {source!r}: documents end with id {index.last_token}, but data.tokenizer = "
-            f"{data.tokenizer!r} ends them with {tokenizer.eod}, which the resets and masks of "
-            "data look for; name the tokenizer that wrote it"
+            f"{split_source.field} = {source!r}: documents end with id {index.last_token}, but "
+            f"data.tokenizer = {data.tokenizer!r} ends them with {tokenizer.eod}, which resets and "
+            "masks look for; name the tokenizer that wrote it"
         )
 
 
@@ -275,7 +278,7 @@ def _sum_per_document(values: np.ndarray, documents: np.ndarray) -> np.ndarray:
 
 
 def _check_tokens(
-    corpus: Corpus, split_source: _SplitSource, config: TrainConfig, sentences: int
+    corpus: Corpus, split_source: _SplitSource, model: ModelConfig, sentences: int
 ) -> None:
     """Refuse a corpus whose tokens megatron-core would repeat, or search for a sample for ever."""
     where = f"{split_source.field} = {corpus.source!r}"
@@ -288,12 +291,12 @@ def _check_tokens(
                 "split_sentences (--split-sentences)"
             )
         return
-    least = config.model.seq_length + 1
+    least = model.seq_length + 1
     if corpus.tokens < least:
         raise ConfigError(
             f"{where}: {corpus.tokens} tokens for {split_source.split}, less than one sequence, "
             f"model.seq_length + 1 = {least}; give more text, another data.split than "
-            f"{config.data.split}, or a smaller seq_length"
+            f"{split_source.data.split}, or a smaller seq_length"
         )
 
 

@@ -77,7 +77,7 @@ def check_same_batches(batches: Iterable[T], pg: ProcessGroups, *, count: int) -
         batch = next(iterator, None)
         mark = _ENDED if batch is None else fingerprint(batch)
         marks = gather_rows(torch.tensor([mark], device=pg.device), pg.world).flatten().cpu()
-        if (marks == _ENDED).any():
+        if batch is None or (marks == _ENDED).any():
             return
         _check_same_marks(marks, first_ranks, pg.groups)
         yield batch

@@ -17,7 +17,7 @@ from megafn.runtime.training.whole_logits import Output, whole_logits
 
 
 @torch.no_grad()
-def logits(state: State, tokens: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+def logits(state: State, tokens: torch.Tensor) -> Output:
     """Logits [batch, sequence, vocabulary] of tokens [batch, sequence], equal on every rank.
 
     For GPT those of the next token. For BERT those of each token itself (with the binary head a
@@ -74,9 +74,10 @@ def _outputs(state: State, step: Step, micro_batch: Batch) -> list[Output]:
 
 
 def _without_padding(whole: Output, length: int) -> Output:
+    """`whole` with its logits of tokens cut to the given length."""
     if isinstance(whole, tuple):
-        first, *others = whole
-        return (_without_padding(first, length), *others)
+        of_tokens, *others = whole
+        return (of_tokens[:, :length], *others)
     return whole[:, :length] if whole.dim() == 3 else whole
 
 
@@ -102,7 +103,8 @@ def generate(
     tokens = tokens.cpu()
     for _ in range(count):
         window = tokens[:, -state.config.model.seq_length :]
-        next_logits = logits(state, window)[:, -1].float().cpu()
+        of_tokens = logits(state, window)
+        next_logits = of_tokens[:, -1].float().cpu()
         next_tokens = _sample(next_logits, temperature, top_k, generator)
         tokens = torch.cat([tokens, next_tokens], dim=1)
     return tokens

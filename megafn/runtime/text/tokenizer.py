@@ -97,8 +97,8 @@ def _decode_bytes(ids: Iterable[int]) -> str:
 
 # usual names in the vocabularies of BERT, T5, GPT and Llama; the first that is there counts
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+_PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>")
 _SPECIAL_NAMES = {
-    "pad": ("[PAD]", "<pad>", "<|pad|>"),
     "cls": ("[CLS]", "<s>"),
     "sep": ("[SEP]", "</s>"),
     "mask": ("[MASK]", "<mask>"),
@@ -129,9 +129,8 @@ def load_tokenizer(name: str) -> Tokenizer:
             f"data.tokenizer = {name!r}: it has no token that ends a document; "
             f"add one of {', '.join(_EOD_NAMES)}"
         )
+    pad = _first_id(vocabulary, _PAD_NAMES)
     special = {key: _first_id(vocabulary, names) for key, names in _SPECIAL_NAMES.items()}
-    if special["pad"] is None:
-        special["pad"] = -1
     sentinels = [f"<extra_id_{i}>" for i in range(100)]
     return Tokenizer(
         name=name,
@@ -139,6 +138,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         encode=partial(_encode_with, tokenizer),
         decode=partial(_decode_with, tokenizer),
         eod=eod,
+        pad=-1 if pad is None else pad,
         **special,
         additional_special_tokens_ids=tuple(
             vocabulary[sentinel] for sentinel in sentinels if sentinel in vocabulary

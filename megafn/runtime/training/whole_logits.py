@@ -15,7 +15,7 @@ from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.tensor_collectives import gather_rows
 
 # what a model puts out for a micro-batch: a tensor, or a tuple of outputs
-Output: TypeAlias = "torch.Tensor | tuple[Output, ...] | None"
+Output: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def whole_logits(
     logits = None
     if pg.is_last_stage:
         join = partial(_join, vocab_size=config.model.vocab_size, pg=pg)
-        logits = _map(join, tuple(outputs))
+        logits = tuple(_map(join, output) for output in outputs)
     if every_stage and pg.pp.size() > 1:
         logits = _broadcast_from_last_stage(logits, pg)
     return logits
@@ -42,10 +42,8 @@ def whole_logits(
 
 def _map(function: Callable[[torch.Tensor], torch.Tensor], value: Output) -> Output:
     """`value` with the function applied to each of its tensors."""
-    if value is None:
-        return None
     if isinstance(value, tuple):
-        return tuple(_map(function, item) for item in value)
+        return tuple(function(tensor) for tensor in value)
     return function(value)
 
 
@@ -69,15 +67,24 @@ def _positions_of_rows(sequence: int, pg: ProcessGroups) -> torch.Tensor:
     return torch.cat([cp_positions(sequence, size, rank, pg.device) for rank in range(size)])
 
 
-def _broadcast_from_last_stage(value: Output, pg: ProcessGroups) -> Output:
+def _broadcast_from_last_stage(
+    logits: tuple[Output, ...] | None, pg: ProcessGroups
+) -> tuple[Output, ...]:
+    """The last stage's logits, on every stage; other stages pass None."""
     last = dist.get_process_group_ranks(pg.pp)[-1]
-    shapes = [_map(lambda tensor: tensor.to("meta"), value)]
-    dist.broadcast_object_list(shapes, src=last, group=pg.pp, device=pg.device)
-    if value is None:
-        value = _map(lambda tensor: torch.empty_like(tensor, device=pg.device), shapes[0])
+    on_meta = [None if logits is None else tuple(_map(_to_meta, item) for item in logits)]
+    dist.broadcast_object_list(on_meta, src=last, group=pg.pp, device=pg.device)
+    if logits is None:
+        allocate = partial(torch.empty_like, device=pg.device)
+        logits = tuple(_map(allocate, item) for item in on_meta[0])
 
     def broadcast(tensor: torch.Tensor) -> torch.Tensor:
         dist.broadcast(tensor, src=last, group=pg.pp)
         return tensor
 
-    return _map(broadcast, value)
+    return tuple(_map(broadcast, item) for item in logits)
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """Shape and dtype, without data."""
+    return tensor.to("meta")
