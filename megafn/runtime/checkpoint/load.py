@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
 from math import prod
@@ -155,11 +156,15 @@ class BoxReader:
 
 def _fill(state: State, path: Path, manifest: Mapping[str, Any]) -> None:
     """Copy the checkpoint into the state. Raises CheckpointError, on every rank, if one fails."""
-    kinds = {name.partition("/")[0] for name in manifest["tensors"]} - {"parameter"}
     problem = None
     try:
         with _open_boxes(path, manifest["tensors"]) as reader:
-            fill_state(state, partial(_copy_box, reader), sorted(kinds), manifest["optimizer_step"])
+            fill_state(
+                state,
+                partial(_copy_box, reader),
+                _kinds_by_name(manifest),
+                manifest["optimizer_step"],
+            )
     except (CheckpointError, SafetensorError, OSError) as error:
         # a custom model with other parameters, or a disk that fails now
         problem = f"{path} could not be read: {error}"
@@ -168,6 +173,16 @@ def _fill(state: State, path: Path, manifest: Mapping[str, Any]) -> None:
             raise CheckpointError(problem_of_rank)
     if manifest["grad_scaler"] is not None:
         set_loss_scale(state, manifest["grad_scaler"])
+
+
+def _kinds_by_name(manifest: Mapping[str, Any]) -> Mapping[str, list[str]]:
+    """What the optimizer keeps of each parameter: a chain of optimizers keeps different slots."""
+    kinds = defaultdict(list)
+    for tensor in sorted(manifest["tensors"]):
+        kind, _, name = tensor.partition("/")
+        if kind != "parameter":
+            kinds[name].append(kind)
+    return kinds
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ and reading a checkpoint is copying what overlaps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,18 +87,20 @@ def loss_scale(state: State) -> dict[str, float] | None:
 
 
 @torch.no_grad()
-def fill_state(state: State, copy: CopyBox, kinds: Iterable[str], step: int | None) -> None:
+def fill_state(
+    state: State, copy: CopyBox, kinds: Mapping[str, Sequence[str]], step: int | None
+) -> None:
     """Give every tensor of the state its value.
 
     copy(tensor, whole shape, box, target) copies a box into `target`. kinds: what the optimizer
-    keeps besides the parameters, empty before its first step. step: see `adam_step`.
+    keeps of a parameter, by its name; empty before the first step. step: see `adam_step`.
     """
     index = _index_optimizer(state.optimizer)
     for part in _parameters(state):
         shard = _shard_of(part.parameter, index)
         _fill_parameter(part, shard, copy)
         if shard is not None and part.parameter.requires_grad:
-            _fill_slots(part, shard, copy, kinds, step)
+            _fill_slots(part, shard, copy, kinds.get(part.name, ()), step)
 
 
 def set_loss_scale(state: State, values: Mapping[str, float]) -> None:
@@ -128,7 +130,7 @@ def _fill_slots(
     part: LocalParameter,
     shard: OptimizerShard,
     copy: CopyBox,
-    kinds: Iterable[str],
+    kinds: Sequence[str],
     step: int | None,
 ) -> None:
     shard.slots.clear()
@@ -137,7 +139,7 @@ def _fill_slots(
         for box, view in _views(part, slot, shard.start, shard.end):
             copy(f"{kind}/{part.name}", part.shape, box, view)
         shard.slots[kind] = slot
-    if step is not None:
+    if step is not None and "exp_avg" in kinds:
         # a tensor for each parameter, because it counts in place
         shard.slots["step"] = torch.full(
             (), float(step), dtype=torch.float32, device=shard.value.device
