@@ -202,7 +202,7 @@ class Attention(MegatronModule):
     def _with_causality(
         self, mask: torch.Tensor | None, positions: torch.Tensor
     ) -> torch.Tensor | None:
-        """A mask of keys [.., 1, sk]; in causal attention it hides keys after `positions` too."""
+        """A mask of keys [.., 1, sk]; if attention is causal, it hides keys after `positions`."""
         if mask is None or not self.causal or mask.size(-2) > 1:
             return mask
         keys = torch.arange(mask.size(-1), device=mask.device)

@@ -17,7 +17,6 @@ __all__ = [
     "ModelFunction",
     "MicroBatches",
     "OptimizerFunction",
-    "PrepareModel",
     "Sinks",
 ]
 
@@ -39,9 +38,6 @@ class ModelFunction(Protocol):
         vp_stage: int | None,
     ) -> torch.nn.Module: ...
 
-
-# config.prepare_model: (a function without arguments that builds the chunk) -> the chunk, prepared.
-PrepareModel = Callable[[Callable[[], torch.nn.Module]], torch.nn.Module]
 
 # Raw micro-batches of this rank's data-parallel position, as a DataLoader yields them: whatever
 # step.batch accepts.
