@@ -65,6 +65,22 @@ def test_examples_of_a_page_print_what_it_says(page):
     assert result.attempted > 0 and result.failed == 0
 
 
+def sections(page):
+    """{heading: the text below it} of a page."""
+    parts = re.split(r"^#+ (.+)\n", (DOCS / page).read_text(), flags=re.M)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+@pytest.mark.parametrize("heading", list(sections("extending.md"))[1:])
+def test_excerpts_of_the_extending_page_are_those_of_the_script_that_it_links(heading):
+    text = sections("extending.md")[heading]
+    (script,) = set(re.findall(r"\]\((scripts/\w+\.py)\)", text))
+    excerpts = re.findall(r"```python\n(.+?)```", text, re.S)
+    assert excerpts
+    for excerpt in excerpts:
+        assert excerpt in (DOCS / script).read_text()
+
+
 def test_the_readme_shows_the_quickstart_as_it_is():
     script = (DOCS / "scripts" / "quickstart.py").read_text().split('"""')[2].strip()
     assert script in (ROOT / "README.md").read_text()
@@ -95,16 +111,15 @@ def test_the_index_names_every_page_and_script():
 
 def tables(page):
     """{heading: [cells of each row]} of a page; the head of each table is left out."""
-    found = {}
+    rows = {}
     heading = ""
     for line in (DOCS / page).read_text().splitlines():
         if line.startswith("#"):
             heading = line.strip("# ")
         elif line.startswith("|"):
-            found.setdefault(heading, []).append(
-                [cell.strip() for cell in line.strip("|").split("|")]
-            )
-    return {heading: rows[2:] for heading, rows in found.items()}
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            rows.setdefault(heading, []).append(cells)
+    return {heading: table[2:] for heading, table in rows.items()}
 
 
 def shown(attribute):
@@ -153,7 +168,7 @@ def test_the_configuration_page_names_every_choice():
 
 def imports():
     """Modules of megatron.core that megafn's code imports, or imports from."""
-    found = set()
+    names = set()
     for path in (ROOT / "megafn").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron"):
@@ -167,12 +182,12 @@ def imports():
                     alias.name for alias in node.names
                 ] == ["random"]:
                     below = ["megatron.core.tensor_parallel.random"]
-                found.update(below)
+                names.update(below)
             elif isinstance(node, ast.Import):
-                found.update(
+                names.update(
                     alias.name for alias in node.names if alias.name.startswith("megatron")
                 )
-    return {name.removeprefix("megatron.core.") for name in found}
+    return {name.removeprefix("megatron.core.") for name in names}
 
 
 def test_the_megatron_core_page_names_every_module_that_is_imported_and_no_other():
@@ -219,12 +234,6 @@ def real_rooms():
     return {folder: modules - {"__init__"} for folder, modules in rooms.items()}
 
 
-def paragraphs():
-    """{heading of the architecture page: the text below it}."""
-    parts = re.split(r"^#+ (.+)\n", (DOCS / "architecture.md").read_text(), flags=re.M)[1:]
-    return dict(zip(parts[::2], parts[1::2], strict=True))
-
-
 def test_the_map_shows_every_folder_and_module_and_no_other():
     assert drawn_rooms() == real_rooms()
 
@@ -233,7 +242,7 @@ def test_the_map_shows_every_folder_and_module_and_no_other():
 def test_the_map_has_a_paragraph_for_each_folder_that_names_its_modules(folder):
     modules = drawn_rooms()[folder]
     if modules:
-        named = re.findall(r"`(\w+)`", paragraphs()[folder or "megafn"])
+        named = re.findall(r"`(\w+)`", sections("architecture.md")[folder or "megafn"])
         assert modules - set(named) == set()
 
 
@@ -245,7 +254,9 @@ def test_paths_in_the_architecture_page_exist():
 
 
 def test_imports_run_in_the_order_of_the_architecture_page():
-    order = re.findall(r"^\d+\. `([\w/]+)`$", paragraphs()["The order of imports"], re.M)
+    order = re.findall(
+        r"^\d+\. `([\w/]+)`$", sections("architecture.md")["The order of imports"], re.M
+    )
     rooms = {folder for folder, modules in real_rooms().items() if modules}
     assert set(order) == {folder for folder in rooms if folder not in ("", "commands")}
     for folder in order:
