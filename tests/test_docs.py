@@ -1,4 +1,5 @@
-"""The documentation says what the code does: its blocks run, its tables are the code's, its links lead somewhere."""
+"""The documentation says what the code does: its blocks run, its tables and its map are the code's,
+its links lead somewhere."""
 
 import ast
 import doctest
@@ -21,7 +22,8 @@ PAGES = sorted(DOCS.glob("*.md"))
 
 def python_of(page):
     """The Python blocks of a page as one script whose line numbers are the page's."""
-    lines, inside = [], False
+    lines = []
+    inside = False
     for line in page.read_text().splitlines():
         if line.startswith("```"):
             inside = line == "```python"
@@ -31,7 +33,7 @@ def python_of(page):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
 def run_page(name):
@@ -39,7 +41,8 @@ def run_page(name):
     import contextlib
     import io
 
-    page, printed = DOCS / name, io.StringIO()
+    page = DOCS / name
+    printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
         exec(compile(python_of(page), page, "exec"), {"__name__": "__main__"})
     return printed.getvalue()
@@ -47,10 +50,9 @@ def run_page(name):
 
 def test_the_tutorial_runs_as_it_stands(pool):
     printed, *others = pool(4, run_page, "tutorial.md")
-    assert (
-        re.findall(r"^ *(\d+)  loss \d", printed, re.M) == [str(i) for i in range(1, 9)]
-        and others == [""] * 3
-    )
+    iterations = re.findall(r"^ *(\d+)  loss \d", printed, re.M)
+    assert iterations == [str(i) for i in range(1, 9)]
+    assert others == [""] * 3
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,22 @@ def test_examples_of_a_page_print_what_it_says(page):
         str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE, encoding="utf-8"
     )
     assert result.attempted > 0 and result.failed == 0
+
+
+def sections(page):
+    """{heading: the text below it} of a page."""
+    parts = re.split(r"^#+ (.+)\n", (DOCS / page).read_text(), flags=re.M)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+@pytest.mark.parametrize("heading", list(sections("extending.md"))[1:])
+def test_excerpts_of_the_extending_page_are_those_of_the_script_that_it_links(heading):
+    text = sections("extending.md")[heading]
+    (script,) = set(re.findall(r"\]\((scripts/\w+\.py)\)", text))
+    excerpts = re.findall(r"```python\n(.+?)```", text, re.S)
+    assert excerpts
+    for excerpt in excerpts:
+        assert excerpt in (DOCS / script).read_text()
 
 
 def test_the_readme_shows_the_quickstart_as_it_is():
@@ -88,20 +106,20 @@ def test_the_index_names_every_page_and_script():
     assert pages == set(re.findall(r"\]\(([\w/-]+\.(?:md|py))\)", index))
 
 
-# ------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def tables(page):
     """{heading: [cells of each row]} of a page; the head of each table is left out."""
-    found, heading = {}, ""
+    rows = {}
+    heading = ""
     for line in (DOCS / page).read_text().splitlines():
         if line.startswith("#"):
             heading = line.strip("# ")
         elif line.startswith("|"):
-            found.setdefault(heading, []).append(
-                [cell.strip() for cell in line.strip("|").split("|")]
-            )
-    return {heading: rows[2:] for heading, rows in found.items()}
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            rows.setdefault(heading, []).append(cells)
+    return {heading: table[2:] for heading, table in rows.items()}
 
 
 def shown(attribute):
@@ -150,7 +168,7 @@ def test_the_configuration_page_names_every_choice():
 
 def imports():
     """Modules of megatron.core that megafn's code imports, or imports from."""
-    found = set()
+    names = set()
     for path in (ROOT / "megafn").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron"):
@@ -164,12 +182,12 @@ def imports():
                     alias.name for alias in node.names
                 ] == ["random"]:
                     below = ["megatron.core.tensor_parallel.random"]
-                found.update(below)
+                names.update(below)
             elif isinstance(node, ast.Import):
-                found.update(
+                names.update(
                     alias.name for alias in node.names if alias.name.startswith("megatron")
                 )
-    return {name.removeprefix("megatron.core.") for name in found}
+    return {name.removeprefix("megatron.core.") for name in names}
 
 
 def test_the_megatron_core_page_names_every_module_that_is_imported_and_no_other():
@@ -190,7 +208,67 @@ def test_what_the_megatron_core_page_says_of_megafn_is_there():
         assert why
 
 
-# --------------------------------------------------------------------------------------------------- docstrings
+# ---------------------------------------------------------------------------------------------- map
+
+PACKAGE = ROOT / "megafn"
+
+
+def drawn_rooms():
+    """{folder: its modules} in the tree of the architecture page; paths begin below megafn."""
+    tree = re.search(r"```\n(megafn/.+?)```", (DOCS / "architecture.md").read_text(), re.S)[1]
+    rooms = {}
+    folders = []
+    for line in tree.splitlines():
+        indent, folder, modules = re.fullmatch(r"([│├└─ ]*)(\w+)/ *(.*)", line).groups()
+        folders[len(indent) // 4 :] = [folder]
+        rooms["/".join(folders[1:])] = set(modules.split()) - {"__init__"}
+    return rooms
+
+
+def real_rooms():
+    """The same of the package itself."""
+    rooms = {}
+    for path in PACKAGE.rglob("*.py"):
+        folder = path.parent.relative_to(PACKAGE).as_posix()
+        rooms.setdefault("" if folder == "." else folder, set()).add(path.stem)
+    return {folder: modules - {"__init__"} for folder, modules in rooms.items()}
+
+
+def test_the_map_shows_every_folder_and_module_and_no_other():
+    assert drawn_rooms() == real_rooms()
+
+
+@pytest.mark.parametrize("folder", sorted(drawn_rooms()))
+def test_the_map_has_a_paragraph_for_each_folder_that_names_its_modules(folder):
+    modules = drawn_rooms()[folder]
+    if modules:
+        named = re.findall(r"`(\w+)`", sections("architecture.md")[folder or "megafn"])
+        assert modules - set(named) == set()
+
+
+def test_paths_in_the_architecture_page_exist():
+    page = (DOCS / "architecture.md").read_text()
+    paths = re.findall(r"`((?:pure|runtime)/[\w/]+(?:\.py)?)`", page)
+    assert len(paths) > 20
+    assert [path for path in paths if not (PACKAGE / path).exists()] == []
+
+
+def test_imports_run_in_the_order_of_the_architecture_page():
+    order = re.findall(
+        r"^\d+\. `([\w/]+)`$", sections("architecture.md")["The order of imports"], re.M
+    )
+    rooms = {folder for folder, modules in real_rooms().items() if modules}
+    assert set(order) == {folder for folder in rooms if folder not in ("", "commands")}
+    for folder in order:
+        for path in (PACKAGE / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.module.startswith("megafn."):
+                    module = node.module.removeprefix("megafn.").replace(".", "/")
+                    other = module if module in order else module.rpartition("/")[0]
+                    assert order.index(other) <= order.index(folder), f"{path}: {node.module}"
+
+
+# --------------------------------------------------------------------------------------- docstrings
 
 
 @pytest.mark.parametrize("name", mf.__all__)
