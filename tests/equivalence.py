@@ -41,6 +41,19 @@ def short(**changes):
     return tiny(**dict(steps=4, warmup_iters=1) | changes)
 
 
+def recomputation(layout):
+    """`tiny` gives num_layers to the model; here it is the recomputation's."""
+    return {
+        "recompute": mf.RecomputeConfig(
+            **{
+                key: layout.pop(key)
+                for key in list(layout)
+                if key in ("granularity", "method", "num_layers")
+            }
+        )
+    }
+
+
 def uneven(config, iteration):
     """One global batch as raw rows: tokens, labels, loss_mask [s] each; the masks are very uneven."""
     draw = torch.Generator().manual_seed(100 + iteration)

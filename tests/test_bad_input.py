@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 
 import attrs
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 import megafn as mf
+from indexed_data import indexed
 from megafn.__main__ import main
 from pool import PoolError, run_script
 
@@ -110,14 +109,6 @@ def test_all_problems_are_told_at_once_each_with_a_remedy():
 
 
 # --------------------------------------------------------------------------------------------------------- data
-
-
-def indexed(prefix, documents):
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
-    for ids in documents:
-        builder.add_document(np.array(ids), [len(ids)])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
 
 
 def bad_data(folder):

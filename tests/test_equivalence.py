@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import megafn as mf
-from equivalence import assert_equal, assert_obeys, run_layout, short, tiny, uneven
+from equivalence import assert_equal, assert_obeys, recomputation, run_layout, short, tiny, uneven
 from megafn.runtime.model.weights import local_parameters
 from megafn.runtime.parallel.megatron_context import megatron_context
+from single_steps import TOLERANCE, assert_close, halves, noisy
 
 
 @pytest.fixture(scope="session")
@@ -90,19 +91,6 @@ LAYOUTS = {  # name: (processes, layout, what it asks of the model)
     "full-block1-pp2-cp2": (4, dict(pp=2, cp=2, granularity="full", method="block")),
     "full-uniform-pp2-vpp2": (2, dict(pp=2, vpp=2, granularity="full")),
 }
-
-
-def recomputation(layout):
-    """`tiny` gives num_layers to the model; here it is the recomputation's."""
-    return {
-        "recompute": mf.RecomputeConfig(
-            **{
-                key: layout.pop(key)
-                for key in list(layout)
-                if key in ("granularity", "method", "num_layers")
-            }
-        )
-    }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -232,18 +220,6 @@ def test_bf16_errs_in_a_layout_as_in_one_process(processes, layout, pool, single
 
 # ------------------------------------------------------------------------------ the single process itself is right
 
-TOLERANCE = 1e-5  # of the largest value of a tensor
-
-
-def noisy(config, pg, **flags):
-    """The built-in model with all weights moved: a bias that is zero, or a norm that is one, would hide an error."""
-    stage = mf.build_chunk(config, pg, **flags)
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in stage.parameters():
-            parameter += torch.empty(parameter.shape).normal_(0, 0.1, generator=draw)
-    return stage
-
 
 def one_step(config, batch):
     """Loss, weights before and gradients of one step of one process, by name."""
@@ -271,21 +247,6 @@ def hugging_face_batch(*, padded=0):
     labels[1, : padded + 1] = -100
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": ids, "labels": labels, "attention_mask": mask, "position_ids": positions}
-
-
-def halves(batch):
-    """The same rows as two micro-batches."""
-    return [
-        {key: value[:2] for key, value in batch.items()},
-        {key: value[2:] for key, value in batch.items()},
-    ]
-
-
-def assert_close(name, ours, theirs):
-    apart, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert ours.shape == theirs.shape and size > 0 and apart < TOLERANCE * size, (
-        f"{name}: {apart} apart, of {size}"
-    )
 
 
 def step_config(**shape):
