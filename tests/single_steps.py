@@ -1,14 +1,18 @@
-"""One step of one process, held to what others compute: the model, its batches and the comparison."""
+"""One step of one process, held to what others compute: model, batches and the comparison."""
 
 import torch
 
 import megafn as mf
 
-TOLERANCE = 1e-5  # of the largest value of a tensor
+# Of the largest value of a tensor.
+TOLERANCE = 1e-5
 
 
 def noisy(config, pg, **flags):
-    """The built-in model with all weights moved: a bias that is zero, or a norm that is one, would hide an error."""
+    """The built-in model with all weights moved.
+
+    A bias of zero, or a norm of one, would hide an error.
+    """
     stage = mf.build_chunk(config, pg, **flags)
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a training step costs beside its mathematics: moves of numbers to the host, and pickled objects."""
+"""What a training step costs beside its mathematics: numbers moved to the host, pickled objects."""
 
 import contextlib
 import sys
