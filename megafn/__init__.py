@@ -4,6 +4,7 @@ The public API, loaded lazily: `import megafn` brings no torch until something t
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 _HOME = {
     "ModelConfig": "pure.config.records",
@@ -108,13 +109,163 @@ _HOME = {
 __all__ = list(_HOME)
 __version__ = "0.1.0"
 
+# Type checkers and editors read these imports; Python runs what follows `else`.
+if TYPE_CHECKING:
+    from megafn.pure.accelerate.plugin import from_plugin as from_plugin
+    from megafn.pure.accelerate.plugin_fields import from_env as from_env
+    from megafn.pure.config.problems import (
+        ConfigError as ConfigError,
+        Problem as Problem,
+    )
+    from megafn.pure.config.records import (
+        CheckpointConfig as CheckpointConfig,
+        DataConfig as DataConfig,
+        LogConfig as LogConfig,
+        ModelConfig as ModelConfig,
+        OptimizerConfig as OptimizerConfig,
+        ParallelConfig as ParallelConfig,
+        PrecisionConfig as PrecisionConfig,
+        RecomputeConfig as RecomputeConfig,
+        ScheduleConfig as ScheduleConfig,
+        TrainConfig as TrainConfig,
+        num_micro_batches as num_micro_batches,
+        padded_vocab_size as padded_vocab_size,
+    )
+    from megafn.pure.config.rule import (
+        Rule as Rule,
+        rule as rule,
+    )
+    from megafn.pure.config.serialization import (
+        dump_config as dump_config,
+        from_dict as from_dict,
+        load_config as load_config,
+        to_dict as to_dict,
+    )
+    from megafn.pure.families.built_in import sample_tokens as sample_tokens
+    from megafn.pure.families.family_spec import (
+        Constant as Constant,
+        FamilySpec as FamilySpec,
+        Normal as Normal,
+        StageLayout as StageLayout,
+    )
+    from megafn.pure.flops import training_flops as training_flops
+    from megafn.pure.layout import (
+        Coordinates as Coordinates,
+        Groups as Groups,
+        build_groups as build_groups,
+        coordinates as coordinates,
+        group_of as group_of,
+        rank_of as rank_of,
+    )
+    from megafn.pure.pipeline import (
+        Op as Op,
+        bubble as bubble,
+        check_order as check_order,
+        draw_pipeline as draw_pipeline,
+        peak_activations as peak_activations,
+        pipeline_order as pipeline_order,
+        timeline as timeline,
+    )
+    from megafn.pure.sampling import (
+        batch_indices as batch_indices,
+        sample_indices as sample_indices,
+        split_among_ranks as split_among_ranks,
+    )
+    from megafn.pure.schedule import (
+        LrWd as LrWd,
+        make_schedule as make_schedule,
+    )
+    from megafn.pure.validation.validate import (
+        check as check,
+        validate as validate,
+    )
+    from megafn.runtime.accelerate.train_steps import step_of as step_of
+    from megafn.runtime.checkpoint.atomic_files import CheckpointError as CheckpointError
+    from megafn.runtime.checkpoint.disk_format import latest as latest
+    from megafn.runtime.checkpoint.load import load as load
+    from megafn.runtime.checkpoint.save import save as save
+    from megafn.runtime.data.batches import (
+        batches as batches,
+        group_batches as group_batches,
+    )
+    from megafn.runtime.families.build import build_chunk as build_chunk
+    from megafn.runtime.families.built_in import (
+        family_of as family_of,
+        step_fn as step_fn,
+    )
+    from megafn.runtime.families.family import (
+        Family as Family,
+        FamilyData as FamilyData,
+    )
+    from megafn.runtime.families.step import Step as Step
+    from megafn.runtime.generation.generate import (
+        generate as generate,
+        logits as logits,
+    )
+    from megafn.runtime.metrics.records import (
+        Metrics as Metrics,
+        Report as Report,
+    )
+    from megafn.runtime.metrics.sinks import (
+        jsonl as jsonl,
+        progress as progress,
+        tensorboard as tensorboard,
+    )
+    from megafn.runtime.model.chunk import (
+        Chunk as Chunk,
+        ChunkFunctions as ChunkFunctions,
+        ChunkPlan as ChunkPlan,
+    )
+    from megafn.runtime.model.layers import (
+        layer_spec as layer_spec,
+        transformer_config as transformer_config,
+    )
+    from megafn.runtime.model.losses import (
+        Loss as Loss,
+        argmax as argmax,
+        avg_losses as avg_losses,
+        cross_entropy as cross_entropy,
+        gather as gather,
+        logsumexp as logsumexp,
+        token_loss as token_loss,
+    )
+    from megafn.runtime.model.state import State as State
+    from megafn.runtime.model.weights import (
+        initialize_weights as initialize_weights,
+        whole_parameters as whole_parameters,
+    )
+    from megafn.runtime.parallel.groups import (
+        ProcessGroups as ProcessGroups,
+        init_groups as init_groups,
+        world_size as world_size,
+    )
+    from megafn.runtime.text.indexing import (
+        demo_text as demo_text,
+        index_text as index_text,
+        read_documents as read_documents,
+    )
+    from megafn.runtime.text.tokenizer import (
+        Tokenizer as Tokenizer,
+        byte_tokenizer as byte_tokenizer,
+        load_tokenizer as load_tokenizer,
+    )
+    from megafn.runtime.training.fit import fit as fit
+    from megafn.runtime.training.replay import replay as replay
+    from megafn.runtime.training.setup import setup as setup
+    from megafn.runtime.training.step import (
+        evaluate as evaluate,
+        train_step as train_step,
+    )
+    from megafn.runtime.training.train import train as train
+else:
 
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module 'megafn' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"megafn.{_HOME[name]}"), name)
-    return value
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f"module 'megafn' has no attribute {name!r}")
+        value = getattr(import_module(f"megafn.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return [*globals(), *__all__]

@@ -8,14 +8,14 @@ import attrs
 import torch
 
 import megafn as mf
-import test_bert
-import test_t5
+import t5_rows
+from bert_rows import bert_rows
 from equivalence import local_parts, share, stack, tiny, uneven
 
 SP = dict(sequence_parallel=True)
 DIST = dict(use_distributed_optimizer=True)
 UNTIED = dict(tie_word_embeddings=False)
-T5 = test_t5.T5 | dict(num_query_groups=None)
+T5 = t5_rows.T5 | dict(num_query_groups=None)
 BERT = dict(family="bert", num_tokentypes=2, bert_binary_head=True)
 
 SAVED = 3  # the iteration of the checkpoint that `run` writes, of 6
@@ -30,7 +30,7 @@ def config_of(**changes):
 
 def as_of_two(config, iteration):
     """`uneven` as micro-batches of two rows would have it."""
-    data = {"gpt": uneven, "bert": test_bert.uneven, "t5": test_t5.pairs}[config.model.family]
+    data = {"gpt": uneven, "bert": bert_rows, "t5": t5_rows.pairs}[config.model.family]
     return data(attrs.evolve(config, micro_batch_size=2), iteration)
 
 
@@ -47,7 +47,7 @@ def probe(state):
 def probe_t5(state):
     """Logits of a batch: T5's decoder needs an input of its own."""
     asking = attrs.evolve(state, config=attrs.evolve(state.config, return_logits="every_stage"))
-    rows = test_t5.pairs(state.config, 0)[: state.config.micro_batch_size]
+    rows = t5_rows.pairs(state.config, 0)[: state.config.micro_batch_size]
     batch = stack([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
     (logits,) = mf.evaluate(asking, [[batch]], mf.step_fn("t5")).logits
     return logits[0]

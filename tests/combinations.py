@@ -10,12 +10,12 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 import megafn as mf
-import test_bert
-import test_t5
+from bert_rows import MASKED, PAIRS, bert_rows
 from equivalence import assert_equal, assert_errs_alike, run_layout, short, uneven
+from gpt_rows import alone_rows, document_rows, growing_rows, padded_rows
 from megafn.runtime.model.losses import cross_entropy
 from planted import planted
-from test_features import alone_rows, document_rows, growing_rows, padded_rows
+from t5_rows import T5, pairs
 
 # What makes a case differ from its single process; everything else both have.
 CUT = (
@@ -60,14 +60,14 @@ DATA = {
     "padded": padded_rows,
     "documents": document_rows,
     "growing": growing_rows,
-    "bert": test_bert.uneven,
-    "bert pairs": test_bert.uneven,
-    "t5": test_t5.pairs,
+    "bert": bert_rows,
+    "bert pairs": bert_rows,
+    "t5": pairs,
 }
 MODELS = {
-    "bert": test_bert.MASKED,
-    "bert pairs": test_bert.PAIRS,
-    "t5": test_t5.T5,
+    "bert": MASKED,
+    "bert pairs": PAIRS,
+    "t5": T5,
 }  # of GPT where it is not told
 
 

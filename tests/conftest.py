@@ -1,4 +1,7 @@
-"""The worker pool, and hypothesis's profiles: `ci` (the default) and `pytest --hypothesis-profile thorough`."""
+"""The worker pool, and hypothesis's profiles.
+
+`ci` is the default; `pytest --hypothesis-profile thorough` tries more examples.
+"""
 
 import pytest
 from hypothesis import settings
@@ -25,6 +28,9 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def pool():
-    """`pool(n, function, *args, timeout=120, **kwargs) -> [result of each rank]`; see `pool.worker_pool`."""
+    """`pool(n, function, *args, timeout=120, **kwargs) -> [result of each rank]`.
+
+    See `pool.worker_pool`.
+    """
     with worker_pool() as call:
         yield call

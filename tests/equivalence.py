@@ -1,7 +1,9 @@
-"""The law: a layout gives the single process's loss and grad norm at every step, and its parameters after the last.
+"""The law: every layout trains as the single process does.
 
-Functions that run in the pool's workers, and the comparison. Weights and data are functions of names and numbers, so
-every layout starts alike. The data is uneven on purpose: some micro-batches count one token, some every one.
+A layout gives the single process's loss and gradient norm at every step, and its parameters after
+the last one. Here are the functions that run in the pool's workers, and the comparison. Weights and
+data are functions of names and numbers, so every layout starts alike. The data is uneven on
+purpose: some micro-batches count one token, some every one.
 """
 
 import attrs
@@ -12,7 +14,8 @@ from megafn.pure.sampling import split_among_ranks
 from megafn.runtime.model.weights import LocalParameter, local_parameters
 
 LOSS = GRAD_NORM = 1e-4
-PARAMETER = 1e-3  # of the parameter's own largest update; needs eps = 1e-3 (at 1e-8 rounding alone fails it)
+# Of the parameter's own largest update. Needs eps = 1e-3: at 1e-8 rounding alone fails it.
+PARAMETER = 1e-3
 
 
 def tiny(*, steps=10, **changes):
@@ -41,8 +44,21 @@ def short(**changes):
     return tiny(**dict(steps=4, warmup_iters=1) | changes)
 
 
+def recomputation(layout):
+    """`tiny` gives num_layers to the model; here it is the recomputation's."""
+    return {
+        "recompute": mf.RecomputeConfig(
+            **{
+                key: layout.pop(key)
+                for key in list(layout)
+                if key in ("granularity", "method", "num_layers")
+            }
+        )
+    }
+
+
 def uneven(config, iteration):
-    """One global batch as raw rows: tokens, labels, loss_mask [s] each; the masks are very uneven."""
+    """One global batch as raw rows: tokens, labels, loss_mask, each [s]; masks are very uneven."""
     draw = torch.Generator().manual_seed(100 + iteration)
     model, n = config.model, config.global_batch_size
     text = torch.randint(0, model.vocab_size, (n, model.seq_length + 1), generator=draw)
@@ -52,7 +68,10 @@ def uneven(config, iteration):
             (row // config.micro_batch_size + iteration) % 4
         ]
         mask[row, torch.randperm(model.seq_length, generator=draw)[:counted]] = 1
-    return [{"tokens": x[:-1], "labels": x[1:], "loss_mask": m} for x, m in zip(text, mask)]
+    return [
+        {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": counted}
+        for ids, counted in zip(text, mask, strict=True)
+    ]
 
 
 def stack(rows):
@@ -70,7 +89,10 @@ def share(rows, config, pg):
 
 
 def local_parts(state):
-    """[(name, values here, whole shape, dim, stride, tp, tp_rank)] of every parameter that this process holds."""
+    """Every parameter that this process holds.
+
+    [(name, values here, whole shape, dim, stride, tp, tp_rank)]
+    """
     return [
         (
             part.name,
@@ -87,7 +109,10 @@ def local_parts(state):
 
 
 def run_layout(config, data=uneven, step=None):
-    """Trains a layout in this process group: curve [(loss, grad norm)], local parameters before and after."""
+    """Train a layout in this process group.
+
+    Returns (curve [(loss, grad norm)], local parameters before, local parameters after).
+    """
     with mf.init_groups(
         mf.build_groups(config.parallel, mf.world_size(), model=config.model), timeout_seconds=60
     ) as pg:
@@ -117,9 +142,10 @@ def named(local_parameters):
 
 
 def differences(reference, result):
-    """Largest difference of loss, of grad norm, and of parameters relative to their largest update, over one rank's result.
+    """One rank's largest differences from the reference: loss, grad norm and parameters.
 
-    Of a parameter the next number of fp32 is no difference: a norm's weight of 1 that clipping moved by 7e-5 cannot be told finer.
+    A parameter's is relative to its largest update. The next number of fp32 is no difference: a
+    norm's weight of 1 that clipping moved by 7e-5 has no finer steps.
     """
     (curve, before, after), (other, _, end) = reference, result
     old, new = named(before), named(after)
@@ -167,10 +193,11 @@ CURVE_BF16, PARAMETER_BF16, GRID = 8, 3, 2**-8
 
 
 def times_the_error(exact, one, result):
-    """A rank's errors in bf16 as multiples of those of the single process in bf16: of loss, of grad norm, the worst parameter's.
+    """A rank's errors in bf16 as multiples of the single process's in bf16.
 
-    exact: the single process in fp32. Errors are root mean squares over the steps, and distances of whole tensors, which
-    are stored on bf16's grid: half of its step is no error of anybody's.
+    Returns those of the loss, of the grad norm and of the worst parameter. exact: the single
+    process in fp32. Errors are root mean squares over the steps, and distances of whole tensors,
+    which are stored on bf16's grid: half of its step counts as no error.
     """
     curves = [torch.tensor(curve, dtype=torch.float64) for curve, *_ in (exact, one, result)]
     own, error = ((curve - curves[0]).square().mean(0).sqrt() for curve in curves[1:])
@@ -189,11 +216,13 @@ def times_the_error(exact, one, result):
 
 
 def assert_errs_alike(exact, one, results):
-    """In bf16 no rank errs by much more than the single process in bf16 does; both from the single process in fp32.
+    """In bf16 no rank errs by much more than the single process in bf16 does.
 
-    Fixed limits would be those of one machine: kernels of another round in another order. Where the single process is lucky, two
-    sums that are off by little, a layout's loss or norm was off by up to 4.2 times as much, a parameter, with many numbers, by 1.9: hence 8 and 3.
-    Of twelve planted bugs eleven put a parameter off by 6 to 150 times; one (rotary angles of local positions) is seen in fp32 alone.
+    Both errors are distances from the single process in fp32. Fixed limits would fit one machine
+    only: kernels of another round in another order. Where the single process is lucky, two sums
+    that are off by little, a layout's loss or norm was off by up to 4.2 times as much; a parameter,
+    which has many numbers, by 1.9: hence 8 and 3. Of twelve planted bugs eleven put a parameter off
+    by 6 to 150 times; one (rotary angles of local positions) is seen in fp32 only.
     """
     assert_starts_alike(one, results)
     for rank, result in enumerate(results):

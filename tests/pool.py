@@ -1,7 +1,7 @@
-"""Real processes for tests: a pool of workers that serves the whole test session, and a runner of whole scripts.
+"""Real processes for tests: a pool of workers that serves the whole session, and whole scripts.
 
-megafn keeps no global state, so one worker can run hundreds of layouts one after another; the pool checks after
-every call that nothing was left behind.
+megafn keeps no global state, so one worker can run hundreds of layouts one after another; the pool
+checks after every call that nothing was left behind.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class PoolError(RuntimeError):
     """A rank failed, hung or died; the text holds its traceback."""
 
 
-# ---------------------------------------------------------------------------------------------- in the workers
+# --------------------------------------------------------------------------------- in the workers
 
 
 def rng_states():
@@ -47,7 +47,10 @@ def rng_states():
 
 
 def clear_leftovers(rng_before):
-    """What the function left in the process, in words; process groups are destroyed, so that the next call starts clean."""
+    """What the function left in the process, in words.
+
+    Process groups are destroyed, so that the next call starts clean.
+    """
     import torch
     from megatron.core import parallel_state
 
@@ -71,14 +74,18 @@ def clear_leftovers(rng_before):
 
 
 def run_call(message):
-    """(True, result, when) or (False, traceback text, when) of one pickled call; the clock is the same for all processes."""
+    """(True, result, when) or (False, traceback text, when) of one pickled call.
+
+    The clock is the same for all processes.
+    """
     path, env, call = pickle.loads(message)
     sys.path[:] = path  # test modules are found as in the test process
     before = rng_states()
     with mock.patch.dict(os.environ, env):
         try:
             function, args, kwargs = pickle.loads(call)
-            # plain pickle copies tensors into the bytes; multiprocessing's would share memory through descriptors
+            # plain pickle copies tensors into the bytes; multiprocessing's would share memory
+            # through descriptors
             reply = True, pickle.dumps(function(*args, **kwargs)), time.monotonic()
         except BaseException:
             reply = False, traceback.format_exc(), time.monotonic()
@@ -101,10 +108,11 @@ def work(connection, trace_path):
         with contextlib.suppress(EOFError):
             while True:
                 connection.send(run_call(connection.recv_bytes()))
-                gc.collect()  # models in cycles hold their groups, whose threads wake 100 times a second
+                # models in cycles hold their groups, whose threads wake 100 times a second
+                gc.collect()
 
 
-# ------------------------------------------------------------------------------------------- in the test process
+# ---------------------------------------------------------------------------- in the test process
 
 
 def free_port():
@@ -132,11 +140,13 @@ def start_worker(context, trace_path):
 def worker_pool(size=8):
     """Yields `call(n, function, *args, timeout=120, **kwargs) -> [result of each of n ranks]`.
 
-    `function` stands at module level and runs in n processes, n at most `size`, with RANK, LOCAL_RANK, WORLD_SIZE,
-    MASTER_ADDR and MASTER_PORT set and no process group initialised. Results come back as copies.
+    `function` stands at module level and runs in n processes, n at most `size`, with RANK,
+    LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set and no process group initialised.
+    Results come back as copies.
 
-    Raises PoolError with the traceback of the first rank that failed, and what the others did. Ranks that don't come
-    back (within `timeout` seconds, or soon after another one failed) are killed; the next call starts fresh ones.
+    Raises PoolError with the traceback of the first rank that failed, and what the others did.
+    Ranks that don't come back (within `timeout` seconds, or soon after another one failed) are
+    killed; the next call starts fresh ones.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pool_preload"])
@@ -244,7 +254,10 @@ def worker_pool(size=8):
 
 
 def marked(mark):
-    """Ids of the running processes whose environment holds `mark` (torchrun gives each worker a session of its own)."""
+    """Ids of the running processes whose environment holds `mark`.
+
+    A process group would not do: torchrun gives each worker a session of its own.
+    """
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if mark.encode() in (entry / "environ").read_bytes():
@@ -252,10 +265,11 @@ def marked(mark):
 
 
 def run_script(args, nproc=None, timeout=120, env=None):
-    """Runs Python on `args` (a script and its arguments, or -c, -m ...) in a fresh process, or under torchrun in `nproc`.
+    """Run Python on `args` in a fresh process, or in `nproc` processes under torchrun.
 
-    Returns the CompletedProcess with stdout and stderr as text, whatever the exit code. After `timeout` seconds every
-    process of it is killed and subprocess.TimeoutExpired raised, its text included.
+    args: a script and its arguments, or -c, -m and so on. Returns the CompletedProcess with stdout
+    and stderr as text, whatever the exit code. After `timeout` seconds every process of it is
+    killed and subprocess.TimeoutExpired raised, its text included.
     """
     launcher = (
         []

@@ -1,6 +1,7 @@
-"""Imported once by the pool's fork server: what every worker needs, so that a worker starts in milliseconds.
+"""Imported once by the pool's fork server: what every worker needs.
 
-No process group, no CUDA context and no thread may come of it: the workers are forked from here.
+A worker then starts in milliseconds. No process group, no CUDA context and no thread may come of
+it: the workers are forked from here.
 """
 
 import importlib
@@ -41,9 +42,8 @@ with warnings.catch_warnings():
     for name in (*HEAVY, *megafn_modules()):
         try:
             importlib.import_module(name)
-        except (
-            Exception
-        ):  # a module that does not import fails in the test that wants it, with its own traceback
+        except Exception:
+            # a module that does not import fails in the test that uses it, with its own traceback
             pass
 
 torch.set_num_threads(1)

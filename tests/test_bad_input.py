@@ -1,4 +1,7 @@
-"""Bad input ends in one clear sentence that names field, value and remedy, on every rank, in seconds and never in a hang."""
+"""Bad input ends in one clear sentence that names field, value and remedy.
+
+On every rank, within seconds and never in a hang.
+"""
 
 import os
 import re
@@ -7,19 +10,18 @@ import time
 from pathlib import Path
 
 import attrs
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 import megafn as mf
+from indexed_data import indexed
 from megafn.__main__ import main
 from pool import PoolError, run_script
 
 REMEDY = re.compile(
-    r"\b(give|choose|start|set|name|write|remove|convert|raise|shorten|pad|pass|correct|leave|change|did you mean|"
-    r"must|expected|is wanted|are wanted|seed and shard|tokenise|mend|keep|lower)\b"
+    r"\b(give|choose|start|set|name|write|remove|convert|raise|shorten|pad|pass|correct|leave|change|"
+    r"did you mean|must|expected|is wanted|are wanted|seed and shard|tokenise|mend|keep|lower)\b"
 )
 
 
@@ -60,7 +62,7 @@ def assert_clear(text, *parts):
     assert REMEDY.search(text), text
 
 
-# --------------------------------------------------------------------------------- configs: before anything exists
+# ---------------------------------------------------------------- configs: before anything exists
 
 
 @pytest.mark.parametrize(
@@ -109,15 +111,7 @@ def test_all_problems_are_told_at_once_each_with_a_remedy():
         assert_clear(line, " = ")
 
 
-# --------------------------------------------------------------------------------------------------------- data
-
-
-def indexed(prefix, documents):
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
-    for ids in documents:
-        builder.add_document(np.array(ids), [len(ids)])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
+# ------------------------------------------------------------------------------------------- data
 
 
 def bad_data(folder):
@@ -217,7 +211,10 @@ def test_data_that_cannot_be_read_is_told_before_a_process_group_or_a_log_exists
 
 
 def refusals(mades):
-    """What `train` says to each of these, on this rank: its kind and its text; a rank that trains says None."""
+    """What `train` raises for each of these on this rank: the error's type and its text.
+
+    None if this rank trains.
+    """
     said = []
     for made in mades:
         try:
@@ -250,7 +247,7 @@ def test_every_rank_refuses_data_alike(pool, tmp_path):
             assert_clear(text, *parts)
 
 
-# ------------------------------------------------------------------------------------------- batches of one's own
+# --------------------------------------------------------------------------- batches of one's own
 
 IDS = torch.arange(64).reshape(2, 32)
 BATCHES = {
@@ -354,7 +351,10 @@ BATCHES = {
 
 
 def refused_batches(made):
-    """What is said to each of BATCHES, by name. All ranks see the same bad batch, and all must refuse it."""
+    """The error that each of BATCHES raises, by name.
+
+    All ranks see the same bad batch, and all must refuse it.
+    """
     said = {}
     with mf.init_groups(mf.build_groups(made.parallel, mf.world_size()), timeout_seconds=20) as pg:
         for name, (raw, _) in BATCHES.items():
@@ -420,7 +420,7 @@ def test_a_fractional_count_is_refused():
     )
 
 
-# -------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------ the command
 
 
 def toml(folder, text):
@@ -429,8 +429,8 @@ def toml(folder, text):
 
 
 TOML = (
-    "micro_batch_size = 2\nglobal_batch_size = 4\ntrain_iters = 2\n[model]\nnum_layers = 2\nhidden_size = 32\n"
-    "num_attention_heads = 4\nseq_length = 32\n"
+    "micro_batch_size = 2\nglobal_batch_size = 4\ntrain_iters = 2\n"
+    "[model]\nnum_layers = 2\nhidden_size = 32\nnum_attention_heads = 4\nseq_length = 32\n"
 )
 
 
@@ -493,7 +493,7 @@ def test_the_other_commands_too(arguments, parts, tmp_path, capsys, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-# ------------------------------------------------------------- whole runs under torchrun: each ends, and not with 0
+# ------------------------------------------- whole runs under torchrun: each ends, and not with 0
 
 
 def test_a_bad_config_ends_a_torchrun_in_seconds(tmp_path):
@@ -523,8 +523,14 @@ import megafn as mf
 
 config = mf.TrainConfig(
     model=mf.ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=32),
-    parallel=mf.ParallelConfig(pp=2), data=mf.DataConfig(train=mf.demo_text()), log=mf.LogConfig(progress=False),
-    micro_batch_size=2, global_batch_size=4, train_iters=100_000, timeout_seconds=float(sys.argv[2]))
+    parallel=mf.ParallelConfig(pp=2),
+    data=mf.DataConfig(train=mf.demo_text()),
+    log=mf.LogConfig(progress=False),
+    micro_batch_size=2,
+    global_batch_size=4,
+    train_iters=100_000,
+    timeout_seconds=float(sys.argv[2]),
+)
 
 def fault(metrics):
     if metrics.iteration == 3 and os.environ["RANK"] == "1":

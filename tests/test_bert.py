@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import megafn as mf
+from bert_rows import MASKED, PAIRS, bert_rows, labelled_rows
 from equivalence import (
     assert_equal,
     assert_obeys,
@@ -21,62 +22,9 @@ from equivalence import (
 )
 from megafn.runtime.model.weights import local_parameters
 from megafn.runtime.parallel.megatron_context import megatron_context
-from test_equivalence import assert_close, halves, noisy
+from single_steps import assert_close, halves, noisy
 
-MASKED = dict(family="bert")
-PAIRS = MASKED | dict(num_tokentypes=2, bert_binary_head=True)
 TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-
-def uneven(config, iteration):
-    """One global batch as raw rows, as megatron-core's dataset gives them; what counts is very
-    uneven over the micro-batches.
-
-    Some micro-batches predict one token, some every one; some have no pair that counts.
-    """
-    draw = torch.Generator().manual_seed(100 + iteration)
-    size, length, rows = config.model.vocab_size, config.model.seq_length, []
-    for row in range(config.global_batch_size):
-        turn = (row // config.micro_batch_size + iteration) % 4
-        n = length if turn == 1 else int(torch.randint(8, length, (), generator=draw))
-        masked = torch.zeros(length, dtype=torch.long)
-        masked[torch.randperm(n, generator=draw)[: (1, n, 3, n // 2)[turn]]] = 1
-        text, labels = torch.randint(0, size, (2, length), generator=draw)
-        order = -1 if turn == 2 else int(torch.randint(0, 2, (), generator=draw))
-        rows.append(
-            {
-                "text": text,
-                "labels": labels,
-                "loss_mask": masked,
-                "padding_mask": (torch.arange(length) < n).long(),
-                "types": (torch.arange(length) >= n // 2).long()
-                * (config.model.num_tokentypes > 0),
-                "is_random": torch.tensor(order),
-            }
-        )
-    return rows
-
-
-def labelled(config, iteration):
-    """The same rows as Hugging Face batches of fine-tuning: a label for each sequence, some of
-    which don't count."""
-    draw, model = torch.Generator().manual_seed(iteration), config.model
-
-    def label(row):
-        if model.problem_type == "regression":
-            return torch.randn(model.num_labels, generator=draw)
-        if model.problem_type == "multi_label_classification":
-            return torch.randint(0, 2, (model.num_labels,), generator=draw).float()
-        return (
-            torch.tensor(-100)
-            if row % 5 == 1
-            else torch.randint(0, model.num_labels, (), generator=draw)
-        )
-
-    return [
-        {"input_ids": row["text"], "attention_mask": row["padding_mask"], "labels": label(i)}
-        for i, row in enumerate(uneven(config, iteration))
-    ]
 
 
 @pytest.fixture(scope="session")
@@ -85,11 +33,11 @@ def alone(pool):
     return cache(lambda config, data: pool(1, run_layout, config, partial(as_of_two, data=data))[0])
 
 
-def as_of_two(config, iteration, data=uneven):
+def as_of_two(config, iteration, data=bert_rows):
     return data(attrs.evolve(config, micro_batch_size=2), iteration)
 
 
-def obeys(pool, alone, processes, base, layout, data=uneven, *, make=tiny):
+def obeys(pool, alone, processes, base, layout, data=bert_rows, *, make=tiny):
     results = pool(processes, run_layout, make(**base, **layout), partial(as_of_two, data=data))
     assert_obeys(partial(alone, data=data), make(**base), results)
 
@@ -162,7 +110,14 @@ def test_every_model_shape_obeys_the_law(shape, layout, pool, alone):
 )
 @pytest.mark.parametrize("kind", TYPES)
 def test_fine_tuning_obeys_the_law(kind, processes, layout, pool, alone):
-    obeys(pool, alone, processes, MASKED | dict(num_labels=3, problem_type=kind), layout, labelled)
+    obeys(
+        pool,
+        alone,
+        processes,
+        MASKED | dict(num_labels=3, problem_type=kind),
+        layout,
+        labelled_rows,
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,13 +134,13 @@ def test_bf16_errs_in_a_layout_as_in_one_process(processes, layout, pool, alone)
 )
 def test_recomputation_with_dropout_changes_no_bit(processes, layout, pool):
     base = PAIRS | dict(hidden_dropout=0.1, attention_dropout=0.1, steps=3) | layout
-    plain = pool(processes, run_layout, tiny(**base), uneven)
+    plain = pool(processes, run_layout, tiny(**base), bert_rows)
     assert (
         plain[0][0]
-        != pool(processes, run_layout, tiny(**base | dict(hidden_dropout=0.0)), uneven)[0][0]
+        != pool(processes, run_layout, tiny(**base | dict(hidden_dropout=0.0)), bert_rows)[0][0]
     )
     for recompute in (SELECTIVE, FULL):
-        recomputed = pool(processes, run_layout, tiny(**base, **recompute), uneven)
+        recomputed = pool(processes, run_layout, tiny(**base, **recompute), bert_rows)
         for (curve, _, end), (again, _, other) in zip(plain, recomputed, strict=True):
             assert curve == again and all(
                 torch.equal(a, b) for (_, a, *_), (_, b, *_) in zip(end, other, strict=True)
@@ -426,7 +381,7 @@ def beside_megatron(config, batch):
 def test_loss_and_gradients_are_those_of_megatron_cores_own_model(shape, pool):
     config = step_config(**shape)
     ours, theirs, same_count, gradients, expected = pool(
-        1, beside_megatron, config, stack(uneven(config, 1))
+        1, beside_megatron, config, stack(bert_rows(config, 1))
     )[0]
     assert (
         ours == pytest.approx(theirs, rel=1e-5)
@@ -448,7 +403,7 @@ def logits_of(config, data, every_stage):
         state, batch = mf.setup(config, pg), share(data(config, 0), config, pg)
         report = mf.evaluate(state, [batch], mf.step_fn("bert"))
         found = mf.logits(
-            state, uneven(config, 0)[0]["text"][None, :27]
+            state, bert_rows(config, 0)[0]["text"][None, :27]
         )  # under sequence and context parallelism it is padded
         _, metrics = mf.train_step(state, batch, mf.step_fn("bert"))
         return pg.dp_rank, pg.is_last_stage or every_stage, metrics.logits, report.logits, (found,)
@@ -461,9 +416,9 @@ def logits_of(config, data, every_stage):
 @pytest.mark.parametrize(
     "base, data",
     [
-        (PAIRS, uneven),
-        (MASKED, uneven),
-        (MASKED | dict(num_labels=3, problem_type="multi_label_classification"), labelled),
+        (PAIRS, bert_rows),
+        (MASKED, bert_rows),
+        (MASKED | dict(num_labels=3, problem_type="multi_label_classification"), labelled_rows),
     ],
     ids=["pairs", "masked", "labels"],
 )
@@ -534,7 +489,7 @@ def halfway(config, directory, at):
 
 def test_a_checkpoint_goes_on_in_another_layout(pool, alone, tmp_path):
     base = PAIRS | dict(tie_word_embeddings=False)
-    curve, before, after = alone(tiny(**base), data=uneven)
+    curve, before, after = alone(tiny(**base), data=bert_rows)
     pool(4, halfway, tiny(**base, tp=2, pp=2, **SP), tmp_path, 4)
     assert_equal((curve[4:], before, after), pool(2, halfway, tiny(**base, **DIST), tmp_path, None))
 
@@ -594,7 +549,7 @@ def means(config):
         state, step, batch = (
             mf.setup(config, pg),
             mf.step_fn("bert"),
-            share(uneven(config, 1), config, pg),
+            share(bert_rows(config, 1), config, pg),
         )
         with torch.no_grad(), megatron_context(pg, 1):
             (made,) = step.prepare_global_batch([step.batch(batch[0], config, pg)], pg)

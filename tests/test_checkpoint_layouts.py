@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 import megafn as mf
-import test_t5
 from checkpoint_runs import BERT, DIST, SAVED, SP, T5, UNTIED, config_of, run
 from equivalence import assert_equal
+from t5_rows import RELATIVE
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +67,7 @@ PAIRS = {
     "t5-relative-pp4-to-tp2-dp2-dist": (
         (4, dict(pp=4)),
         (4, dict(tp=2, **DIST)),
-        T5 | test_t5.RELATIVE,
+        T5 | RELATIVE,
     ),
     "t5-pp2-dp2-dist-to-one": ((4, dict(pp=2, **DIST)), ONE, T5),
     "t5-one-to-pp2-tp2-sp": (ONE, (4, dict(pp=2, tp=2, **SP)), T5 | UNTIED),

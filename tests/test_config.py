@@ -2,17 +2,13 @@
 
 import os
 import re
-import types
-from collections.abc import Callable
-from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import attrs
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
+from config_values import CONFIGS
 from megafn.pure.config import serialization
-from megafn.pure.config.family_record import FamilyRecord
 from megafn.pure.config.field_types import all_fields, has_type
 from megafn.pure.config.problems import ConfigError, Problem, did_you_mean
 from megafn.pure.config.records import (
@@ -27,36 +23,6 @@ from megafn.pure.config.serialization import dump_config, from_dict, load_config
 
 MODEL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32}
 RUN = {"model": MODEL, "micro_batch_size": 1, "global_batch_size": 8, "train_iters": 10}
-
-
-def values_of(kind: Any) -> st.SearchStrategy:
-    """Every value of a field's type, nan apart, which equals nothing."""
-    if kind in (int, float):
-        whole = st.integers(-(2**63), 2**63 - 1)
-        return whole if kind is int else st.floats(allow_nan=False) | whole
-    if kind in (bool, str, types.NoneType):
-        return {bool: st.booleans(), str: st.text(), types.NoneType: st.none()}[kind]
-    if kind is FamilyRecord or get_origin(kind) is Callable:
-        return st.nothing()  # no file holds one
-    if get_origin(kind) in (Union, types.UnionType):
-        return st.one_of(*map(values_of, get_args(kind)))
-    if get_origin(kind) is tuple:
-        first, *rest = get_args(kind)
-        return (
-            st.lists(values_of(first)).map(tuple)
-            if rest == [...]
-            else st.tuples(*map(values_of, get_args(kind)))
-        )
-    return configs_of(kind)
-
-
-def configs_of(cls: type) -> st.SearchStrategy:
-    return st.fixed_dictionaries(
-        {name: values_of(kind) for name, kind in get_type_hints(cls).items()}
-    ).map(lambda f: cls(**f))
-
-
-CONFIGS = configs_of(TrainConfig)
 
 
 @given(CONFIGS)

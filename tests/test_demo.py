@@ -1,4 +1,7 @@
-"""The demo of each family runs as `make demo` runs it, in a few iterations: table, samples, picture and logs."""
+"""The demo of each family runs as `make demo` runs it, in a few iterations.
+
+Its table, samples, picture and logs are there.
+"""
 
 import contextlib
 import io

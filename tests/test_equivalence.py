@@ -1,4 +1,7 @@
-"""The law: every layout trains as the single process does; and the single process computes what others say a GPT computes."""
+"""The law: every layout trains as the single process does.
+
+And the single process computes what others say a GPT computes.
+"""
 
 from functools import cache
 
@@ -8,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import megafn as mf
-from equivalence import assert_equal, assert_obeys, run_layout, short, tiny, uneven
+from equivalence import assert_equal, assert_obeys, recomputation, run_layout, short, tiny, uneven
 from megafn.runtime.model.weights import local_parameters
 from megafn.runtime.parallel.megatron_context import megatron_context
+from single_steps import TOLERANCE, assert_close, halves, noisy
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +37,7 @@ def obeys(pool, single, processes, base, layout, *, make=tiny, **tolerances):
     )
 
 
-# ------------------------------------------------------------------------------------------------------ layouts
+# ---------------------------------------------------------------------------------------- layouts
 
 SP, DIST, DEEP = (
     dict(sequence_parallel=True),
@@ -92,19 +96,6 @@ LAYOUTS = {  # name: (processes, layout, what it asks of the model)
 }
 
 
-def recomputation(layout):
-    """`tiny` gives num_layers to the model; here it is the recomputation's."""
-    return {
-        "recompute": mf.RecomputeConfig(
-            **{
-                key: layout.pop(key)
-                for key in list(layout)
-                if key in ("granularity", "method", "num_layers")
-            }
-        )
-    }
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_trains_as_the_single_process_does(name, pool, single):
     processes, layout, *base = LAYOUTS[name]
@@ -112,7 +103,7 @@ def test_a_layout_trains_as_the_single_process_does(name, pool, single):
     obeys(pool, single, processes, *(base or [{}]), layout | recomputation(layout))
 
 
-# ------------------------------------------------------------------------------------------------- model shapes
+# ----------------------------------------------------------------------------------- model shapes
 
 GPT2 = dict(
     position_embedding="learned_absolute",
@@ -154,7 +145,8 @@ def test_every_model_shape_obeys_the_law(shape, layout, pool, single):
     if shape in ("gpt2", "llama") and layout == "tp2-cp2-dist":
         made |= SP | dict(pp=2)  # the two shapes that most models have: over 8 processes
         return obeys(pool, single, 8, SHAPES[shape], made, make=short)
-    # ReLU's derivative jumps: an activation within rounding of 0 may fall on either side of it (1.3e-3 seen, norms at 3e-6)
+    # ReLU's derivative jumps: an activation within rounding of 0 may fall on either side of it
+    # (1.3e-3 seen, norms at 3e-6)
     obeys(
         pool,
         single,
@@ -166,7 +158,7 @@ def test_every_model_shape_obeys_the_law(shape, layout, pool, single):
     )
 
 
-# ------------------------------------------------------------------------------- optimizers, schedules, cutting
+# ----------------------------------------------------------------- optimizers, schedules, cutting
 
 
 @pytest.mark.parametrize(
@@ -211,14 +203,17 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(
 
 
 def test_the_law_can_be_broken(pool, single):
-    """Data, weights or a learning rate that differ a little fail it: the comparison sees what it should."""
+    """Data, weights or a learning rate that differ a little fail it.
+
+    So the comparison sees what it should.
+    """
     reference = single(tiny())
     for changes in (dict(seed=4321), dict(lr=1.01e-2), dict(weight_decay=0.2), dict(eps=1.1e-3)):
         with pytest.raises(AssertionError):
             assert_equal(reference, [single(tiny(**changes))])
 
 
-# --------------------------------------------------------------------------------------------------------- bf16
+# ------------------------------------------------------------------------------------------- bf16
 
 
 @pytest.mark.parametrize(
@@ -230,19 +225,7 @@ def test_bf16_errs_in_a_layout_as_in_one_process(processes, layout, pool, single
     obeys(pool, single, processes, dict(dtype="bf16"), layout)
 
 
-# ------------------------------------------------------------------------------ the single process itself is right
-
-TOLERANCE = 1e-5  # of the largest value of a tensor
-
-
-def noisy(config, pg, **flags):
-    """The built-in model with all weights moved: a bias that is zero, or a norm that is one, would hide an error."""
-    stage = mf.build_chunk(config, pg, **flags)
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in stage.parameters():
-            parameter += torch.empty(parameter.shape).normal_(0, 0.1, generator=draw)
-    return stage
+# ------------------------------------------------------------- the single process itself is right
 
 
 def one_step(config, batch):
@@ -262,7 +245,10 @@ def one_step(config, batch):
 
 
 def hugging_face_batch(*, padded=0):
-    """input_ids, labels and attention_mask [4, 32]; some labels don't count, one row has `padded` tokens on its left."""
+    """input_ids, labels and attention_mask, each [4, 32].
+
+    Some labels don't count, and one row has `padded` tokens on its left.
+    """
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(0, 97, (4, 32), generator=draw)
     labels = ids.masked_fill(torch.rand(4, 32, generator=draw) < 0.3, -100)
@@ -273,28 +259,19 @@ def hugging_face_batch(*, padded=0):
     return {"input_ids": ids, "labels": labels, "attention_mask": mask, "position_ids": positions}
 
 
-def halves(batch):
-    """The same rows as two micro-batches."""
-    return [
-        {key: value[:2] for key, value in batch.items()},
-        {key: value[2:] for key, value in batch.items()},
-    ]
-
-
-def assert_close(name, ours, theirs):
-    apart, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert ours.shape == theirs.shape and size > 0 and apart < TOLERANCE * size, (
-        f"{name}: {apart} apart, of {size}"
-    )
-
-
 def step_config(**shape):
-    """One step of one process in two micro-batches, nothing clipped: `main_grad` is the gradient."""
+    """One step of one process in two micro-batches.
+
+    Nothing is clipped: `main_grad` is the gradient.
+    """
     return tiny(steps=1, global_batch_size=4, clip_grad=0.0, warmup_iters=None, **shape)
 
 
 def plain_gpt(weights, model, tokens):
-    """Logits [batch, sequence, vocabulary] as a textbook has them: no parallelism, no fused attention."""
+    """Logits [batch, sequence, vocabulary] as a textbook has them.
+
+    No parallelism, no fused attention.
+    """
     batch, length = tokens.shape
     heads, groups, size = model.num_attention_heads, model.query_groups, model.head_size
     activation = {
@@ -384,7 +361,10 @@ def test_the_single_process_computes_what_a_textbook_gpt_does(shape, pool):
 
 
 def as_gpt2(whole, model):
-    """Weights (or gradients) under the names of transformers' GPT-2, whose linear layers are stored [in, out]."""
+    """Weights (or gradients) under the names of transformers' GPT-2.
+
+    Its linear layers are stored [in, out].
+    """
     heads, size = model.num_attention_heads, model.head_size
 
     def qkv(value):  # [heads, (q, k, v), size] -> [(q, k, v), heads, size]
@@ -497,7 +477,10 @@ def test_loss_and_gradients_are_those_of_transformers(family, padded, pool):
 
 
 def beside_megatron(config, tokens):
-    """Logits of the built-in stage and of megatron-core's own GPTModel with the same weights, [s, b, vocabulary / tp] each."""
+    """Logits of the built-in stage and of megatron-core's own GPTModel with the same weights.
+
+    [s, b, vocabulary / tp] each.
+    """
     from megatron.core.models.gpt import GPTModel  # warns that Apex is not there
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 

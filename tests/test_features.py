@@ -12,8 +12,10 @@ import torch.nn.functional as F
 
 import megafn as mf
 from equivalence import assert_equal, local_parts, run_layout, share, short, uneven
+from gpt_rows import alone_rows, document_rows, growing_rows, key_rows, padded_rows
 from megafn.runtime.model.layers import Attention
 from megafn.runtime.parallel.megatron_context import megatron_context
+from step_runs import metrics_of, refused
 
 SP, DIST = dict(sequence_parallel=True), dict(use_distributed_optimizer=True)
 ROPE = dict(position_embedding="rope")
@@ -27,63 +29,6 @@ def obeys(pool, processes, base, layout, data):
 
 
 # ------------------------------------------------------------------------ masks, positions, lengths
-
-
-def padded_rows(config, iteration, *, positions=True):
-    """Hugging Face rows, some padded on their left and some on their right; some labels -100."""
-    rows = []
-    for i, row in enumerate(uneven(config, iteration)):
-        s, left, right = config.model.seq_length, (0, 7, 0, 20)[i % 4], (0, 0, 5, 3)[i % 4]
-        mask = torch.ones(s, dtype=torch.long)
-        mask[:left], mask[s - right :] = 0, 0
-        labels = row["tokens"].masked_fill((mask == 0) | (row["tokens"] % 5 == 0), -100)
-        rows.append({"input_ids": row["tokens"], "labels": labels, "attention_mask": mask})
-        if positions:
-            rows[-1]["position_ids"] = (mask.cumsum(0) - 1).clamp(min=0)
-    return rows
-
-
-def document_rows(config, iteration):
-    """Rows of three documents each, as megatron-core's dataset gives them with its resets: masks
-    [1, s, s], positions anew."""
-    rows = uneven(config, iteration)
-    for i, row in enumerate(rows):
-        s = config.model.seq_length
-        cut = torch.tensor([3 + i, 17 + i // 2])
-        document = (torch.arange(s)[:, None] >= cut).sum(1)
-        row["attention_mask"] = ~((document[:, None] == document) & torch.ones(s, s).tril().bool())[
-            None
-        ]
-        row["position_ids"] = torch.arange(s) - F.pad(cut, (1, 0))[document]
-    return rows
-
-
-def key_rows(config, iteration):
-    """Masks [1, 1, s] that hide keys alone; the first token is always seen."""
-    rows = uneven(config, iteration)
-    for i, row in enumerate(rows):
-        row["attention_mask"] = (torch.arange(config.model.seq_length) % (3 + i % 3) == 2)[
-            None, None
-        ]
-    return rows
-
-
-def growing_rows(config, iteration):
-    """Rows whose length changes from micro-batch to micro-batch, and from one data-parallel rank to
-    the next."""
-    lengths = (8, 32, 16, 24, 32, 8, 8, 16)
-    return [
-        {
-            key: value[: lengths[(i // config.micro_batch_size + iteration) % 8]]
-            for key, value in row.items()
-        }
-        | {
-            "loss_mask": row["loss_mask"][: lengths[(i // config.micro_batch_size + iteration) % 8]]
-            .clone()
-            .index_fill_(0, torch.tensor(0), 1.0)
-        }
-        for i, row in enumerate(uneven(config, iteration))
-    ]
 
 
 @pytest.mark.parametrize(
@@ -124,15 +69,6 @@ def test_masks_and_positions_are_cut_as_the_sequence_is(kind, base, processes, l
 )
 def test_lengths_may_change_from_micro_batch_to_micro_batch(processes, layout, pool):
     obeys(pool, processes, {}, layout, growing_rows)
-
-
-def alone_rows(config, iteration, *, row=-1, position=-1):
-    """A global batch in which one token counts: the last position of the last row by default."""
-    rows = uneven(config, iteration)
-    for one in rows:
-        one["loss_mask"] = torch.zeros_like(one["loss_mask"])
-    rows[row]["loss_mask"][position] = 1
-    return rows
 
 
 @pytest.mark.parametrize(
@@ -181,26 +117,6 @@ def test_padding_changes_neither_logits_nor_loss(base, labels, pool):
 
 
 # ------------------------------------------------------------------------ counts, refusals, records
-
-
-def refused(config, batch, step):
-    """What this rank raises on a bad global batch, whether weights moved, and loss and grad norm of
-    a good step after it."""
-    with mf.init_groups(
-        mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=20
-    ) as pg:
-        state = mf.setup(config, pg)
-        before = local_parts(state)
-        with pytest.raises((ValueError, TypeError)) as told:
-            mf.train_step(state, share(batch, config, pg), step)
-        moved = not all(
-            torch.equal(a, b)
-            for (_, a, *_), (_, b, *_) in zip(before, local_parts(state), strict=True)
-        )
-        state, metrics = mf.train_step(
-            state, share(uneven(config, 0), config, pg), mf.step_fn("gpt")
-        )
-        return str(told.value), moved, (metrics.loss, metrics.grad_norm)
 
 
 @pytest.mark.parametrize(
@@ -295,34 +211,6 @@ def own_loss(logits, batch, pg, *, weight):
 
 
 OWN = mf.Step(batch=own_batch, forward=own_forward, loss=partial(own_loss, weight=1e-2))
-
-
-def metrics_of(config, step):
-    """(metrics of each step as a dict, times apart; the first state's fields before and after)."""
-    with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
-        state = first = mf.setup(config, pg)
-        fields, seen = attrs.asdict(first, recurse=False), []
-        for iteration in range(config.train_iters):
-            state, metrics = mf.train_step(
-                state, share(uneven(config, iteration), config, pg), step
-            )
-            seen.append(
-                {
-                    key: value
-                    for key, value in attrs.asdict(metrics).items()
-                    if key not in ("seconds", "tokens_per_second")
-                }
-            )
-        assert all(
-            value is fields[key] for key, value in attrs.asdict(first, recurse=False).items()
-        ), "the old record changed"
-        assert (first.iteration, first.consumed_samples) == (0, 0) and (
-            state.iteration,
-            state.consumed_samples,
-        ) == (4, 64)
-        with pytest.raises(attrs.exceptions.FrozenInstanceError):
-            state.iteration = 7
-        return seen
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Random products of layout, model and features obey the law; and where a bug is planted, they show it."""
+"""Random products of layout, model and features obey the law, and show planted bugs."""
 
 import json
 from itertools import count

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import indexed_data
 import megafn as mf
-import test_bad_input
 from megafn.runtime.data.batches import batches
 from pool import ROOT
 
@@ -279,7 +279,7 @@ def test_a_file_of_other_bytes_is_refused_as_toml(tmp_path_factory, junk, at):
 def indexed(tmp_path_factory):
     """The bytes of a sound indexed dataset: .bin, .idx."""
     prefix = tmp_path_factory.mktemp("indexed") / "a"
-    test_bad_input.indexed(prefix, [np.arange(length) % 50 for length in (3, 40, 1, 25, 60)])
+    indexed_data.indexed(prefix, [np.arange(length) % 50 for length in (3, 40, 1, 25, 60)])
     return prefix.with_suffix(".bin").read_bytes(), prefix.with_suffix(".idx").read_bytes()
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import megafn as mf
-import test_t5
 from equivalence import local_parts, run_layout, share, tiny, uneven
+from t5_rows import T5, pairs
 
 PACKAGE = Path(mf.__file__).parent
 
@@ -97,7 +97,7 @@ def models_alive(config, rows):
         (2, dict(pp=2, vpp=2), uneven),
         (2, dict(use_distributed_optimizer=True), uneven),
         (2, dict(use_distributed_optimizer=True, dtype="bf16"), uneven),
-        (4, test_t5.T5 | dict(pp=2, use_distributed_optimizer=True), test_t5.pairs),
+        (4, T5 | dict(pp=2, use_distributed_optimizer=True), pairs),
     ],
     ids=["single", "tp2-sp", "pp2-vpp2", "dp2-dist", "dp2-dist-bf16", "t5-pp2-dp2-dist"],
 )

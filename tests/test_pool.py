@@ -131,7 +131,8 @@ def test_a_failure_shows_its_rank_and_traceback_and_the_pool_goes_on(pool):
     pids = pool(2, pid)
     with pytest.raises(
         PoolError,
-        match=r"fail_on failed; rank 1 of 2: Traceback(.|\n)*in fail_on(.|\n)*ArithmeticError: rank 1 says no",
+        match=r"fail_on failed; rank 1 of 2: Traceback(.|\n)*in fail_on(.|\n)*"
+        r"ArithmeticError: rank 1 says no",
     ):
         pool(2, fail_on, 1)
     assert pool(2, pid) == pids
@@ -213,8 +214,10 @@ def test_scripts_run_under_torchrun():
 
 def test_a_script_that_hangs_is_killed_with_children_that_left_its_process_group():
     program = (
-        "import subprocess, sys, time\nsleep = [sys.executable, '-c', 'import time; time.sleep(1000)']\n"
-        "print(subprocess.Popen(sleep, start_new_session=True).pid, flush=True)\ntime.sleep(1000)"
+        "import subprocess, sys, time\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(1000)']\n"
+        "print(subprocess.Popen(sleep, start_new_session=True).pid, flush=True)\n"
+        "time.sleep(1000)"
     )
     with pytest.raises(subprocess.TimeoutExpired) as hung:
         run_script(["-c", program], timeout=2)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from config_values import CONFIGS
 from megafn.pure.config.field_types import all_fields
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import (
@@ -24,7 +25,6 @@ from megafn.pure.config.records import (
 from megafn.pure.layout import AXES, build_groups
 from megafn.pure.schedule import make_schedule
 from megafn.pure.validation.validate import check, validate
-from test_config import CONFIGS
 
 MODEL = ModelConfig(num_layers=8, hidden_size=64, num_attention_heads=8, seq_length=32)
 CONFIG = TrainConfig(
