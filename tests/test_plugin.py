@@ -727,7 +727,8 @@ def test_every_name_of_t5_reaches_the_config():
         made(model=t5, other_megatron_args={"encoder_num_layers": 5})
     with pytest.raises(
         ConfigError,
-        match="^pipeline_model_parallel_split_rank = 4: encoder and decoder have at least one stage each",
+        match="^pipeline_model_parallel_split_rank = 4: "
+        "encoder and decoder have at least one stage each",
     ):
         made(model=t5, world_size=4, pp_degree=4, pipeline_model_parallel_split_rank=4)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""`train` from end to end: what it tells, to whom, when, and where it writes it down; and the command."""
+"""`train` from end to end: what it reports, on which ranks, when and where; and the command."""
 
 import contextlib
 import io
@@ -49,7 +49,7 @@ def config(folder, *, valid_weight=200, log=(), data=True, **changes):
 
 
 def told(config, **arguments):
-    """What `train` tells this rank: its metrics, where the state ends, standard error, and warnings."""
+    """What `train` reports on this rank: metrics, the state's end, standard error, warnings."""
     seen, stderr = [], io.StringIO()
     with contextlib.redirect_stderr(stderr), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -72,7 +72,7 @@ def timeless(metrics):
     return attrs.evolve(metrics, seconds=0.0, tokens_per_second=0.0)
 
 
-# ------------------------------------------------------------------------------------------------- what is told
+# ---------------------------------------------------------------------------- what is reported
 
 
 def test_every_rank_is_told_the_same_and_evaluations_come_when_due(pool, tmp_path):
@@ -196,7 +196,7 @@ def test_a_number_that_json_lacks_is_null_and_a_second_run_appends(tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------ pieces of one's own
+# ------------------------------------------------------------------------- custom components
 
 
 def rows(seed, n):
@@ -282,7 +282,7 @@ def test_a_model_function_of_ones_own_builds_each_chunk(pool, tmp_path):
 
 
 def by_hand(made):
-    """The recipe in one's own loop: three steps with `train_step`, the rest with `fit`; and once more `evaluate`."""
+    """The recipe in a custom loop: three steps with `train_step`, the rest with `fit`, `evaluate`."""
     step, seen = mf.step_fn("gpt"), []
     with mf.init_groups(mf.build_groups(made.parallel, mf.world_size())) as pg:
         state = mf.setup(made, pg)
@@ -301,11 +301,13 @@ def by_hand(made):
 
 def test_train_equals_the_same_functions_called_by_hand(pool, tmp_path):
     made = config(tmp_path, parallel=mf.ParallelConfig(tp=2))
-    for (seen, report), (whole, *_) in zip(pool(2, by_hand, made), pool(2, told, made)):
+    for (seen, report), (whole, *_) in zip(
+        pool(2, by_hand, made), pool(2, told, made), strict=True
+    ):
         assert seen == list(map(timeless, whole)) and report == whole[-1].valid
 
 
-# -------------------------------------------------------------------------------------------------- one process
+# -------------------------------------------------------------------------------- one process
 
 
 def test_one_plain_process_needs_no_launcher_and_is_left_as_it_was(tmp_path, monkeypatch):
@@ -363,7 +365,7 @@ def test_the_loss_falls_on_real_text(pool):
     assert seen[-1].loss < 3.4 and seen[-1].valid.loss < 3.4
 
 
-# -------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------- the command
 
 
 def test_the_command_trains_from_a_file_in_a_plain_process(tmp_path):
