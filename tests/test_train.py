@@ -282,7 +282,7 @@ def test_a_model_function_of_ones_own_builds_each_chunk(pool, tmp_path):
 
 
 def by_hand(made):
-    """The recipe in a custom loop: three steps with `train_step`, the rest with `fit`, `evaluate`."""
+    """A custom loop: three steps with `train_step`, the rest with `fit`, and `evaluate`."""
     step, seen = mf.step_fn("gpt"), []
     with mf.init_groups(mf.build_groups(made.parallel, mf.world_size())) as pg:
         state = mf.setup(made, pg)
