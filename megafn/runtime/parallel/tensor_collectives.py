@@ -14,5 +14,6 @@ def gather_rows(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     if group.size() == 1:
         return tensor[None].clone()
     rows = tensor.new_empty(group.size(), *tensor.shape)
-    dist.all_gather_into_tensor(rows.flatten(0, 1), tensor, group=group)
+    # Not all_gather_into_tensor, which newer versions of torch call by another name.
+    dist.all_gather(list(rows.unbind(0)), tensor, group=group)
     return rows
