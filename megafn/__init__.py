@@ -179,6 +179,10 @@ if TYPE_CHECKING:
         check as check,
         validate as validate,
     )
+    from megafn.runtime.accelerate.collectives import (
+        avg_losses as avg_losses,
+        gather as gather,
+    )
     from megafn.runtime.accelerate.train_steps import step_of as step_of
     from megafn.runtime.checkpoint.atomic_files import CheckpointError as CheckpointError
     from megafn.runtime.checkpoint.disk_format import latest as latest
@@ -223,9 +227,7 @@ if TYPE_CHECKING:
     from megafn.runtime.model.losses import (
         Loss as Loss,
         argmax as argmax,
-        avg_losses as avg_losses,
         cross_entropy as cross_entropy,
-        gather as gather,
         logsumexp as logsumexp,
         token_loss as token_loss,
     )
@@ -239,11 +241,9 @@ if TYPE_CHECKING:
         init_groups as init_groups,
         world_size as world_size,
     )
-    from megafn.runtime.text.indexing import (
-        demo_text as demo_text,
-        index_text as index_text,
-        read_documents as read_documents,
-    )
+    from megafn.runtime.text.demo_text import demo_text as demo_text
+    from megafn.runtime.text.documents import read_documents as read_documents
+    from megafn.runtime.text.indexing import index_text as index_text
     from megafn.runtime.text.tokenizer import (
         Tokenizer as Tokenizer,
         byte_tokenizer as byte_tokenizer,
