@@ -402,9 +402,8 @@ def logits_of(config, data, every_stage):
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
         state, batch = mf.setup(config, pg), share(data(config, 0), config, pg)
         report = mf.evaluate(state, [batch], mf.step_fn("bert"))
-        found = mf.logits(
-            state, bert_rows(config, 0)[0]["text"][None, :27]
-        )  # under sequence and context parallelism it is padded
+        # 27 tokens: padded under sequence and context parallelism
+        found = mf.logits(state, bert_rows(config, 0)[0]["text"][None, :27])
         _, metrics = mf.train_step(state, batch, mf.step_fn("bert"))
         return pg.dp_rank, pg.is_last_stage or every_stage, metrics.logits, report.logits, (found,)
 
