@@ -5,13 +5,20 @@ And the single process computes what others say a GPT computes.
 
 from functools import cache
 
-import attrs
 import pytest
 import torch
 import torch.nn.functional as F
 
 import megafn as mf
-from equivalence import assert_equal, assert_obeys, recomputation, run_layout, short, tiny, uneven
+from equivalence import (
+    as_of_two,
+    assert_equal,
+    assert_obeys,
+    recomputation,
+    run_layout,
+    short,
+    tiny,
+)
 from megafn.runtime.model.weights import local_parameters
 from megafn.runtime.parallel.megatron_context import megatron_context
 from single_steps import TOLERANCE, assert_close, halves, noisy
@@ -21,11 +28,6 @@ from single_steps import TOLERANCE, assert_close, halves, noisy
 def single(pool):
     """The single process's run of a config, made once a session."""
     return cache(lambda config: pool(1, run_layout, config, as_of_two)[0])
-
-
-def as_of_two(config, iteration):
-    """`uneven` as micro-batches of two rows would have it, however the config cuts the batch."""
-    return uneven(attrs.evolve(config, micro_batch_size=2), iteration)
 
 
 def obeys(pool, single, processes, base, layout, *, make=tiny, **tolerances):
