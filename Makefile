@@ -6,13 +6,18 @@ FAMILY ?= gpt
 BIN = $(VENV)/bin
 RUN = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node
 
-.PHONY: demo test torture bench fuzz clean
+.PHONY: demo test lint torture bench fuzz clean
 
 demo: $(VENV)/demo            ## train a GPT (or FAMILY=bert, FAMILY=t5) on real text over 4 processes
 	$(RUN) 4 -m megafn demo --family $(FAMILY)
 
-test: $(VENV)/test            ## every test
+test: lint                    ## format, lint and types; then every test
 	$(BIN)/python -m pytest
+
+lint: $(VENV)/test            ## ruff and mypy, as pyproject.toml configures them
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 
 torture: $(VENV)/test         ## a training run killed 100 times, at random
 	MEGAFN_KILLS=100 $(BIN)/python -m pytest tests/test_checkpoint_kills.py -k killed

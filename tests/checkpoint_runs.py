@@ -10,7 +10,7 @@ import torch
 import megafn as mf
 import t5_rows
 from bert_rows import bert_rows
-from equivalence import local_parts, share, stack, tiny, uneven
+from equivalence import as_of_two, local_parts, share, stack, tiny, uneven
 
 SP = dict(sequence_parallel=True)
 DIST = dict(use_distributed_optimizer=True)
@@ -28,10 +28,10 @@ def config_of(**changes):
     return tiny(**dict(steps=6, num_query_groups=2, warmup_iters=1) | changes)
 
 
-def as_of_two(config, iteration):
-    """`uneven` as micro-batches of two rows would have it."""
+def rows_of(config, iteration):
+    """One global batch for the config's family, however the config cuts it."""
     data = {"gpt": uneven, "bert": bert_rows, "t5": t5_rows.pairs}[config.model.family]
-    return data(attrs.evolve(config, micro_batch_size=2), iteration)
+    return as_of_two(config, iteration, data)
 
 
 def probe(state):
@@ -70,7 +70,7 @@ def run(config, directory=None, at=None, stop=None):
             state = mf.load(state, directory)
             logits = probe(state)
         for iteration in range(state.iteration, stop or config.train_iters):
-            batch = share(as_of_two(config, iteration), config, pg)
+            batch = share(rows_of(config, iteration), config, pg)
             state, metrics = mf.train_step(state, batch, step)
             curve.append((metrics.loss, metrics.grad_norm))
             if state.iteration == at:
@@ -162,7 +162,7 @@ def loader(config, start=0, draw=0):
     """
     size = config.micro_batch_size
     for iteration in range(start, config.train_iters):
-        rows = as_of_two(config, iteration + draw)
+        rows = rows_of(config, iteration + draw)
         for i in range(0, len(rows), size):
             yield stack(rows[i : i + size])
 

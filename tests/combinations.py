@@ -64,11 +64,8 @@ DATA = {
     "bert pairs": bert_rows,
     "t5": pairs,
 }
-MODELS = {
-    "bert": MASKED,
-    "bert pairs": PAIRS,
-    "t5": T5,
-}  # of GPT where it is not told
+# GPT for any other data.
+MODELS = {"bert": MASKED, "bert pairs": PAIRS, "t5": T5}
 
 
 def whole_sum(here, pg):
@@ -116,7 +113,8 @@ def cases(draw, processes=(2, 2, 2, 4, 4, 4, 4, 8), data=tuple(DATA)):
     """A case that `validate` accepts; simpler ones come first, so that a failure shrinks to few
     features."""
     case = {"processes": draw(st.sampled_from(processes))}
-    left, case["data"] = case["processes"], draw(st.sampled_from(data))
+    left = case["processes"]
+    case["data"] = draw(st.sampled_from(data))
     for axis in draw(st.permutations(["tp", "pp", "cp"])):
         size = draw(st.sampled_from([n for n in (1, 2, 4) if left % n == 0 and n <= left]))
         left //= size
@@ -149,9 +147,8 @@ def cases(draw, processes=(2, 2, 2, 4, 4, 4, 4, 8), data=tuple(DATA)):
     maybe("normalization", "RMSNorm")
     maybe("activation", "swiglu", "geglu")
     maybe("num_query_groups", 2, 4)
-    if (
-        case.get("position_embedding") == "rope"
-    ):  # unturned, softmax is blind to the keys' bias, whose gradient is rounding
+    # without rotation, softmax is blind to the keys' bias, whose gradient is rounding
+    if case.get("position_embedding") == "rope":
         maybe("qk_layernorm", True)
     maybe("add_bias_linear", False)
     maybe("clip_grad", 0.0, 0.1)

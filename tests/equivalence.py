@@ -74,6 +74,11 @@ def uneven(config, iteration):
     ]
 
 
+def as_of_two(config, iteration, data=uneven):
+    """`data` as micro-batches of two rows would have it, however the config cuts the batch."""
+    return data(attrs.evolve(config, micro_batch_size=2), iteration)
+
+
 def stack(rows):
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 

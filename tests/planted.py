@@ -53,9 +53,8 @@ def patches(name):
     from megafn.runtime.training import forward_backward as passes
     from megafn.runtime.training import setup, step
 
-    finalize = import_module(
-        "megatron.core.distributed.finalize_model_grads"
-    )  # the package has a function of that name
+    # not `from ... import`: the package has a function of that name
+    finalize = import_module("megatron.core.distributed.finalize_model_grads")
     return {
         "tied table not summed over stages": lambda: [
             (finalize, "_allreduce_word_embedding_grads", nothing)

@@ -189,12 +189,13 @@ def worker_pool(size=8):
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
             }
-            with contextlib.suppress(
-                BrokenPipeError, ConnectionResetError
-            ):  # a dead worker: seen below
+            # a dead worker: seen below
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.send_bytes(pickle.dumps((sys.path, env, message)))
         waiting = {connection: rank for rank, (_, connection) in enumerate(workers[:n])}
-        results, failures, dead = [None] * n, [], []
+        results = [None] * n
+        failures = []
+        dead = []
         end = time.monotonic() + timeout
         while waiting:
             ready = multiprocessing.connection.wait(list(waiting), max(0.0, end - time.monotonic()))
@@ -206,20 +207,17 @@ def worker_pool(size=8):
                     good, reply, when = connection.recv()
                 except (EOFError, ConnectionResetError):
                     workers[rank][0].join(5)
-                    good, reply, when = (
-                        False,
-                        f"the worker died, exit code {workers[rank][0].exitcode}",
-                        0.0,
-                    )
+                    good = False
+                    reply = f"the worker died, exit code {workers[rank][0].exitcode}"
+                    when = 0.0
                     dead.append(rank)
                 if good:
                     results[rank] = pickle.loads(reply)
                 else:
                     failures.append((when, f"rank {rank} of {n}: {reply}"))
                     end = min(end, time.monotonic() + GRACE)
-        failures = [
-            text for _, text in sorted(failures)
-        ]  # the cause first: a death, then the earliest exception
+        # the cause first: a death, then the earliest exception
+        failures = [text for _, text in sorted(failures)]
         hung = sorted(waiting.values())
         if hung:
             why = (

@@ -548,12 +548,8 @@ mf.train(config, on_metrics=[fault])
     [
         ("SIGKILL", 4, 600, 15),
         ("raise", 2, 600, 15),
-        (
-            "SIGSTOP",
-            2,
-            8,
-            60,
-        ),  # 8 s until the other rank gives up, 30 s that torchrun leaves the stopped one to end
+        # 8 s until the other rank gives up, 30 s that torchrun leaves the stopped one to end
+        ("SIGSTOP", 2, 8, 60),
     ],
 )
 def test_a_rank_that_dies_or_hangs_ends_the_run(kind, nproc, timeout_seconds, within, tmp_path):

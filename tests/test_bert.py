@@ -11,6 +11,7 @@ import torch
 import megafn as mf
 from bert_rows import MASKED, PAIRS, bert_rows, labelled_rows
 from equivalence import (
+    as_of_two,
     assert_equal,
     assert_obeys,
     local_parts,
@@ -24,6 +25,7 @@ from megafn.runtime.model.weights import local_parameters
 from megafn.runtime.parallel.megatron_context import megatron_context
 from single_steps import assert_close, halves, noisy
 
+rows_of_two = partial(as_of_two, data=bert_rows)
 TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -31,10 +33,6 @@ TYPES = ("regression", "single_label_classification", "multi_label_classificatio
 def alone(pool):
     """The single process's run of a config, made once a session."""
     return cache(lambda config, data: pool(1, run_layout, config, partial(as_of_two, data=data))[0])
-
-
-def as_of_two(config, iteration, data=bert_rows):
-    return data(attrs.evolve(config, micro_batch_size=2), iteration)
 
 
 def obeys(pool, alone, processes, base, layout, data=bert_rows, *, make=tiny):
@@ -402,9 +400,8 @@ def logits_of(config, data, every_stage):
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
         state, batch = mf.setup(config, pg), share(data(config, 0), config, pg)
         report = mf.evaluate(state, [batch], mf.step_fn("bert"))
-        found = mf.logits(
-            state, bert_rows(config, 0)[0]["text"][None, :27]
-        )  # under sequence and context parallelism it is padded
+        # 27 tokens: padded under sequence and context parallelism
+        found = mf.logits(state, bert_rows(config, 0)[0]["text"][None, :27])
         _, metrics = mf.train_step(state, batch, mf.step_fn("bert"))
         return pg.dp_rank, pg.is_last_stage or every_stage, metrics.logits, report.logits, (found,)
 
@@ -465,8 +462,8 @@ def focal(output, batch, pg):
 )
 def test_a_loss_of_ones_own_obeys_the_law(processes, layout, pool):
     step = attrs.evolve(mf.step_fn("bert"), loss=focal, prepare_global_batch=None)
-    alone = pool(1, run_layout, tiny(**PAIRS), as_of_two, step)[0]
-    assert_equal(alone, pool(processes, run_layout, tiny(**PAIRS, **layout), as_of_two, step))
+    alone = pool(1, run_layout, tiny(**PAIRS), rows_of_two, step)[0]
+    assert_equal(alone, pool(processes, run_layout, tiny(**PAIRS, **layout), rows_of_two, step))
 
 
 def halfway(config, directory, at):
@@ -479,7 +476,7 @@ def halfway(config, directory, at):
             state = mf.load(state, directory)
         for iteration in range(state.iteration, at or config.train_iters):
             state, metrics = mf.train_step(
-                state, share(as_of_two(config, iteration), config, pg), mf.step_fn("bert")
+                state, share(rows_of_two(config, iteration), config, pg), mf.step_fn("bert")
             )
             curve.append((metrics.loss, metrics.grad_norm))
         if at is not None:
@@ -526,7 +523,7 @@ class Methods:
 
 
 def run_methods(config):
-    return run_layout(config, as_of_two, mf.step_of(config))
+    return run_layout(config, rows_of_two, mf.step_of(config))
 
 
 @pytest.mark.parametrize(
@@ -537,7 +534,7 @@ def test_accelerates_three_methods_train_a_bert(shape, processes, layout, pool):
     config = attrs.evolve(
         tiny(steps=3, **shape | dict(num_tokentypes=2), **layout), step_function=Methods
     )
-    plain = pool(1, run_layout, base, as_of_two)[0][0]
+    plain = pool(1, run_layout, base, rows_of_two)[0][0]
     for curve, *_ in pool(processes, run_methods, config):
         assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in plain], abs=1e-5)
 

@@ -5,13 +5,20 @@ And the single process computes what others say a GPT computes.
 
 from functools import cache
 
-import attrs
 import pytest
 import torch
 import torch.nn.functional as F
 
 import megafn as mf
-from equivalence import assert_equal, assert_obeys, recomputation, run_layout, short, tiny, uneven
+from equivalence import (
+    as_of_two,
+    assert_equal,
+    assert_obeys,
+    recomputation,
+    run_layout,
+    short,
+    tiny,
+)
 from megafn.runtime.model.weights import local_parameters
 from megafn.runtime.parallel.megatron_context import megatron_context
 from single_steps import TOLERANCE, assert_close, halves, noisy
@@ -21,11 +28,6 @@ from single_steps import TOLERANCE, assert_close, halves, noisy
 def single(pool):
     """The single process's run of a config, made once a session."""
     return cache(lambda config: pool(1, run_layout, config, as_of_two)[0])
-
-
-def as_of_two(config, iteration):
-    """`uneven` as micro-batches of two rows would have it, however the config cuts the batch."""
-    return uneven(attrs.evolve(config, micro_batch_size=2), iteration)
 
 
 def obeys(pool, single, processes, base, layout, *, make=tiny, **tolerances):
@@ -124,9 +126,8 @@ SHAPES = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "llama-tied": LLAMA | dict(tie_word_embeddings=True),
-    "qk-layernorm": dict(
-        qk_layernorm=True, position_embedding="rope"
-    ),  # unturned, the keys' bias has no gradient: softmax is blind to it
+    # without rotation the keys' bias has no gradient: softmax is blind to it
+    "qk-layernorm": dict(qk_layernorm=True, position_embedding="rope"),
     "qk-rmsnorm": LLAMA | dict(qk_layernorm=True),
     "qkv-bias": LLAMA | dict(add_qkv_bias=True),
     "rotary-half": dict(position_embedding="rope", rotary_percent=0.5, rotary_base=500.0),
@@ -312,14 +313,11 @@ def plain_gpt(weights, model, tokens):
     for i in range(model.num_layers):
         attention, mlp = f"decoder.layers.{i}.self_attention.", f"decoder.layers.{i}.mlp."
         qkv = linear(norm(x, f"decoder.layers.{i}.input_layernorm"), attention + "linear_qkv")
-        qkv = qkv.view(batch, length, groups, heads // groups + 2, size).transpose(
-            1, 2
-        )  # each group: queries, key, value
-        q, k, v = (
-            qkv[..., :-2, :].transpose(2, 3).reshape(batch, heads, length, size),
-            qkv[..., -2, :],
-            qkv[..., -1, :],
-        )
+        # each group: queries, key, value
+        qkv = qkv.view(batch, length, groups, heads // groups + 2, size).transpose(1, 2)
+        q = qkv[..., :-2, :].transpose(2, 3).reshape(batch, heads, length, size)
+        k = qkv[..., -2, :]
+        v = qkv[..., -1, :]
         if model.qk_layernorm:
             q, k = norm(q, attention + "q_layernorm"), norm(k, attention + "k_layernorm")
         if model.position_embedding == "rope":

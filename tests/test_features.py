@@ -106,9 +106,8 @@ def test_padding_changes_neither_logits_nor_loss(base, labels, pool):
         mask = F.pad(torch.ones_like(ids), (left, right))
         padded = {"input_ids": F.pad(ids, (left, right), value=13), "attention_mask": mask}
         if base == {}:
-            padded["position_ids"] = (mask.cumsum(1) - 1).clamp(
-                min=0
-            )  # a learned table must be told
+            # a learned table needs them
+            padded["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         if labels:
             padded["labels"] = F.pad(ids, (left, right), value=-100)
         loss2, count2, logits2 = pool(1, seen_logits, config, padded)[0]
@@ -359,9 +358,8 @@ def test_an_evaluation_drops_nothing(pool):
 
 # ------------------------------------------------------------------------------------------ dropout
 
-DROPOUT = dict(
-    hidden_dropout=0.1, attention_dropout=0.1, init_method_std=0.2
-)  # weights so large that a mask is felt
+# Weights so large that a mask changes the loss.
+DROPOUT = dict(hidden_dropout=0.1, attention_dropout=0.1, init_method_std=0.2)
 FULL, BLOCK, SELECTIVE = (
     mf.RecomputeConfig(granularity=g, method=m)
     for g, m in (("full", "uniform"), ("full", "block"), ("selective", "uniform"))
@@ -452,9 +450,8 @@ def masks(config):
 def test_heads_have_masks_of_their_own_and_the_hidden_state_one_for_all_of_tp(pool):
     drawn = pool(4, masks, short(tp=2, attention_dropout=0.5))
     heads = [head for found, *_ in drawn for head in found]
-    assert not any(
-        torch.equal(a, b) for i, a in enumerate(heads) for b in heads[:i]
-    )  # dp ranks differ as well
+    # dp ranks differ as well
+    assert not any(torch.equal(a, b) for i, a in enumerate(heads) for b in heads[:i])
     for _, hidden, place in drawn:
         for _, other, elsewhere in drawn:
             assert torch.equal(hidden, other) == (place.dp == elsewhere.dp)

@@ -37,9 +37,8 @@ def references():
     return {}
 
 
-@pytest.mark.timeout(
-    3600
-)  # many runs in one test: seconds each, more where other work shares the cores
+# many runs in one test: seconds each, more where other work shares the cores
+@pytest.mark.timeout(3600)
 def test_random_products_obey_the_law(pool, references, pytestconfig):
     @settings(max_examples=pytestconfig.getoption("cases"), suppress_health_check=list(HealthCheck))
     @given(cases())

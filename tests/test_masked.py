@@ -154,9 +154,8 @@ def test_the_share_that_is_masked_is_the_configs(tmp_path):
 
 def beside_megatron(made, folder):
     """Whether the first samples are those of megatron-core's own dataset through its cache."""
-    with mf.init_groups(
-        mf.build_groups(made.parallel, 1)
-    ):  # it asks torch.distributed for the rank
+    # megatron-core's dataset asks torch.distributed for the rank
+    with mf.init_groups(mf.build_groups(made.parallel, 1)):
         ours = build_dataset(made)
         kind, settings = (t5_data if made.model.family == "t5" else bert_data)(
             made, mf.byte_tokenizer()
@@ -268,10 +267,9 @@ def test_spans_put_back_for_their_sentinels_are_a_run_of_a_document(tmp_path):
     ],
 )
 def test_spans_that_find_no_place_are_refused_before_the_run(changes, told, tmp_path):
-    assert (
-        build_dataset(t5(tmp_path, decoder_seq_length=11))[0]
-        and build_dataset(t5(tmp_path, seq_length=48))[0]
-    )  # the last that do
+    # the last that find one
+    assert build_dataset(t5(tmp_path, decoder_seq_length=11))[0]
+    assert build_dataset(t5(tmp_path, seq_length=48))[0]
     with pytest.raises(mf.ConfigError, match=told):
         build_dataset(t5(tmp_path, **changes))
     assert [problem.field for problem in mf.validate(t5(tmp_path, seq_length=7), 1)] == [
@@ -334,9 +332,8 @@ def test_padding_is_hidden_whatever_its_id_and_words_are_masked_whole(pad, tmp_p
         assert int((whole == vocab["[SEP]"]).sum()) == 2 and int(real.nonzero().max()) == int(
             (whole == vocab["[SEP]"]).nonzero().max()
         )
-        word = (whole[:-1] == vocab["wo"]) & (
-            whole[1:] == vocab["##rd"]
-        )  # a sample may begin within a word
+        # a sample may begin within a word
+        word = (whole[:-1] == vocab["wo"]) & (whole[1:] == vocab["##rd"])
         assert torch.equal(row["loss_mask"][1:][word], row["loss_mask"][:-1][word])
 
 

@@ -69,9 +69,8 @@ def late(name, parameter):
 
 
 def no_decay(name, parameter):
-    return "layers.3." in name or name.startswith(
-        "embedding"
-    )  # norms elsewhere decay: the condition is all there is
+    # norms elsewhere decay: nothing but this condition decides
+    return "layers.3." in name or name.startswith("embedding")
 
 
 def conditions(**layout):
@@ -196,9 +195,8 @@ def test_logits_are_those_of_the_single_process_and_lie_where_they_are_asked_for
 
 def test_the_loss_can_be_computed_from_the_returned_logits(pool):
     seen, _ = pool(1, run, plugin(return_logits=True), valid=True)[0]
-    assert all(
-        metrics.valid is None or metrics.valid.logits is None for metrics in seen
-    )  # eval_iters of them would fill the memory
+    # eval_iters of them would fill the memory
+    assert all(metrics.valid is None or metrics.valid.logits is None for metrics in seen)
     batches = mf.group_batches(micro_batches(), 2)
     for metrics in seen:
         losses = [
@@ -470,9 +468,8 @@ def attentions(config):
 
 
 def test_all_that_can_be_logged_is_logged_and_tensorboard_reads_it(pool, tmp_path):
-    untied = attrs.evolve(
-        MODEL, tie_word_embeddings=False
-    )  # then a token that never comes has a row of zeros
+    # with a table of its own, a token that never comes has a row of zeros
+    untied = attrs.evolve(MODEL, tie_word_embeddings=False)
     fields = dict(
         model=untied,
         set_all_logging_options=True,
@@ -541,9 +538,10 @@ def test_all_that_can_be_logged_is_logged_and_tensorboard_reads_it(pool, tmp_pat
         assert [m.details["params_norm"] for m in rank[0]] == pytest.approx(
             [m.details["params_norm"] for m in single], rel=1e-4
         )
+        # some are zero by rounding
         assert [m.details["zeros_in_grad"] for m in rank[0]] == pytest.approx(
             [m.details["zeros_in_grad"] for m in single], abs=6
-        )  # some by rounding
+        )
         inputs = [raw["input_ids"][:, :-1] for raw in itertools.islice(micro_batches(), 2)]
         rows = 64 - len(torch.cat(inputs).unique())
         assert rows > 0

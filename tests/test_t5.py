@@ -377,9 +377,8 @@ def test_loss_and_gradients_are_those_of_transformers(tied, activation, theirs, 
             pad_token_id=0,
         )
     )
-    if (
-        not tied
-    ):  # from version 5 on it ties them whatever the config says, and only does not divide
+    if not tied:
+        # from version 5 on it ties them whatever the config says, and only does not divide
         reference.lm_head.weight = torch.nn.Parameter(torch.empty_like(reference.lm_head.weight))
     batch = hugging_face_batch()
     loss, weights, gradients = pool(1, one_step, config, halves(batch))[0]
@@ -437,9 +436,8 @@ def beside_megatron(config):
         stage = noisy(config, pg, pre_process=True, post_process=True, vp_stage=None)
         encoder, decoder = encoder_model_with_local_spec(), decoder_model_with_local_spec()
         cross = decoder.submodules.cross_attention.submodules
-        cross.linear_q = cross.linear_kv = partial(
-            cross.linear_q, tp_group=pg.tp
-        )  # it hands them none
+        # megatron-core passes them no group
+        cross.linear_q = cross.linear_kv = partial(cross.linear_q, tp_group=pg.tp)
         if model.position_embedding == "relative":
             for layer in (encoder, decoder):
                 layer.submodules.self_attention.submodules.core_attention = Biased
@@ -684,9 +682,10 @@ def counted(config):
         mf.init_groups(mf.build_groups(config.parallel, 1)) as pg,
         megatron_context(pg, 1),
         torch.no_grad(),
+        # the CPU's fused kernel is not counted
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
-    ):  # the CPU's fused kernel is not counted
+    ):
         stage = mf.build_chunk(config, pg, pre_process=True, post_process=True, vp_stage=None)
         stage(torch.zeros(2, 24, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long))
         return counter.get_total_flops()
