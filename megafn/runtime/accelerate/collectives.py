@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -43,14 +43,15 @@ def gather(tensors: Tree, group: dist.ProcessGroup) -> Tree:
 
 
 def _gather_tree(tensors: Any, group: dist.ProcessGroup) -> Any:
+    same_type: Callable[..., Any] = type(tensors)
     if isinstance(tensors, Tensor):
         return _gather_tensor(tensors, group)
     if isinstance(tensors, Mapping):
-        return type(tensors)({key: _gather_tree(value, group) for key, value in tensors.items()})
+        return same_type({key: _gather_tree(value, group) for key, value in tensors.items()})
     if isinstance(tensors, tuple) and hasattr(tensors, "_fields"):  # a named tuple
-        return type(tensors)(*(_gather_tree(value, group) for value in tensors))
+        return same_type(*(_gather_tree(value, group) for value in tensors))
     if isinstance(tensors, (tuple, list)):
-        return type(tensors)(_gather_tree(value, group) for value in tensors)
+        return same_type(_gather_tree(value, group) for value in tensors)
     raise TypeError(
         f"gather: expected a tensor, or a list, tuple or dict of tensors, "
         f"got {type(tensors).__name__}"

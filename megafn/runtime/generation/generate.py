@@ -103,8 +103,10 @@ def generate(
     tokens = tokens.cpu()
     for _ in range(count):
         window = tokens[:, -state.config.model.seq_length :]
-        of_tokens = logits(state, window)
-        next_logits = of_tokens[:, -1].float().cpu()
+        all_logits = logits(state, window)
+        # The type leaves room for BERT's tuple; a family that predicts the next token has a tensor.
+        assert isinstance(all_logits, torch.Tensor)
+        next_logits = all_logits[:, -1].float().cpu()
         next_tokens = _sample(next_logits, temperature, top_k, generator)
         tokens = torch.cat([tokens, next_tokens], dim=1)
     return tokens

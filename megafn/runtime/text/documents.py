@@ -18,7 +18,7 @@ SPLITS = ("train", "valid", "test")
 _SENTENCE_END = re.compile(r"""[.!?]['")\]]*\s+(?![a-z])|\n\s*\n\s*""")
 
 
-def read_documents(path: str | os.PathLike) -> Iterator[str]:
+def read_documents(path: str | os.PathLike[str]) -> Iterator[str]:
     """Read the documents of a UTF-8 text file, one at a time; leave out those of white space only.
 
     Form feeds ("\\f", ASCII's "new page") separate documents. Each line of a `.jsonl` file is an
@@ -38,7 +38,7 @@ def read_documents(path: str | os.PathLike) -> Iterator[str]:
         raise ConfigError(f"text file {path} holds no text; give one that does")
 
 
-def unreadable(path: str | os.PathLike, error: OSError) -> ConfigError:
+def unreadable(path: str | os.PathLike[str], error: OSError) -> ConfigError:
     """The error for a text file that the operating system refuses to read."""
     return ConfigError(
         f"text file {path} can't be read: {error.strerror}; give the path of a text file"
