@@ -220,13 +220,14 @@ def draw_pipeline(pp: int, vpp: int, num_micro_batches: int) -> str:
 
 
 def _drawn_row(ops: Sequence[Op], row: Sequence[Slot], width: int, total: float) -> str:
+    """A stage's row; all times are whole numbers, of units that are `width` columns wide."""
     idle = "·".ljust(width)
     line = ""
-    now = 0
+    now = 0.0
     for op, (start, end) in zip(ops, row, strict=True):
-        line += idle * (start - now) + _drawn_op(op, width)
+        line += idle * int(start - now) + _drawn_op(op, width)
         now = end
-    return line + idle * (total - now)
+    return line + idle * int(total - now)
 
 
 def _drawn_op(op: Op, width: int) -> str:

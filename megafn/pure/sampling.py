@@ -8,7 +8,7 @@ samples in the same order, from one number.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count as count_from
 from itertools import takewhile
@@ -136,6 +136,7 @@ def batch_indices(
     )
     # Bad arguments raise here, not at the first `next`.
     share(consumed_samples)
+    starts: Iterable[int]
     if count is None:
         starts = count_from(consumed_samples, global_batch_size)
     else:

@@ -216,9 +216,9 @@ class _Lengths:
     """In samples. A fraction of another length may fall between two samples, as upstream."""
 
     # The whole run: weight decay ramps over it.
-    horizon: int
+    horizon: float
     # Contains the warm-up; after it the learning rate is min_lr, unless constant.
-    decay: int
+    decay: float
     warmup: float
     # The last part of `decay`, for "wsd".
     wsd_decay: float
@@ -303,8 +303,9 @@ def _weight_decay(config: TrainConfig) -> Callable[[int], float]:
         return lambda n: schedule.weight_decay
 
     horizon = _lengths(config).horizon
-    start = schedule.start_weight_decay
-    end = schedule.end_weight_decay
+    # `schedule_problems` asks for both ends of a ramp.
+    start = schedule.start_weight_decay or 0.0
+    end = schedule.end_weight_decay or 0.0
     rise = _RISE[schedule.weight_decay_incr_style]
 
     def weight_decay(n: int) -> float:

@@ -296,7 +296,9 @@ def _linear_with_bias(
 class ColumnLinear(ColumnParallelLinear):
     """megatron-core's, with the bias in the matrix product if there is no tensor parallelism."""
 
-    def forward(self, input_: torch.Tensor, weight: torch.Tensor | None = None, **options: Any):
+    def forward(
+        self, input_: torch.Tensor, weight: torch.Tensor | None = None, **options: Any
+    ) -> Any:
         if self.tp_group.size() == 1:
             return _linear_with_bias(self, input_, weight)
         return super().forward(input_, weight, **options)
@@ -305,7 +307,7 @@ class ColumnLinear(ColumnParallelLinear):
 class RowLinear(RowParallelLinear):
     """megatron-core's, with the bias in the matrix product if there is no tensor parallelism."""
 
-    def forward(self, input_: torch.Tensor):
+    def forward(self, input_: torch.Tensor) -> Any:
         if self.tp_group.size() == 1:
             return _linear_with_bias(self, input_, None)
         return super().forward(input_)

@@ -50,9 +50,12 @@ def sum_over_ranks(
     numbers = None
     if names is not None:
         numbers = _all_reduced(sums, names, pg, squared_norm)
-    if numbers is None:  # the first step, or a step that reports other names than the one before
+    if names is None or numbers is None:
+        # The first step, or a step that reports other names than the one before.
         names = _agree_on_names(sums, pg)
         numbers = _all_reduced(sums, names, pg, squared_norm)
+    if numbers is None:
+        raise RuntimeError(f"report names = {names}: ranks that agreed on them do not have them")
     squared, loss, count, *report = numbers
     _check_count(count)
     return Totals(
