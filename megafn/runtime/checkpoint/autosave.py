@@ -33,7 +33,7 @@ from megafn.runtime.parallel.groups import ProcessGroups
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's, and torchrun's
 
-# Stands in the place of a signal's number, all of which are smaller.
+# Treated as a signal, all of whose numbers are smaller, but the run leaves with exit code 1.
 LAUNCHER_DIED = 128
 
 
@@ -69,11 +69,10 @@ def open_autosave(state: State) -> Iterator[Autosave]:
 def save_if_due(
     autosave: Autosave, state: State, batch: Any = None, *, ended: bool = False
 ) -> Autosave:
-    """Save the state if the interval says so, or if any rank received a signal or is an orphan.
+    """Save the state if the interval says so, or if any rank received a signal.
 
     Every rank calls it after each iteration with its share of the global batch, and once more with
-    ended=True after the last one. After a signal it raises SystemExit(0) on every rank,
-    and SystemExit(1) if the torchrun of any rank has died.
+    ended=True after the last one. After a signal it raises SystemExit(0) on every rank.
     If a checkpoint cannot be written, rank zero warns and training continues; after a signal that
     is a CheckpointError.
     """
