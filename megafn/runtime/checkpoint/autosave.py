@@ -1,4 +1,5 @@
-"""When `train` saves: at intervals, after the last iteration, on a signal; and what it deletes.
+"""When `train` saves: at intervals, after the last iteration, on a signal or when its launcher has
+died; and what it deletes.
 
 `save_if_due` takes the record of where automatic saving stands and returns the next one.
 """
@@ -6,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import threading
@@ -30,6 +32,9 @@ from megafn.runtime.model.state import State
 from megafn.runtime.parallel.groups import ProcessGroups
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's, and torchrun's
+
+# Treated as a signal, all of whose numbers are smaller, but the run leaves with exit code 1.
+LAUNCHER_DIED = 128
 
 
 @frozen(kw_only=True, eq=False)
@@ -94,17 +99,28 @@ def save_if_due(
 
 
 def _largest_of_all_ranks(autosave: Autosave) -> tuple[int, bool]:
-    """(number of a signal that any rank received or 0, whether any rank is still writing)."""
+    """(number of a signal that any rank received or 0, whether any rank is still writing).
+
+    If the launcher of any rank has died, the number is LAUNCHER_DIED.
+    """
     saving = autosave.saving
     is_writing = saving is not None and not saving.written.done()
     flags = torch.tensor(
-        [max(autosave.signals, default=0), is_writing],
+        [_reason_to_leave(autosave), is_writing],
         dtype=torch.int32,
         device=autosave.pg.device,
     )
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=autosave.pg.world)
     signal_number, is_writing = flags.tolist()
     return signal_number, bool(is_writing)
+
+
+def _reason_to_leave(autosave: Autosave) -> int:
+    """LAUNCHER_DIED, the number of a signal that this rank received, or 0."""
+    launcher = autosave.pg.launcher
+    if launcher is not None and os.getppid() != launcher:
+        return LAUNCHER_DIED
+    return max(autosave.signals, default=0)
 
 
 def _interval_is_over(state: State) -> bool:
@@ -172,14 +188,20 @@ def _delete_old_checkpoints(settings: CheckpointConfig) -> None:
 
 
 def _leave(autosave: Autosave, state: State, signal_number: int) -> NoReturn:
+    is_orphan = signal_number == LAUNCHER_DIED
+    if is_orphan:
+        reason = "torchrun, which started this run, has died"
+    else:
+        reason = signal.Signals(signal_number).name
     print_on_rank_zero(
-        f"{signal.Signals(signal_number).name}: iteration {autosave.newest} is saved in "
+        f"{reason}: iteration {autosave.newest} is saved in "
         f"{autosave.settings.directory}; the same command resumes from there",
         state.config,
         autosave.pg,
     )
     dist.barrier(group=autosave.pg.world)  # no rank leaves while another still reads from it
-    raise SystemExit(0)
+    # the torchrun of another host may start it again
+    raise SystemExit(1 if is_orphan else 0)
 
 
 @contextlib.contextmanager

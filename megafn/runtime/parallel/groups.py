@@ -34,6 +34,7 @@ class ProcessGroups:
     place: Coordinates
     device: torch.device
     timeout_seconds: float  # every process group below carries it
+    launcher: int | None  # process id of the torchrun that started this process; None: another did
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     cp: dist.ProcessGroup
@@ -98,6 +99,7 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
     """
     _check_world_size(groups)
     timeout = timedelta(seconds=timeout_seconds)
+    launcher = _launcher()
     with _default_group(timeout), _every_group(groups, timeout) as group_of_ranks:
         cpu.hold_gloo_back()
         rank = dist.get_rank()
@@ -110,10 +112,19 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
             place=coordinates(groups, rank),
             device=cpu.device(),
             timeout_seconds=timeout_seconds,
+            launcher=launcher,
             collection=_megatron_collection(own_groups),
             memory_buffer=GlobalMemoryBuffer(),
             **own_groups,
         )
+
+
+def _launcher() -> int | None:
+    """The parent process, if it is torchrun, which waits for the processes that it starts.
+
+    Any other parent may leave before them: a shell may after `nohup python -m megafn ... &`.
+    """
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def _check_world_size(groups: Groups) -> None:
@@ -185,26 +196,57 @@ def _default_group(timeout: timedelta) -> Iterator[None]:
 
 
 def _join_started_processes(timeout: timedelta) -> None:
-    addresses = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
-    store, rank, size = _rendezvous(*(os.environ.get(name) for name in addresses))
-    store.set_timeout(timeout)
-    # A prefix for each use: the second must not read the addresses that the first has left.
-    use = store.add(f"megafn/{rank}", 1)
-    dist.init_process_group(
-        cpu.backend(),
-        store=dist.PrefixStore(f"megafn/{use}", store),
-        rank=rank,
-        world_size=size,
+    place = MeetingPlace(
+        address=os.environ.get("MASTER_ADDR"),
+        port=os.environ.get("MASTER_PORT"),
+        rank=os.environ.get("RANK"),
+        world_size=os.environ.get("WORLD_SIZE"),
         timeout=timeout,
     )
+    try:
+        store, rank, size = _rendezvous(place)
+        store.set_timeout(timeout)
+        # A prefix for each use: the second must not read the addresses that the first has left.
+        use = store.add(f"megafn/{rank}", 1)
+        dist.init_process_group(
+            cpu.backend(),
+            store=dist.PrefixStore(f"megafn/{use}", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
+    except dist.DistError as error:
+        raise RuntimeError(_failed_meeting(place, error)) from None
+
+
+@frozen(kw_only=True)
+class MeetingPlace:
+    """Where the processes of this run meet, as torchrun's environment names it."""
+
+    address: str | None
+    port: str | None
+    rank: str | None
+    world_size: str | None
+    # How long to wait there does not make it another place.
+    timeout: timedelta = field(eq=False)
 
 
 @lru_cache(maxsize=1)
-def _rendezvous(*environment: str | None) -> tuple[dist.Store, int, int]:
+def _rendezvous(place: MeetingPlace) -> tuple[dist.Store, int, int]:
     """The store where the processes of this run meet, this process's rank and the world size.
 
-    Read from torchrun's environment; `environment` is only the key of the cache. Cached because
-    the store belongs to the run and not to a layout: if it were opened again at once, the other
-    processes could find the one that is just closing.
+    Cached because the store belongs to the run and not to a layout: if it were opened again at
+    once, the other processes could find the one that is just closing.
     """
-    return next(dist.rendezvous("env://"))
+    # torch reads the same environment
+    return next(dist.rendezvous("env://", timeout=place.timeout))
+
+
+def _failed_meeting(place: MeetingPlace, error: Exception) -> str:
+    reason = str(error).partition("\n")[0].rstrip(". ")
+    return (
+        f"MASTER_ADDR:MASTER_PORT = {place.address}:{place.port}: rank {place.rank} of "
+        f"{place.world_size} did not meet the other processes there within timeout_seconds = "
+        f"{place.timeout.total_seconds():g}; the launcher (torchrun) or a process of this run has "
+        f"died or was never started: start all of them again ({reason})"
+    )

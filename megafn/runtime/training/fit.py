@@ -10,6 +10,7 @@ import attrs
 
 from megafn.pure.config.records import TrainConfig, num_micro_batches
 from megafn.runtime.checkpoint.autosave import open_autosave, save_if_due
+from megafn.runtime.checkpoint.directory_lock import lock_directory
 from megafn.runtime.data.batches import batches as read_batches
 from megafn.runtime.data.batches import group_batches
 from megafn.runtime.data.same_batches import check_same_batches
@@ -35,8 +36,24 @@ def fit(
     The old state's buffers are donated. The arguments are those of `train`, inside process groups
     that the caller opened. Evaluates every `eval_interval` iterations and after the last, without
     returning logits. If `batches` ends early, the run ends there with a warning.
-    Raises FloatingPointError after stop_after_skipped updates in a row that were left out.
+    Raises ConfigError if another run trains in checkpoint.directory, and FloatingPointError after
+    stop_after_skipped updates in a row that were left out.
     """
+    with lock_directory(state.config, state.pg):
+        return fit_in_locked_directory(
+            state, step, batches=batches, valid_batches=valid_batches, on_metrics=on_metrics
+        )
+
+
+def fit_in_locked_directory(
+    state: State,
+    step: Step,
+    *,
+    batches: MicroBatches | None = None,
+    valid_batches: MicroBatches | None = None,
+    on_metrics: Sinks = (),
+) -> State:
+    """`fit`, by a caller that holds the lock of checkpoint.directory."""
     config = state.config
     pg = state.pg
     evaluates = config.eval_iters > 0 and (valid_batches is not None or batches is None)

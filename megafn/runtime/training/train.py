@@ -7,6 +7,7 @@ from megafn.pure.config.records import TrainConfig
 from megafn.pure.layout import build_groups
 from megafn.pure.validation.validate import check
 from megafn.runtime.accelerate.train_steps import step_of
+from megafn.runtime.checkpoint.directory_lock import lock_directory
 from megafn.runtime.checkpoint.resume import check_directory, resume
 from megafn.runtime.data.corpora import corpora
 from megafn.runtime.families.step import Step
@@ -20,7 +21,7 @@ from megafn.runtime.training.arguments import (
     OptimizerFunction,
     Sinks,
 )
-from megafn.runtime.training.fit import fit
+from megafn.runtime.training.fit import fit_in_locked_directory
 from megafn.runtime.training.setup import setup
 
 
@@ -55,10 +56,15 @@ def train(
     check_data(config, batches, valid_batches)
     check_directory(config.checkpoint)
     groups = build_groups(config.parallel, world, model=config.model)
-    with init_groups(groups, timeout_seconds=config.timeout_seconds) as pg:
+    with (
+        init_groups(groups, timeout_seconds=config.timeout_seconds) as pg,
+        lock_directory(config, pg),
+    ):
         state = setup(config, pg, model=model, optimizer=optimizer)
         state, batches = resume(state, batches)
-        return fit(state, step, batches=batches, valid_batches=valid_batches, on_metrics=on_metrics)
+        return fit_in_locked_directory(
+            state, step, batches=batches, valid_batches=valid_batches, on_metrics=on_metrics
+        )
 
 
 def check_data(
