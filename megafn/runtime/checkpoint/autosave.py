@@ -42,6 +42,7 @@ class Autosave:
     newest: int  # iteration of the newest checkpoint, which may still be in progress
     last_batch: Any = None  # rank zero's share of the last global batch
     saving: Saving | None = None  # the save in progress
+    signal_number: int = 0  # of the signal that this run is about to leave for, on every rank
 
 
 @contextlib.contextmanager
@@ -66,8 +67,9 @@ def save_if_due(
 ) -> Autosave:
     """Save the state if the interval says so, or if any rank received a signal.
 
-    Every rank calls it after each iteration with its share of the global batch, and once more with
-    ended=True after the last one. After a signal it raises SystemExit(0) on every rank.
+    Every rank calls it after each iteration with its share of the global batch, before anything
+    else that can fail, with ended=True after the last one. After a signal, `leave_after_signal`
+    is to be called next, once the iteration is reported.
     If a checkpoint cannot be written, rank zero warns and training continues; after a signal that
     is a CheckpointError.
     """
@@ -88,9 +90,13 @@ def save_if_due(
         autosave = _begin(autosave, state, asynchronous=asynchronous, last_chance=leaving)
     if leaving or ended or not settings.asynchronous:
         autosave = _finish(autosave, last_chance=leaving)
-    if leaving:
-        _leave(autosave, state, signal_number)
-    return autosave
+    return attrs.evolve(autosave, signal_number=signal_number)
+
+
+def leave_after_signal(autosave: Autosave, state: State) -> None:
+    """Raise SystemExit(0), on every rank, if `save_if_due` has saved because of a signal."""
+    if autosave.signal_number:
+        _leave(autosave, state, autosave.signal_number)
 
 
 def _largest_of_all_ranks(autosave: Autosave) -> tuple[int, bool]:

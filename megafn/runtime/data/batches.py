@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
@@ -170,7 +171,8 @@ def prefetched(items: Iterable[T], depth: int) -> Iterator[T]:
     """The same items, up to `depth` of them read ahead by a thread; 0: no thread.
 
     The thread starts with the first item that is asked for, and has ended when the iterator is
-    exhausted, closed or dropped. An exception in `items` is raised in place of its item.
+    exhausted, closed or dropped, or when the interpreter exits. An exception in `items` is raised
+    in place of its item.
 
     >>> list(prefetched(range(3), depth=2))
     [0, 1, 2]
@@ -183,6 +185,9 @@ def prefetched(items: Iterable[T], depth: int) -> Iterator[T]:
         target=_fill, args=(channel, items), name="megafn-prefetch", daemon=True
     )
     thread.start()
+    # An iterator that nobody closes is also ended at exit, while Python still works: later, a
+    # thread that wakes up in C++ code aborts the process.
+    end = weakref.finalize(channel.ready, _end, channel.stop, channel.free, thread)
     try:
         while (item := channel.ready.get()) is not None:
             if isinstance(item, _Failure):
@@ -190,10 +195,15 @@ def prefetched(items: Iterable[T], depth: int) -> Iterator[T]:
             channel.free.release()
             yield item.value
     finally:
-        channel.stop.set()
-        channel.free.release()  # wakes the thread, so that it sees the stop
-        if thread is not threading.current_thread():  # the garbage collector may run in the thread
-            thread.join()
+        end()
+
+
+def _end(stop: threading.Event, free: threading.Semaphore, thread: threading.Thread) -> None:
+    """End the thread of `prefetched`, once it has read the item that it is reading."""
+    stop.set()
+    free.release()  # wakes the thread, so that it sees the stop
+    if thread is not threading.current_thread():  # the garbage collector may run in the thread
+        thread.join()
 
 
 def _fill(channel: _Channel[T], items: Iterable[T]) -> None:

@@ -9,14 +9,18 @@ from typing import Any
 import attrs
 
 from megafn.pure.config.records import TrainConfig, num_micro_batches
-from megafn.runtime.checkpoint.autosave import open_autosave, save_if_due
+from megafn.runtime.checkpoint.autosave import (
+    leave_after_signal,
+    open_autosave,
+    save_if_due,
+)
 from megafn.runtime.data.batches import batches as read_batches
 from megafn.runtime.data.batches import group_batches
 from megafn.runtime.data.same_batches import check_same_batches
 from megafn.runtime.families.step import Step
 from megafn.runtime.metrics.records import Report
 from megafn.runtime.metrics.sinks import open_sinks
-from megafn.runtime.model.state import State
+from megafn.runtime.model.state import State, check_usable
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.training.arguments import MicroBatches, Sinks
 from megafn.runtime.training.step import evaluate, train_step
@@ -34,9 +38,11 @@ def fit(
 
     The old state's buffers are donated. The arguments are those of `train`, inside process groups
     that the caller opened. Evaluates every `eval_interval` iterations and after the last, without
-    returning logits. If `batches` ends early, the run ends there with a warning.
+    returning logits. A checkpoint that is due is saved before that, and before the metrics are
+    passed on. If `batches` ends early, the run ends there with a warning.
     Raises FloatingPointError after stop_after_skipped updates in a row that were left out.
     """
+    check_usable(state)
     config = state.config
     pg = state.pg
     evaluates = config.eval_iters > 0 and (valid_batches is not None or batches is None)
@@ -50,13 +56,18 @@ def fit(
             count=config.iterations - state.iteration,
         ):
             state, metrics = train_step(state, batch, step)
+            # before everything that can fail: what was trained is not lost
+            ended = state.iteration == config.iterations
+            autosave = save_if_due(autosave, state, batch, ended=ended)
             if evaluates and _evaluation_is_due(state.iteration, config):
                 metrics = attrs.evolve(metrics, valid=_validate(state, step, valid_batches))
             for sink in (*sinks, *on_metrics):
                 sink(metrics)
-            autosave = save_if_due(autosave, state, batch)
+            leave_after_signal(autosave, state)
             _stop_if_skipped_too_often(state)
-        save_if_due(autosave, state, ended=True)
+        if state.iteration < config.iterations:  # the batches ended early
+            autosave = save_if_due(autosave, state, ended=True)
+            leave_after_signal(autosave, state)
 
     if state.iteration < config.iterations:
         warnings.warn(
