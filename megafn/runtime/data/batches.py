@@ -32,6 +32,7 @@ def batches(
     split: str = "train",
     consumed_samples: int | None = None,
     count: int | None = None,
+    dataset: torch.utils.data.Dataset | None = None,
 ) -> Iterator[tuple[dict[str, torch.Tensor], ...]]:
     """This data-parallel rank's share of each global batch: a tuple of micro-batches.
 
@@ -54,11 +55,13 @@ def batches(
     `count` (None: eval_iters) global batches, always the same ones, so that evaluations can be
     compared, and start over if the split is shorter. A thread reads `data.prefetch` global batches
     ahead; it ends when the iterator is closed or dropped. On CUDA the tensors are pinned.
+    dataset: that of the split, if it was built before (see `build_dataset`).
 
     Raises ConfigError at once for data that is missing, damaged or too short (see `corpora`), and
     from the iterator for a token id outside the vocabulary.
     """
-    dataset = build_dataset(config, split)
+    if dataset is None:
+        dataset = build_dataset(config, split)
     if consumed_samples is None:
         consumed_samples = config.consumed_samples[SPLITS.index(split)]
     shares = _shares(config, pg, split, len(dataset), consumed_samples, count)
