@@ -37,6 +37,7 @@ def train(
 ) -> State:
     """Train a config from start to end, or from its newest checkpoint on; returns the last state.
 
+    That state's process groups are closed then; to use it, call `setup` and `fit` in your own.
     Run it under torchrun, or as one plain process.
     step: the functions of the training step; model: builds one model chunk; optimizer: builds the
     optimizer, see `setup`. If None, config.step_function and config.model_function come before the
