@@ -14,7 +14,7 @@ from megafn.pure.config.records import TrainConfig, num_micro_batches
 
 T = TypeVar("T")
 
-_NONE_LEFT = object()
+_NONE_LEFT: Any = object()
 
 
 def rows_of(raw: Any) -> int | None:
