@@ -473,7 +473,11 @@ def test_sources_that_cannot_be_meant_are_refused(corpus):
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_token_outside_the_vocabulary_comes_out_of_the_iterator_with_its_id(corpus, prefetch):
+def test_a_token_outside_the_vocabulary_comes_out_of_the_iterator_with_its_id(
+    corpus, prefetch, monkeypatch
+):
+    """Of data that say nothing of their ids and are too large to be looked through before a run."""
+    monkeypatch.setattr("megafn.runtime.data.corpora._SMALL", 0)
     made = config(corpus, split=(1, 0, 0), vocab_size=1219, train_iters=100, prefetch=prefetch)
     reader = batches(made, pg())
     with pytest.raises(ConfigError, match="token id 1219 .* model.vocab_size = 1219; raise it"):

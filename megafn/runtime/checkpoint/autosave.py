@@ -1,7 +1,8 @@
 """When `train` saves: at intervals, after the last iteration, on a signal or when its launcher has
 died; and what it deletes.
 
-`save_if_due` takes the record of where automatic saving stands and returns the next one.
+`save_if_due` and `save_on_signal` take the record of where automatic saving stands and return the
+next one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from megafn.runtime.data.same_batches import first_sample
 from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel.groups import ProcessGroups
+
+_NO_ITERATION = -1
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's, and torchrun's
 
@@ -69,33 +72,43 @@ def open_autosave(state: State) -> Iterator[Autosave]:
 def save_if_due(
     autosave: Autosave, state: State, batch: Any = None, *, ended: bool = False
 ) -> Autosave:
-    """Save the state if the interval says so, or if any rank received a signal.
+    """Save the state if the interval says so, or if the run has ended.
 
-    Every rank calls it after each iteration with its share of the global batch, and once more with
-    ended=True after the last one. After a signal it raises SystemExit(0) on every rank.
-    If a checkpoint cannot be written, rank zero warns and training continues; after a signal that
-    is a CheckpointError.
+    Every rank calls it after each iteration with its share of the global batch, before anything
+    else that can fail. If a checkpoint cannot be written, rank zero warns and training continues.
     """
     settings = autosave.settings
     if settings.directory is None:
         return autosave
     if batch is not None and state.pg.is_rank_zero:
         autosave = attrs.evolve(autosave, last_batch=batch)
+    if (ended or _interval_is_over(state)) and state.iteration != autosave.newest:
+        autosave = _finish(autosave)
+        asynchronous = settings.asynchronous and not ended
+        autosave = _begin(autosave, state, asynchronous=asynchronous, last_chance=False)
+    if ended or not settings.asynchronous:
+        autosave = _finish(autosave)
+    return autosave
 
+
+def save_on_signal(autosave: Autosave, state: State) -> Autosave:
+    """If any rank received a signal, save the state and raise SystemExit(0), on every rank.
+
+    Every rank calls it at the end of each iteration; this is also where a save in the background
+    is finished. If a checkpoint cannot be written after a signal, that is a CheckpointError.
+    """
+    if autosave.settings.directory is None:
+        return autosave
     signal_number, is_writing = _largest_of_all_ranks(autosave)
-    leaving = signal_number > 0
     if not is_writing:
         autosave = _finish(autosave)
-    is_due = leaving or ended or _interval_is_over(state)
-    if is_due and state.iteration != autosave.newest:
-        autosave = _finish(autosave)
-        asynchronous = settings.asynchronous and not (leaving or ended)
-        autosave = _begin(autosave, state, asynchronous=asynchronous, last_chance=leaving)
-    if leaving or ended or not settings.asynchronous:
-        autosave = _finish(autosave, last_chance=leaving)
-    if leaving:
-        _leave(autosave, state, signal_number)
-    return autosave
+    if not signal_number:
+        return autosave
+    autosave = _finish(autosave)
+    if state.iteration != autosave.newest:
+        autosave = _begin(autosave, state, asynchronous=False, last_chance=True)
+        autosave = _finish(autosave, last_chance=True)
+    _leave(autosave, state, signal_number)
 
 
 def _largest_of_all_ranks(autosave: Autosave) -> tuple[int, bool]:
@@ -155,9 +168,10 @@ def _finish(autosave: Autosave, *, last_chance: bool = False) -> Autosave:
         if last_chance:
             raise
         _warn_of_failure(error, autosave.pg)
-    else:
-        if autosave.pg.is_rank_zero:
-            _delete_old_checkpoints(autosave.settings)
+        # no checkpoint has this iteration now; the next occasion to save it is taken
+        return attrs.evolve(autosave, saving=None, newest=_NO_ITERATION)
+    if autosave.pg.is_rank_zero:
+        _delete_old_checkpoints(autosave.settings)
     return attrs.evolve(autosave, saving=None)
 
 

@@ -27,7 +27,7 @@ from megafn.pure.config.serialization import from_dict
 from megafn.runtime.checkpoint.atomic_files import CheckpointError, find_damage, read_checksums
 from megafn.runtime.checkpoint.disk_format import FOLDER, FORMAT, MANIFEST, latest, tensor_key
 from megafn.runtime.checkpoint.state_boxes import fill_state, set_loss_scale
-from megafn.runtime.model.state import State
+from megafn.runtime.model.state import State, donate
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
     broadcast_from_rank_zero,
@@ -43,6 +43,7 @@ def load(state: State, directory: str | Path) -> State:
     Raises CheckpointError naming the file that is missing or altered, before the state is touched,
     and ConfigError naming the field if the config is of another model or other data.
     """
+    state.pg.check_open()
     path = _checkpoint_at(Path(directory)) if state.pg.is_rank_zero else None
     path = broadcast_from_rank_zero(path, state.pg)
     if path is None:
@@ -58,6 +59,7 @@ def read_checkpoint(state: State, path: Path) -> tuple[State, dict[str, Any]]:
     """`load` of the checkpoint at a path that every rank knows. Returns its manifest too."""
     manifest = _verified_manifest(path, state.pg)
     _check_config(manifest, state.config)
+    state = donate(state)
     _fill(state, path, manifest)
     loaded = attrs.evolve(
         state,

@@ -40,7 +40,7 @@ from megafn.runtime.checkpoint.state_boxes import (
     check_buffers,
     state_boxes,
 )
-from megafn.runtime.model.state import State
+from megafn.runtime.model.state import State, check_usable
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
     broadcast_from_rank_zero,
@@ -52,7 +52,8 @@ def save(state: State, directory: str | Path) -> Path:
     """Write a checkpoint of a state below `directory`, which all hosts share; returns its folder.
 
     Every rank calls it. Raises CheckpointError, on every rank, if it cannot be written or this
-    iteration already has one; checkpoints that were there before are unchanged.
+    iteration already has one; checkpoints that were there before are unchanged. RuntimeError for a
+    state that was donated, or whose process groups are closed.
     """
     return finish_save(begin_save(state, directory))
 
@@ -90,6 +91,7 @@ def begin_save(
 
     If asynchronous, the tensors are copied now and written by a thread.
     """
+    check_usable(state)
     check_buffers(state)
     pg = state.pg
     folder = Path(directory) / folder_name(state.iteration)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
@@ -31,6 +32,7 @@ def batches(
     split: str = "train",
     consumed_samples: int | None = None,
     count: int | None = None,
+    dataset: torch.utils.data.Dataset | None = None,
 ) -> Iterator[tuple[dict[str, torch.Tensor], ...]]:
     """This data-parallel rank's share of each global batch: a tuple of micro-batches.
 
@@ -53,11 +55,13 @@ def batches(
     `count` (None: eval_iters) global batches, always the same ones, so that evaluations can be
     compared, and start over if the split is shorter. A thread reads `data.prefetch` global batches
     ahead; it ends when the iterator is closed or dropped. On CUDA the tensors are pinned.
+    dataset: that of the split, if it was built before (see `build_dataset`).
 
     Raises ConfigError at once for data that is missing, damaged or too short (see `corpora`), and
     from the iterator for a token id outside the vocabulary.
     """
-    dataset = build_dataset(config, split)
+    if dataset is None:
+        dataset = build_dataset(config, split)
     if consumed_samples is None:
         consumed_samples = config.consumed_samples[SPLITS.index(split)]
     shares = _shares(config, pg, split, len(dataset), consumed_samples, count)
@@ -170,7 +174,8 @@ def prefetched(items: Iterable[T], depth: int) -> Iterator[T]:
     """The same items, up to `depth` of them read ahead by a thread; 0: no thread.
 
     The thread starts with the first item that is asked for, and has ended when the iterator is
-    exhausted, closed or dropped. An exception in `items` is raised in place of its item.
+    exhausted, closed or dropped, or when the interpreter exits. An exception in `items` is raised
+    in place of its item.
 
     >>> list(prefetched(range(3), depth=2))
     [0, 1, 2]
@@ -183,6 +188,9 @@ def prefetched(items: Iterable[T], depth: int) -> Iterator[T]:
         target=_fill, args=(channel, items), name="megafn-prefetch", daemon=True
     )
     thread.start()
+    # An iterator that nobody closes is also ended at exit, while Python still works: later, a
+    # thread that wakes up in C++ code aborts the process.
+    end = weakref.finalize(channel.ready, _end, channel.stop, channel.free, thread)
     try:
         while (item := channel.ready.get()) is not None:
             if isinstance(item, _Failure):
@@ -190,10 +198,15 @@ def prefetched(items: Iterable[T], depth: int) -> Iterator[T]:
             channel.free.release()
             yield item.value
     finally:
-        channel.stop.set()
-        channel.free.release()  # wakes the thread, so that it sees the stop
-        if thread is not threading.current_thread():  # the garbage collector may run in the thread
-            thread.join()
+        end()
+
+
+def _end(stop: threading.Event, free: threading.Semaphore, thread: threading.Thread) -> None:
+    """End the thread of `prefetched`, once it has read the item that it is reading."""
+    stop.set()
+    free.release()  # wakes the thread, so that it sees the stop
+    if thread is not threading.current_thread():  # the garbage collector may run in the thread
+        thread.join()
 
 
 def _fill(channel: _Channel[T], items: Iterable[T]) -> None:

@@ -26,7 +26,7 @@ from megafn.runtime.families.built_in import FAMILIES, family_of
 from megafn.runtime.families.family import FamilyData
 from megafn.runtime.text.cache import indexed_text
 from megafn.runtime.text.documents import SPLITS
-from megafn.runtime.text.indexing import LONG_SENTENCE
+from megafn.runtime.text.indexing import LONG_SENTENCE, largest_id
 from megafn.runtime.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -78,9 +78,19 @@ class _Location:
 class _Index:
     """What the .idx of an indexed dataset says, and the last token of its .bin."""
 
+    dtype: np.dtype  # of the token ids
     lengths: np.ndarray  # of the sequences, int32 [sequences]
     documents: np.ndarray  # first sequence of each, and the end of the last, int64 [documents + 1]
     last_token: int
+
+
+@frozen(kw_only=True)
+class _Ids:
+    """Where the token ids of each document are in a .bin."""
+
+    dtype: np.dtype
+    starts: np.ndarray  # first token of each document, and the end of the last [documents + 1]
+    is_read: np.ndarray  # whether megatron-core's dataset reads it, bool [documents]
 
 
 @frozen(kw_only=True)
@@ -201,6 +211,13 @@ def _corpus(
         tokens=int(document_lengths[begin:end].sum(dtype=np.int64)),
     )
     _check_tokens(corpus, split_source, config.model, sentences)
+    documents = index.documents if sentences else np.arange(len(index.lengths) + 1)
+    ids = _Ids(
+        dtype=index.dtype,
+        starts=np.concatenate(([0], np.cumsum(index.lengths, dtype=np.int64)))[documents],
+        is_read=document_lengths > 0,
+    )
+    _check_ids(corpus, split_source, ids, config.model.vocab_size)
     return corpus
 
 
@@ -300,6 +317,57 @@ def _check_tokens(
         )
 
 
+def _check_ids(
+    corpus: Corpus,
+    split_source: _SplitSource,
+    ids: _Ids,
+    vocab_size: int,
+) -> None:
+    """Raises ConfigError if the documents that are read hold an id outside the vocabulary.
+
+    Only what is known counts, or found at small cost: the largest id, which indexing wrote down,
+    or the ids of a small dataset. Batches are checked as they are read.
+    """
+    if np.iinfo(ids.dtype).max < vocab_size:
+        return
+    largest = largest_id(corpus.prefix)
+    if largest is None and os.path.getsize(corpus.prefix + ".bin") > _SMALL:
+        return
+    if largest is not None and largest < vocab_size:
+        return
+    wrong = _id_outside(corpus, ids, vocab_size)
+    if wrong is not None:
+        raise ConfigError(
+            f"{split_source.field} = {corpus.source!r}: it holds the token id {wrong} for "
+            f"{split_source.split}, but model.vocab_size = {vocab_size}; raise that, or name the "
+            "model's tokenizer in data.tokenizer"
+        )
+
+
+_SMALL = 2**28  # bytes of token ids that are looked through before a run
+_CHUNK = 2**22  # ids that are looked at together
+
+
+def _id_outside(corpus: Corpus, ids: _Ids, vocab_size: int) -> int | None:
+    """An id outside the vocabulary in the documents that are read: a negative one, or the largest.
+
+    None if there is none.
+    """
+    tokens = np.memmap(corpus.prefix + ".bin", dtype=ids.dtype, mode="r")
+    end = int(ids.starts[corpus.end])
+    wrong: list[int] = []
+    for begin in range(int(ids.starts[corpus.begin]), end, _CHUNK):
+        chunk = tokens[begin : min(begin + _CHUNK, end)].astype(np.int64)
+        places = np.flatnonzero((chunk < 0) | (chunk >= vocab_size))
+        documents = np.searchsorted(ids.starts, begin + places, side="right") - 1
+        read = chunk[places[ids.is_read[documents]]]
+        if len(read):
+            wrong += [int(read.min()), int(read.max())]
+    if not wrong:
+        return None
+    return min(wrong) if min(wrong) < 0 else max(wrong)
+
+
 # ------------------------------------------------------------- the two files of an indexed dataset
 
 _MAGIC = b"MMIDIDX\0\0" + struct.pack("<Q", 1)  # megatron-core's format, version 1
@@ -331,7 +399,7 @@ def _read_index(prefix: str, field: str) -> _Index:
     if size == 0:
         raise _damaged(where, ".bin is empty")
     last_token = _last_token(prefix + ".bin", header.dtype)
-    return _Index(lengths=lengths, documents=documents, last_token=last_token)
+    return _Index(dtype=header.dtype, lengths=lengths, documents=documents, last_token=last_token)
 
 
 def _damaged(where: str, what: str) -> ConfigError:
@@ -382,7 +450,9 @@ def _last_token(path: str, dtype: np.dtype) -> int:
 # -------------------------------------------------------------------------------- samples of them
 
 
-def build_dataset(config: TrainConfig, split: str = "train") -> torch.utils.data.Dataset:
+def build_dataset(
+    config: TrainConfig, split: str = "train", parts: Sequence[Corpus] | None = None
+) -> torch.utils.data.Dataset:
     """The samples of one split as megatron-core's dataset: index -> dict of one sequence's tensors.
 
     For training with the sampler "single" it has as many samples as the run reads, a short corpus
@@ -390,9 +460,12 @@ def build_dataset(config: TrainConfig, split: str = "train") -> torch.utils.data
     weights, at every point of the run to within a sample each; without weights, by their tokens,
     and an epoch reads each of them once. Each rank holds the order of samples in memory: 12 bytes
     a sample and 4 a document, times epochs. No communication.
+    parts: the split's corpora, if they were found before. The files stay open, so the dataset is
+    the same if they are replaced or removed.
     """
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data is not None else None
-    parts = corpora(config, split, tokenizer=tokenizer)
+    if parts is None:
+        parts = corpora(config, split, tokenizer=tokenizer)
     kind, mcore = _family_data(config).dataset(config, tokenizer)
     read = partial(_dataset_of, kind=kind, mcore=mcore, split=split)
     size = None

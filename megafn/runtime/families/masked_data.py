@@ -52,7 +52,8 @@ def masked_settings(
 ) -> dict[str, Any]:
     """Arguments that the configs of megatron-core's masked datasets share.
 
-    Raises ConfigError if the tokenizer lacks one of the special tokens.
+    Raises ConfigError if the tokenizer lacks one of the special tokens, or the model's vocabulary
+    does.
     """
     data = config.data
     missing = [name for name in special_tokens if getattr(tokenizer, name) in (None, ())]
@@ -62,12 +63,20 @@ def masked_settings(
             f"{family_name(config.model.family)} need; add these special tokens to it, or choose "
             "another"
         )
+    vocab_size = config.model.vocab_size
+    _check_special_ids(config, tokenizer, special_tokens)
     return dict(
         random_seed=config.seed,
         sequence_length=config.model.seq_length,
         # megatron-core marks padding by the pad id, in masks and token types too, which is right
         # only if that is 0; here it is -1, which no token has
-        tokenizer=attrs.evolve(tokenizer, pad=-1),
+        tokenizer=attrs.evolve(
+            tokenizer,
+            pad=-1,
+            # random tokens and sentinels are drawn from these
+            inv_vocab={i: token for i, token in tokenizer.inv_vocab.items() if i < vocab_size},
+            additional_special_tokens_ids=sentinels_in_vocabulary(config, tokenizer),
+        ),
         blend=(["megafn"], None),
         split="1",
         path_to_cache="",  # as `gpt_data`
@@ -77,3 +86,23 @@ def masked_settings(
         masking_do_permutation=False,
         masking_use_longer_ngrams=False,
     )
+
+
+def sentinels_in_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokenizer's sentinels that the model's vocabulary has."""
+    sentinels = tokenizer.additional_special_tokens_ids
+    return tuple(i for i in sentinels if i < config.model.vocab_size)
+
+
+def _check_special_ids(
+    config: TrainConfig, tokenizer: Tokenizer, special_tokens: tuple[str, ...]
+) -> None:
+    vocab_size = config.model.vocab_size
+    for name in special_tokens:
+        token_id = getattr(tokenizer, name)
+        if isinstance(token_id, int) and token_id >= vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {vocab_size}: the {name} of data.tokenizer = "
+                f"{config.data.tokenizer!r} is id {token_id}; give {tokenizer.vocab_size}, or "
+                "another tokenizer"
+            )

@@ -45,7 +45,11 @@ from megafn.runtime.families.batch_checks import (
     zeros_and_ones,
 )
 from megafn.runtime.families.family import Family, FamilyData
-from megafn.runtime.families.masked_data import masked_settings, sample_index
+from megafn.runtime.families.masked_data import (
+    masked_settings,
+    sample_index,
+    sentinels_in_vocabulary,
+)
 from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.chunk import Chunk, ChunkFunctions, ChunkPlan
 from megafn.runtime.model.layers import Norm, layer_spec
@@ -418,7 +422,7 @@ def t5_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
         attrs.evolve(tokenizer, bos=begin),
         ("bos", "eos", "additional_special_tokens_ids"),
     )
-    _check_spans(config, sentinels=len(tokenizer.additional_special_tokens_ids))
+    _check_spans(config, sentinels=len(sentinels_in_vocabulary(config, tokenizer)))
     return T5Dataset, T5MaskedWordPieceDatasetConfig(
         **settings,
         masking_max_ngram=10,
@@ -435,7 +439,8 @@ def _check_spans(config: TrainConfig, sentinels: int) -> None:
     if spans > sentinels:
         raise ConfigError(
             f"data.tokenizer = {data.tokenizer!r} has {sentinels} sentinels, and a sample may have "
-            f"{spans} spans; {lower}, or choose a tokenizer with more"
+            f"{spans} spans; {lower}, or choose a tokenizer with more (ids of model.vocab_size = "
+            f"{model.vocab_size} and above do not count)"
         )
     if model.decoder_length < 2 * spans + 1:
         raise ConfigError(

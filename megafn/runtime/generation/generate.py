@@ -10,7 +10,7 @@ from megafn.runtime.families.batch_checks import check_ids
 from megafn.runtime.families.built_in import family_of
 from megafn.runtime.families.step import Batch, Step, cut_sequence
 from megafn.runtime.model.eval_mode import eval_mode
-from megafn.runtime.model.state import State
+from megafn.runtime.model.state import State, check_usable
 from megafn.runtime.parallel.megatron_context import megatron_context
 from megafn.runtime.training.forward_backward import run_schedule
 from megafn.runtime.training.whole_logits import Output, whole_logits
@@ -26,8 +26,10 @@ def logits(state: State, tokens: torch.Tensor) -> Output:
     the same tokens. The model is evaluated without dropout and keeps its mode.
 
     Raises ConfigError for T5, whose decoder needs its own input, and ValueError for an id outside
-    the vocabulary or a sequence longer than a learned position table.
+    the vocabulary or a sequence longer than a learned position table; RuntimeError for a state that
+    was donated, or whose process groups are closed.
     """
+    check_usable(state)
     config = state.config
     parallel = config.parallel
     pg = state.pg

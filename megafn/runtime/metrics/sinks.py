@@ -10,12 +10,15 @@ import contextlib
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
+from attrs import define
 
+from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
 from megafn.runtime.metrics.records import Metrics
 from megafn.runtime.parallel.groups import ProcessGroups
@@ -76,7 +79,8 @@ def print_on_rank_zero(text: str, config: TrainConfig, pg: ProcessGroups) -> Non
     from tqdm import tqdm
 
     if pg.is_rank_zero and config.log.progress:
-        tqdm.write(text, file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk or a closed pipe ends no run
+            tqdm.write(text, file=sys.stderr)
 
 
 def scalars(metrics: Metrics) -> dict[str, float]:
@@ -138,20 +142,74 @@ def open_sinks(
     """The sinks of a config, for a run from iteration `start` on; () on ranks other than zero.
 
     They are called every `log.interval` iterations, after the last one, and with each evaluation.
+    One that fails with an OSError, of a full disk say, is reported in a warning and called no more.
     """
     log = config.log
     if not pg.is_rank_zero:
         yield ()
         return
+    opened = []
+    if log.progress:
+        bar = progress(config.iterations, start)
+        opened.append(_until_it_fails(bar, "log.progress = True: standard error"))
+    if log.tensorboard_dir is not None:
+        writer = tensorboard(log.tensorboard_dir)
+        opened.append(_until_it_fails(writer, f"log.tensorboard_dir = {log.tensorboard_dir!r}"))
+    if log.jsonl is not None:
+        opened.append(_until_it_fails(jsonl(log.jsonl), f"log.jsonl = {log.jsonl!r}"))
     with contextlib.ExitStack() as stack:
-        sinks = []
-        if log.progress:
-            sinks.append(stack.enter_context(progress(config.iterations, start)))
-        if log.tensorboard_dir is not None:
-            sinks.append(stack.enter_context(tensorboard(log.tensorboard_dir)))
-        if log.jsonl is not None:
-            sinks.append(stack.enter_context(jsonl(log.jsonl)))
+        sinks = [stack.enter_context(sink) for sink in opened]
         yield tuple(_now_and_then(sink, config) for sink in sinks)
+
+
+@contextlib.contextmanager
+def _until_it_fails(opening: contextlib.AbstractContextManager[Sink], where: str) -> Iterator[Sink]:
+    """A sink that is skipped from its first OSError on, which is a warning that says where.
+
+    Raises ConfigError if it cannot even be opened, which is before the first step.
+    """
+    try:
+        sink = opening.__enter__()
+    except OSError as error:
+        raise ConfigError(
+            f"{where}: can't be opened ({error.strerror or error}); name another, or None"
+        ) from error
+    guard = _Guard(where)
+
+    def sink_while_it_works(metrics: Metrics) -> None:
+        if not guard.has_failed:
+            with _failure_as_warning(guard):
+                sink(metrics)
+
+    try:
+        yield sink_while_it_works
+    finally:
+        # writes what is left in a buffer, which can fail too
+        with _failure_as_warning(guard):
+            opening.__exit__(None, None, None)
+
+
+@define(eq=False)
+class _Guard:
+    """Whether a sink, which writes to `where`, has failed."""
+
+    where: str
+    has_failed: bool = False
+
+
+@contextlib.contextmanager
+def _failure_as_warning(guard: _Guard) -> Iterator[None]:
+    """The first OSError becomes a warning, later ones nothing."""
+    try:
+        yield
+    except OSError as error:
+        if not guard.has_failed:
+            guard.has_failed = True
+            warnings.warn(
+                f"{guard.where}: can't be written to ({error.strerror or error}); training "
+                "continues without it",
+                stacklevel=7,  # the caller of `train`
+            )
 
 
 def _now_and_then(sink: Sink, config: TrainConfig) -> Sink:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import attrs
 import torch
-from attrs import field, frozen
+from attrs import define, field, frozen
 from megatron.core.optimizer import MegatronOptimizer
 
 from megafn.pure.config.records import TrainConfig
@@ -13,9 +14,18 @@ from megafn.pure.schedule import LrWd
 from megafn.runtime.parallel.groups import ProcessGroups
 
 
+@define(eq=False)
+class Ownership:
+    """Which state owns the tensors of a model and its optimizer: that of this version."""
+
+    version: int = 0
+
+
 @frozen(kw_only=True, eq=False)
 class State:
     """Where a run stands. `train_step` changes its tensors in place and returns a new record.
+
+    The record before is out of date then, and using it is a RuntimeError.
 
     `chunks`: one model chunk, or vpp of them, each in megatron-core's DistributedDataParallel.
     `schedule`: samples that were trained on -> learning rate and weight decay.
@@ -37,3 +47,21 @@ class State:
     skipped_in_a_row: int = 0
     grad_norms: tuple[float, ...] = ()
     report_names: tuple[str, ...] | None = None
+    ownership: Ownership = field(factory=Ownership, repr=False)
+    version: int = field(default=0, repr=False)
+
+
+def check_usable(state: State) -> None:
+    """Raises RuntimeError if the state was donated, or its process groups are closed."""
+    state.pg.check_open()
+    if state.version != state.ownership.version:
+        raise RuntimeError(
+            f"state of iteration {state.iteration}: its tensors were donated to train_step or "
+            "load; use the state that was returned (state, metrics = train_step(state, ...))."
+        )
+
+
+def donate(state: State) -> State:
+    """The same state as the only owner of its tensors, which are about to change."""
+    state.ownership.version += 1
+    return attrs.evolve(state, version=state.ownership.version)

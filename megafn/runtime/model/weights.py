@@ -150,6 +150,7 @@ def whole_parameters(
 
     {name in the whole model: tensor of the whole shape}; collective over tp.
     """
+    pg.check_open()
     whole = {}
     for chunk in chunks:
         for part in local_parameters(chunk, model, pg):

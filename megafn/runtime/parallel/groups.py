@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import lru_cache
 
 import torch
 import torch.distributed as dist
-from attrs import field, frozen
+from attrs import define, field, frozen
 from megatron.core.parallel_state import GlobalMemoryBuffer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.layout import GROUP_KINDS, Coordinates, Groups, coordinates, group_of
 from megafn.runtime.parallel import cpu
+
+
+@define(eq=False)
+class Lifetime:
+    """Whether process groups are still open: the `with` of `init_groups` ends their life."""
+
+    is_over: bool = False
 
 
 @frozen(kw_only=True)
@@ -52,6 +60,16 @@ class ProcessGroups:
     collection: ProcessGroupCollection = field(repr=False)
     # megatron-core gathers sequence-parallel activations into it
     memory_buffer: GlobalMemoryBuffer = field(repr=False)
+    lifetime: Lifetime = field(factory=Lifetime, repr=False)
+
+    def check_open(self) -> None:
+        """Raises RuntimeError once the `with` of `init_groups` has been left."""
+        if self.lifetime.is_over:
+            raise RuntimeError(
+                "pg: these process groups are closed, as those of train are when it returns; open "
+                "new ones with init_groups, and in them setup and load a checkpoint of the run, or "
+                "train with setup and fit there and use the state before you leave them."
+            )
 
     @property
     def is_rank_zero(self) -> bool:
@@ -95,7 +113,8 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
     Joins the processes that torchrun started (gloo on CPU, NCCL on GPUs), or makes a group of one
     process if nothing was started. Nesting and repetition are fine: two layouts can be open at
     once. Every group carries the timeout, so that a dead or hung peer ends a collective instead of
-    blocking it for ever. Raises ConfigError if the layout is for another number of processes.
+    blocking it for ever. sys.excepthook, which torch replaces, is put back at the end. Raises
+    ConfigError if the layout is for another number of processes.
     """
     _check_world_size(groups)
     timeout = timedelta(seconds=timeout_seconds)
@@ -106,7 +125,8 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
         own_groups = {
             kind.name: group_of_ranks.get(group_of(groups, kind.name, rank)) for kind in GROUP_KINDS
         }
-        yield ProcessGroups(
+        lifetime = Lifetime()
+        pg = ProcessGroups(
             groups=groups,
             rank=rank,
             place=coordinates(groups, rank),
@@ -115,8 +135,13 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
             launcher=launcher,
             collection=_megatron_collection(own_groups),
             memory_buffer=GlobalMemoryBuffer(),
+            lifetime=lifetime,
             **own_groups,
         )
+        try:
+            yield pg
+        finally:
+            lifetime.is_over = True
 
 
 def _launcher() -> int | None:
@@ -181,18 +206,27 @@ def _default_group(timeout: timedelta) -> Iterator[None]:
         return
     if cpu.device().type == "cuda":
         torch.cuda.set_device(cpu.device())
+    hook = sys.excepthook
     if world_size() == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(
             cpu.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     else:
         _join_started_processes(timeout)
+    hook_of_torch = sys.excepthook
     try:
         yield
         # No process may close a connection from which another still reads.
         dist.barrier()
+    except Exception:
+        # The traceback of one process among several keeps the "[rank1]:" that torch's hook adds.
+        if dist.get_world_size() > 1:
+            hook = sys.excepthook
+        raise
     finally:
         dist.destroy_process_group()
+        if sys.excepthook is hook_of_torch:  # else the user has set another
+            sys.excepthook = hook
 
 
 def _join_started_processes(timeout: timedelta) -> None:

@@ -43,6 +43,7 @@ def megatron_context(pg: ProcessGroups, *seed: object) -> Iterator[None]:
     pp, dp and cp. So none of them has to be kept between calls, two open layouts cannot disturb
     each other, and a resumed run draws what it would have drawn.
     """
+    pg.check_open()
     devices = [pg.device] if pg.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),

@@ -27,6 +27,7 @@ def broadcast_from_rank_zero(value: T, pg: ProcessGroups, *, during: str | None 
     /runs/7") a barrier comes first on gloo, and its RuntimeError says what was going on and which
     ranks are missing.
     """
+    pg.check_open()
     if during is not None:
         _wait_for_all_ranks(during, pg)
     values = [value]
@@ -41,6 +42,7 @@ def gather_from_all_ranks(value: T, pg: ProcessGroups, *, during: str | None = N
     sizes of the pickles, then the pickles, each padded to the largest, so that every rank receives
     world_size * largest bytes. A missing rank is handled as in `broadcast_from_rank_zero`.
     """
+    pg.check_open()
     if during is not None:
         _wait_for_all_ranks(during, pg)
     # placeholders, all of which are replaced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Collection, Sequence
@@ -23,6 +24,9 @@ LONG_SENTENCE = 512
 
 DEFAULT_SPLIT: tuple[float, ...] = attrs.fields(DataConfig).split.default
 
+# the file beside an indexed dataset's .bin and .idx that says what its largest token id is
+_IDS = ".ids.json"
+
 _LONGEST = 2**31 - 1  # tokens of a sequence: the index holds lengths as int32
 
 
@@ -42,9 +46,9 @@ def index_text(
     With split_sentences, as BERT's and T5's datasets require, each sentence (see `cut_sentences`)
     is a sequence of its document, without eod. A sentence of more than 512 tokens is stored as
     several, because megatron-core would leave out the whole document.
-    Files appear whole under `{prefix}_{split}.bin` and `.idx`, or not at all; those of an earlier
-    call with this prefix are replaced, or removed if their split is empty now. The longest
-    document is held in memory.
+    Files appear whole under `{prefix}_{split}.bin` and `.idx`, or not at all, and beside them an
+    `.ids.json` with the largest token id; those of an earlier call with this prefix are replaced,
+    or removed if their split is empty now. The longest document is held in memory.
 
     Raises ConfigError for a source that cannot be read, ValueError for a text that cannot be
     encoded or a split of other than three weights.
@@ -57,6 +61,7 @@ def index_text(
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{prefix.name}.", dir=prefix.parent) as folder:
         builders: dict[str, IndexedDatasetBuilder] = {}
+        largest: dict[str, int] = {}
         for number, pieces in enumerate(split_documents(read_documents(source), split), start=1):
             where = f"{source}, document {number}"
             start = 0
@@ -67,11 +72,13 @@ def index_text(
                     continue
                 if name not in builders:
                     builders[name] = _builder(f"{folder}/{name}.bin", tokenizer)
-                builders[name].add_document(
-                    np.concatenate(sequences), [len(ids) for ids in sequences]
-                )
+                ids = np.concatenate(sequences)
+                builders[name].add_document(ids, [len(sequence) for sequence in sequences])
+                largest[name] = max(largest.get(name, 0), int(ids.max()))
         for name, builder in builders.items():
             builder.finalize(f"{folder}/{name}.idx")
+            content = json.dumps({"largest_id": largest[name]}) + "\n"
+            Path(f"{folder}/{name}{_IDS}").write_text(content)
         _publish(folder, prefix, builders)
     return {name: f"{prefix}_{name}" for name in SPLITS if name in builders}
 
@@ -115,10 +122,18 @@ def _encode(text: str, where: str, start: int, tokenizer: Tokenizer) -> np.ndarr
 
 def _publish(folder: str, prefix: Path, written: Collection[str]) -> None:
     """Move the files of the splits that were written to their prefix; remove those of the rest."""
-    for suffix in (".bin", ".idx"):  # a reader opens .idx first, so it comes last
+    for suffix in (_IDS, ".bin", ".idx"):  # a reader opens .idx first, so it comes last
         for name in SPLITS:
             target = Path(f"{prefix}_{name}{suffix}")
             if name in written:
                 os.replace(f"{folder}/{name}{suffix}", target)
             else:
                 target.unlink(missing_ok=True)
+
+
+def largest_id(prefix: str) -> int | None:
+    """The largest token id of an indexed dataset, or None if it was not written by `index_text`."""
+    try:
+        return int(json.loads(Path(f"{prefix}{_IDS}").read_bytes())["largest_id"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
+from attrs import frozen
 
 from megafn.pure.config.records import TrainConfig, num_micro_batches
-from megafn.runtime.checkpoint.autosave import open_autosave, save_if_due
+from megafn.runtime.checkpoint.autosave import (
+    open_autosave,
+    save_if_due,
+    save_on_signal,
+)
 from megafn.runtime.checkpoint.directory_lock import lock_directory
 from megafn.runtime.data.batches import batches as read_batches
 from megafn.runtime.data.batches import group_batches
+from megafn.runtime.data.corpora import Corpus, build_dataset
+from megafn.runtime.data.given_batches import check_valid_batches, passes_over, without_short_end
 from megafn.runtime.data.same_batches import check_same_batches
-from megafn.runtime.families.step import Step
+from megafn.runtime.families.step import Step, tokens_of
 from megafn.runtime.metrics.records import Report
 from megafn.runtime.metrics.sinks import open_sinks
-from megafn.runtime.model.state import State
+from megafn.runtime.model.state import State, check_usable
 from megafn.runtime.parallel.groups import ProcessGroups
+from megafn.runtime.parallel.megatron_context import megatron_context
 from megafn.runtime.training.arguments import MicroBatches, Sinks
 from megafn.runtime.training.step import evaluate, train_step
 
@@ -30,18 +39,31 @@ def fit(
     batches: MicroBatches | None = None,
     valid_batches: MicroBatches | None = None,
     on_metrics: Sinks = (),
+    corpora: Mapping[str, Sequence[Corpus]] | None = None,
 ) -> State:
     """Train from where the state stands to the config's last iteration.
 
     The old state's buffers are donated. The arguments are those of `train`, inside process groups
     that the caller opened. Evaluates every `eval_interval` iterations and after the last, without
-    returning logits. If `batches` ends early, the run ends there with a warning.
-    Raises ConfigError if another run trains in checkpoint.directory, and FloatingPointError after
-    stop_after_skipped updates in a row that were left out.
+    returning logits. A checkpoint that is due is saved before that, and before the metrics are
+    passed on. If `batches` ends early, or with a micro-batch of too few rows, the run ends there
+    with a warning; in `valid_batches` such a last micro-batch is left out.
+    corpora: those of the splits of config.data, as `train` found them; None: found now. What is
+    read stays the same to the end of the run, if the texts are replaced or removed too.
+    Raises ConfigError, before the first step, for `valid_batches` that are empty, or are an
+    iterator, which can be read only once, and needed more often; and if another run trains in
+    checkpoint.directory.
+    Raises FloatingPointError after stop_after_skipped updates in a row that were left out.
     """
+    check_usable(state)
     with lock_directory(state.config, state.pg):
         return fit_in_locked_directory(
-            state, step, batches=batches, valid_batches=valid_batches, on_metrics=on_metrics
+            state,
+            step,
+            batches=batches,
+            valid_batches=valid_batches,
+            on_metrics=on_metrics,
+            corpora=corpora,
         )
 
 
@@ -52,28 +74,28 @@ def fit_in_locked_directory(
     batches: MicroBatches | None = None,
     valid_batches: MicroBatches | None = None,
     on_metrics: Sinks = (),
+    corpora: Mapping[str, Sequence[Corpus]] | None = None,
 ) -> State:
     """`fit`, by a caller that holds the lock of checkpoint.directory."""
     config = state.config
     pg = state.pg
-    evaluates = config.eval_iters > 0 and (valid_batches is not None or batches is None)
+    data = _open_data(state, step, batches, valid_batches, corpora or {})
 
     with open_sinks(config, pg, state.iteration) as sinks, open_autosave(state) as autosave:
-        for batch in global_batches(
-            batches,
-            config,
-            pg,
-            consumed_samples=state.consumed_samples,
-            count=config.iterations - state.iteration,
-        ):
+        for batch in data.training:
             state, metrics = train_step(state, batch, step)
-            if evaluates and _evaluation_is_due(state.iteration, config):
-                metrics = attrs.evolve(metrics, valid=_validate(state, step, valid_batches))
+            # before everything that can fail: what was trained is not lost
+            ended = state.iteration == config.iterations
+            autosave = save_if_due(autosave, state, batch, ended=ended)
+            if data.held_out is not None and _evaluation_is_due(state.iteration, config):
+                metrics = attrs.evolve(metrics, valid=_validate(state, step, data.held_out()))
             for sink in (*sinks, *on_metrics):
                 sink(metrics)
-            autosave = save_if_due(autosave, state, batch)
+            autosave = save_on_signal(autosave, state)
             _stop_if_skipped_too_often(state)
-        save_if_due(autosave, state, ended=True)
+        if state.iteration < config.iterations:  # the batches ended early
+            autosave = save_if_due(autosave, state, ended=True)
+            save_on_signal(autosave, state)
 
     if state.iteration < config.iterations:
         warnings.warn(
@@ -84,20 +106,97 @@ def fit_in_locked_directory(
     return state
 
 
+GlobalBatches = Iterator[tuple[Any, ...]]
+
+
+@frozen(kw_only=True, eq=False)
+class Data:
+    """This rank's share of what a run reads, opened before the first step."""
+
+    training: GlobalBatches
+    held_out: Callable[[], GlobalBatches] | None  # for each evaluation; None: there is none
+
+
+def _open_data(
+    state: State,
+    step: Step,
+    batches: MicroBatches | None,
+    valid_batches: MicroBatches | None,
+    corpora: Mapping[str, Sequence[Corpus]],
+) -> Data:
+    config = state.config
+    pg = state.pg
+    held_out = None
+    evaluations = count_evaluations(state.iteration, config)
+    if valid_batches is not None and evaluations > 0:
+        check_valid_batches(valid_batches, config, pg.dp_size, evaluations)
+        # the random numbers that an evaluation has
+        with megatron_context(pg, config.seed, "evaluate"):
+            passes = passes_over(valid_batches)
+        held_out = partial(_next_pass, passes, step, config, pg)
+    elif batches is None and evaluations > 0:
+        held_out = partial(
+            read_batches,
+            config,
+            pg,
+            split="valid",
+            count=config.eval_iters,
+            dataset=build_dataset(config, "valid", corpora.get("valid")),
+        )
+    training = global_batches(
+        batches,
+        step,
+        config,
+        pg,
+        consumed_samples=state.consumed_samples,
+        count=config.iterations - state.iteration,
+        corpora=corpora.get("train"),
+    )
+    return Data(training=training, held_out=held_out)
+
+
 def global_batches(
     given: MicroBatches | None,
+    step: Step,
     config: TrainConfig,
     pg: ProcessGroups,
     *,
     count: int,
-    split: str = "train",
     consumed_samples: int | None = None,
-) -> Iterator[tuple[Any, ...]]:
+    corpora: Sequence[Corpus] | None = None,
+) -> GlobalBatches:
     """This rank's share of at most `count` global batches: of those given, or of config.data."""
     if given is None:
-        return read_batches(config, pg, split=split, consumed_samples=consumed_samples, count=count)
-    grouped = group_batches(given, num_micro_batches(config, pg.dp_size))
+        dataset = build_dataset(config, "train", corpora)
+        return read_batches(
+            config, pg, consumed_samples=consumed_samples, count=count, dataset=dataset
+        )
+    is_short = partial(_has_too_few_rows, step, config, pg)
+    whole = without_short_end(given, config.micro_batch_size, is_short)
+    grouped = group_batches(whole, num_micro_batches(config, pg.dp_size))
     return check_same_batches(grouped, pg, count=count)
+
+
+def _has_too_few_rows(step: Step, config: TrainConfig, pg: ProcessGroups, raw: Any) -> bool:
+    return tokens_of(step.batch(raw, config, pg)).size(0) < config.micro_batch_size
+
+
+def _next_pass(
+    passes: Iterator[MicroBatches], step: Step, config: TrainConfig, pg: ProcessGroups
+) -> GlobalBatches:
+    return global_batches(next(passes), step, config, pg, count=config.eval_iters)
+
+
+def count_evaluations(iteration: int, config: TrainConfig) -> int:
+    """How many evaluations a run of this config makes after an iteration."""
+    last = config.iterations
+    if config.eval_iters == 0 or iteration >= last:
+        return 0
+    interval = config.eval_interval
+    if interval is None:
+        return 1
+    at_intervals = last // interval - iteration // interval
+    return at_intervals + (last % interval > 0)
 
 
 def _evaluation_is_due(iteration: int, config: TrainConfig) -> bool:
@@ -106,13 +205,9 @@ def _evaluation_is_due(iteration: int, config: TrainConfig) -> bool:
     return config.eval_interval is not None and iteration % config.eval_interval == 0
 
 
-def _validate(state: State, step: Step, valid_batches: MicroBatches | None) -> Report:
+def _validate(state: State, step: Step, held_out: GlobalBatches) -> Report:
     """An evaluation without logits: those of all eval_iters at once would fill the memory."""
-    config = state.config
-    without_logits = attrs.evolve(config, return_logits=None)
-    held_out = global_batches(
-        valid_batches, config, state.pg, split="valid", count=config.eval_iters
-    )
+    without_logits = attrs.evolve(state.config, return_logits=None)
     return evaluate(attrs.evolve(state, config=without_logits), held_out, step)
 
 

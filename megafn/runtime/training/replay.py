@@ -63,6 +63,7 @@ def replay(
         remaining = remaining_batches(batches, state, start, last_sample)
         for batch in global_batches(
             remaining,
+            step,
             config,
             pg,
             consumed_samples=state.consumed_samples,

@@ -11,6 +11,7 @@ import attrs
 import torch
 from attrs import frozen
 
+from megafn.pure.config.records import num_micro_batches
 from megafn.pure.families.built_in import sample_tokens
 from megafn.pure.schedule import LrWd
 from megafn.pure.spikes import append_norm, spike_limit
@@ -25,7 +26,7 @@ from megafn.runtime.model.optimizer import (
     set_lr,
     squared_norm_share,
 )
-from megafn.runtime.model.state import State
+from megafn.runtime.model.state import State, check_usable, donate
 from megafn.runtime.parallel.megatron_context import megatron_context
 from megafn.runtime.training.forward_backward import (
     MicroBatchSums,
@@ -44,27 +45,31 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
     gradient is that of (sum of losses) / (sum of counts), both over the whole global batch, however
     it was cut. If loss or gradient is NaN or infinite on one rank, or the gradient's norm a spike
     (optimizer.spike_factor), no rank updates anything, and the schedule does not advance.
-    Raises ValueError, before the update, if no token of the global batch counts, and if step.loss
-    reports other names for some micro-batches.
+    Raises ValueError, before the update, if the batch has another number of micro-batches than
+    `num_micro_batches`, if none of its tokens counts, and if step.loss reports other names for some
+    micro-batches; RuntimeError for a state that was donated before, or whose groups are closed.
 
     Numbers move to the host once, before the update: loss, count, reports and gradient norm in one
     tensor, summed over all ranks in one collective; once more under log.everything or fp16.
     """
+    check_usable(state)
     clock = Clock(started=time.perf_counter())
     scheduled = state.schedule(state.consumed_samples - state.skipped_samples)
     set_lr(state.optimizer, scheduled.lr, scheduled.weight_decay)
     outputs: list[Output] = []
 
     with megatron_context(state.pg, state.config.seed, "train", state.consumed_samples):
+        micro_batches = _all_micro_batches(state, batch)
         for chunk in state.chunks:
             chunk.train()
         zero_gradients(state)
-        sums = _forward_backward(state, batch, step, outputs, forward_only=False)
+        sums = _forward_backward(state, micro_batches, step, outputs, forward_only=False)
         overflow = state.optimizer.prepare_grads()
         share = squared_norm_share(state.optimizer, state.pg)
         totals = sum_over_ranks(sums, state.report_names, state.pg, squared_norm=share)
         logits = _logits(state, outputs)
         clock = attrs.evolve(clock, optimizer_started=time.perf_counter())
+        state = donate(state)
         update = _guarded_update(state, totals, overflow)
         after = _read_after_update(state, update)
 
@@ -77,8 +82,10 @@ def evaluate(state: State, batches: Iterable[Iterable[Any]], step: Step) -> Repo
     """Mean loss over global batches, forward only; equal on every rank.
 
     `batches` must be as long on every rank. The model returns to the mode that it was in. Raises
-    ValueError if there is no batch.
+    ValueError if there is no batch, RuntimeError for a state that was donated, or whose groups are
+    closed.
     """
+    check_usable(state)
     sums = []
     outputs: list[Output] = []
     count = 0
@@ -125,6 +132,20 @@ class AfterUpdate:
     loss_scale: float
     params_norm: float | None = None
     zeros_in_grad: int | None = None
+
+
+def _all_micro_batches(state: State, batch: Iterable[Any]) -> tuple[Any, ...]:
+    """The batch as a tuple. Raises ValueError if it is not this rank's share of a global batch."""
+    config = state.config
+    micro_batches = tuple(batch)
+    expected = num_micro_batches(config, state.pg.dp_size)
+    if len(micro_batches) != expected:
+        raise ValueError(
+            f"batch: {len(micro_batches)} micro-batches, expected {expected} on each rank: "
+            f"global_batch_size = {config.global_batch_size} / (micro_batch_size = "
+            f"{config.micro_batch_size} * dp = {state.pg.dp_size}); group_batches makes these."
+        )
+    return micro_batches
 
 
 def _forward_backward(

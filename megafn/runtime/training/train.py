@@ -9,7 +9,8 @@ from megafn.pure.validation.validate import check
 from megafn.runtime.accelerate.train_steps import step_of
 from megafn.runtime.checkpoint.directory_lock import lock_directory
 from megafn.runtime.checkpoint.resume import check_directory, resume
-from megafn.runtime.data.corpora import corpora
+from megafn.runtime.data.corpora import Corpus, corpora
+from megafn.runtime.data.given_batches import check_valid_batches
 from megafn.runtime.families.step import Step
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel import cpu
@@ -21,7 +22,7 @@ from megafn.runtime.training.arguments import (
     OptimizerFunction,
     Sinks,
 )
-from megafn.runtime.training.fit import fit_in_locked_directory
+from megafn.runtime.training.fit import count_evaluations, fit_in_locked_directory
 from megafn.runtime.training.setup import setup
 
 
@@ -37,6 +38,7 @@ def train(
 ) -> State:
     """Train a config from start to end, or from its newest checkpoint on; returns the last state.
 
+    That state's process groups are closed then; to use it, call `setup` and `fit` in your own.
     Run it under torchrun, or as one plain process.
     step: the functions of the training step; model: builds one model chunk; optimizer: builds the
     optimizer, see `setup`. If None, config.step_function and config.model_function come before the
@@ -53,9 +55,9 @@ def train(
     world = world_size()
     check(config, world, cuda=cpu.device().type == "cuda")
     step = step if step is not None else step_of(config)
-    check_data(config, batches, valid_batches)
-    check_directory(config.checkpoint)
     groups = build_groups(config.parallel, world, model=config.model)
+    found = check_data(config, groups.dp_size, batches, valid_batches)
+    check_directory(config.checkpoint)
     with (
         init_groups(groups, timeout_seconds=config.timeout_seconds) as pg,
         lock_directory(config, pg),
@@ -63,21 +65,35 @@ def train(
         state = setup(config, pg, model=model, optimizer=optimizer)
         state, batches = resume(state, batches)
         return fit_in_locked_directory(
-            state, step, batches=batches, valid_batches=valid_batches, on_metrics=on_metrics
+            state,
+            step,
+            batches=batches,
+            valid_batches=valid_batches,
+            on_metrics=on_metrics,
+            corpora=found,
         )
 
 
 def check_data(
-    config: TrainConfig, batches: Batches | None, valid_batches: MicroBatches | None
-) -> None:
-    """Raises ConfigError if there is no data, or a corpus is missing, damaged or too short."""
+    config: TrainConfig, dp: int, batches: Batches | None, valid_batches: MicroBatches | None
+) -> dict[str, tuple[Corpus, ...]]:
+    """The corpora of each split that the run reads, by split.
+
+    Raises ConfigError if there is no data, a corpus is missing, damaged, too short or of another
+    vocabulary, or `valid_batches` are too few or cannot be iterated anew.
+    """
+    start = config.consumed_samples[0] // config.global_batch_size
+    evaluations = count_evaluations(start, config)
+    if valid_batches is not None:
+        check_valid_batches(valid_batches, config, dp, evaluations)
     if batches is not None:
-        return
+        return {}
     if config.data is None:
         raise ConfigError(
             "data = None: name a text or an indexed dataset in config.data, or give train your own "
             "batches."
         )
-    corpora(config, "train")
+    found = {"train": corpora(config, "train")}
     if config.eval_iters and valid_batches is None:
-        corpora(config, "valid")
+        found["valid"] = corpora(config, "valid")
+    return found
