@@ -42,6 +42,7 @@ from megafn import __version__
 from megafn.pure.checkpoint.boxes import Index
 from megafn.pure.checkpoint.write_plan import WritePlan
 from megafn.pure.config.serialization import to_dict, without_functions
+from megafn.runtime.checkpoint.atomic_files import CHECKSUMS
 from megafn.runtime.checkpoint.state_boxes import loss_scale
 from megafn.runtime.model.state import State
 
@@ -91,6 +92,17 @@ def checkpoints(directory: str | Path) -> dict[int, Path]:
         if match:
             paths[int(match[1])] = path
     return dict(sorted(paths.items()))
+
+
+def checkpoint_around(directory: Path) -> Path | None:
+    """The checkpoint that a directory is or lies in, or None if it is none and lies in none."""
+    directory = directory.absolute()
+    if re.fullmatch(r"iteration-\d{8,}", directory.name):  # damaged or missing, too
+        return directory
+    for folder in (directory, *directory.parents):
+        if (folder / MANIFEST).is_file() and (folder / CHECKSUMS).is_file():
+            return folder
+    return None
 
 
 def latest(directory: str | Path) -> Path | None:

@@ -16,8 +16,8 @@ from typing import Any
 from megafn.pure.config.problems import ConfigError, Problem, config_error
 from megafn.pure.config.records import CheckpointConfig, num_micro_batches
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
-from megafn.runtime.checkpoint.disk_format import checkpoints
-from megafn.runtime.checkpoint.load import read_checkpoint
+from megafn.runtime.checkpoint.disk_format import checkpoint_around, checkpoints
+from megafn.runtime.checkpoint.load import load_verified, verified_manifest
 from megafn.runtime.data.batches import batches as read_batches
 from megafn.runtime.data.same_batches import first_sample
 from megafn.runtime.metrics.sinks import print_on_rank_zero
@@ -38,6 +38,14 @@ def check_directory(settings: CheckpointConfig) -> None:
 
 def _directory_remedy(settings: CheckpointConfig) -> str | None:
     directory = Path(settings.directory)
+    checkpoint = checkpoint_around(directory)
+    if checkpoint is not None:
+        return f"{checkpoint} is a checkpoint; name the run's folder, the one above it"
+    if settings.resume == "must" and not checkpoints(directory):
+        return (
+            'it holds no checkpoint, and checkpoint.resume = "must"; name the folder of the run, '
+            "or set checkpoint.resume to true to start fresh"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,8 +64,9 @@ def resume(state: State, batches: MicroBatches = None) -> tuple[State, Iterable[
     """The state of the newest checkpoint in checkpoint.directory, if any, and the batches after it.
 
     With on_damage = "previous" a damaged checkpoint is renamed to damaged-... and the one before it
-    is read. If the data is the config's, the last sample read before the checkpoint is read again
-    and compared: other data, or another order, is a ConfigError.
+    is read; one that cannot be read now keeps its name, and is an OSError. If the data is the
+    config's, the last sample read before the checkpoint is read again and compared: other data, or
+    another order, is a ConfigError.
     """
     start = state.iteration
     state, last_sample = _load_newest(state)
@@ -80,12 +89,13 @@ def _load_newest(state: State) -> tuple[State, int | None]:
     paths = broadcast_from_rank_zero(paths, pg)
     for path in paths:
         try:
-            state, manifest = read_checkpoint(state, path)
+            manifest = verified_manifest(path, pg)
         except CheckpointError as error:
             _refuse_damage(error, settings)
             if pg.is_rank_zero:
                 _set_aside(path, error, earlier=paths[paths.index(path) + 1 :])
             continue
+        state = load_verified(state, path, manifest)
         _print_what_is_left(path, state)
         return state, manifest["last_sample"]
     if paths:
@@ -93,6 +103,9 @@ def _load_newest(state: State) -> tuple[State, int | None]:
             f"{settings.directory}: no checkpoint in it is whole; name another "
             "checkpoint.directory to start anew"
         )
+    print_on_rank_zero(
+        f"starting fresh: {settings.directory} holds no checkpoint", state.config, pg
+    )
     return state, None
 
 
