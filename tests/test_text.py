@@ -259,7 +259,11 @@ def test_an_indexed_text_holds_the_pieces_that_the_split_makes(tmp_path, hugging
             assert IndexedDataset(prefix).index.dtype is np.uint16
     # a second call replaces all that the first one left
     index_text(tmp_path / "a.txt", tmp_path / "new/0", split=(1, 0, 0))
-    assert sorted(p.name for p in (tmp_path / "new").glob("0*")) == ["0_train.bin", "0_train.idx"]
+    assert sorted(p.name for p in (tmp_path / "new").glob("0*")) == [
+        "0_train.bin",
+        "0_train.idx",
+        "0_train.tokenizer.json",
+    ]
     assert pieces(str(tmp_path / "new/0_train")) == documents
 
 

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,16 @@ def latest(directory: str | Path) -> Path | None:
 
 
 def make_manifest(
-    state: State, plan: WritePlan, optimizer_step: int | None, last_sample: int | None
+    state: State,
+    plan: WritePlan,
+    optimizer_step: int | None,
+    last_sample: int | None,
+    data: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The manifest of a checkpoint; the sizes of its files are added once they are written.
 
     last_sample: fingerprint of the last global batch's first sample, see `first_sample`.
+    data: tokenizer and corpora, see `describe_data`; None: not known.
     """
     tensors = {}
     for name, (shape, writes) in plan.items():
@@ -143,4 +149,5 @@ def make_manifest(
         "config": to_dict(without_functions(state.config)),
         "tensors": tensors,
         "last_sample": last_sample,
+        "data": data,
     }

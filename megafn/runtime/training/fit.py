@@ -12,6 +12,8 @@ from megafn.pure.config.records import TrainConfig, num_micro_batches
 from megafn.runtime.checkpoint.autosave import open_autosave, save_if_due
 from megafn.runtime.data.batches import batches as read_batches
 from megafn.runtime.data.batches import group_batches
+from megafn.runtime.data.corpora import corpora
+from megafn.runtime.data.corpus_identity import check_same_corpora, describe_data, identify
 from megafn.runtime.data.same_batches import check_same_batches
 from megafn.runtime.families.step import Step
 from megafn.runtime.metrics.records import Report
@@ -41,7 +43,8 @@ def fit(
     pg = state.pg
     evaluates = config.eval_iters > 0 and (valid_batches is not None or batches is None)
 
-    with open_sinks(config, pg, state.iteration) as sinks, open_autosave(state) as autosave:
+    data = _check_data(config, pg, evaluates and valid_batches is None) if batches is None else None
+    with open_sinks(config, pg, state.iteration) as sinks, open_autosave(state, data) as autosave:
         for batch in global_batches(
             batches,
             config,
@@ -65,6 +68,21 @@ def fit(
             stacklevel=2,
         )
     return state
+
+
+def _check_data(config: TrainConfig, pg: ProcessGroups, evaluates: bool) -> dict[str, Any] | None:
+    """Compare the corpora of the config over all ranks. Returns what checkpoints say of them.
+
+    None, if no checkpoint is written, or on a rank other than zero.
+    """
+    train = corpora(config)
+    identities = {"train": identify(train)}
+    if evaluates:
+        identities["valid"] = identify(corpora(config, "valid"))
+    check_same_corpora(identities, pg)
+    if config.checkpoint.directory is None or not pg.is_rank_zero:
+        return None
+    return describe_data(config, train)
 
 
 def global_batches(
