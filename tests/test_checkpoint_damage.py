@@ -90,6 +90,27 @@ def test_a_truncated_or_missing_file_is_named_and_the_checkpoint_before_is_used_
     assert list(checkpoints(directory)) == [2, 4, 6, 7]
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_cannot_be_read_now_is_not_taken_for_damaged(name, two, tmp_path):
+    directory, newest = copy_of(two, tmp_path)
+    (newest / name).unlink()
+    # reading the first page of a process gives an I/O error
+    (newest / name).symlink_to("/proc/self/mem")
+    config = with_checkpoint(text_config(directory), on_damage="previous")
+    with pytest.raises(OSError, match=f"{name} could not be read: Input/output error; .* renamed"):
+        mf.train(config)
+    assert list(checkpoints(directory)) == [2, 4]
+
+
+def test_a_checkpoint_of_another_model_or_version_is_not_renamed(two, tmp_path, monkeypatch):
+    directory, _ = copy_of(two, tmp_path)
+    config = with_checkpoint(text_config(directory), on_damage="previous")
+    monkeypatch.setattr(load, "FORMAT", 2)
+    with pytest.raises(mf.CheckpointError, match="has format 1: this megafn reads format 2"):
+        mf.train(config)
+    assert list(checkpoints(directory)) == [2, 4]
+
+
 def test_a_run_does_not_start_anew_silently_if_no_checkpoint_is_whole(two, tmp_path):
     directory, _ = copy_of(two, tmp_path)
     for path in checkpoints(directory).values():

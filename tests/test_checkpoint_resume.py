@@ -144,7 +144,7 @@ def test_custom_batches_continue_after_what_was_read(tmp_path):
             dict(data=mf.DataConfig(train=mf.demo_text(), sampler="cyclic", split=(9, 1, 0))),
             "data.split = (9, 1, 0): the checkpoint was written with",
         ),
-        (dict(data="other"), "is not the one that was read before the checkpoint"),
+        (dict(data="other"), "but the checkpoint was written with"),
     ],
 )
 def test_a_config_of_another_run_is_refused(change, problem, tmp_path):
@@ -199,6 +199,34 @@ def test_not_resuming_refuses_a_directory_that_holds_checkpoints(tmp_path):
     problem = "checkpoint.directory = .*file/below': Not a directory; name a folder"
     with pytest.raises(mf.ConfigError, match=problem):
         train(attrs.evolve(config, checkpoint=below))
+
+
+def test_a_directory_that_is_a_checkpoint_or_lies_in_one_is_refused(tmp_path):
+    config = text_config(tmp_path, steps=2)
+    train(config)
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "best").symlink_to("iteration-00000002")
+    for name in ("iteration-00000002", "iteration-00000009", "best", "iteration-00000002/more"):
+        with pytest.raises(mf.ConfigError, match="checkpoint.directory = .* is a checkpoint; name"):
+            train(with_checkpoint(config, directory=str(tmp_path / name)))
+    (tmp_path / "best").unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+    another = with_checkpoint(config, directory=str(tmp_path / "iteration-3" / "runs"))
+    assert train(another).exit_code is None, "a name like a checkpoint's is not one"
+
+
+def test_resume_must_refuses_to_start_fresh(tmp_path, capsys):
+    config = text_config(tmp_path / "runs", steps=2)
+    config = attrs.evolve(config, log=mf.LogConfig())
+    must = with_checkpoint(config, resume="must")
+    with pytest.raises(mf.ConfigError, match='holds no checkpoint, and checkpoint.resume = "must"'):
+        train(must)
+    assert not (tmp_path / "runs").exists()
+    train(config, stop=3)
+    assert f"starting fresh: {tmp_path}/runs holds no checkpoint\n" in capsys.readouterr().err
+    longer = attrs.evolve(must, train_iters=3)
+    assert [iteration for iteration, *_ in train(longer).curve] == [3]
+    assert "fresh" not in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ signals

@@ -263,6 +263,7 @@ def test_an_indexed_text_holds_the_pieces_that_the_split_makes(tmp_path, hugging
         "0_train.bin",
         "0_train.ids.json",
         "0_train.idx",
+        "0_train.tokenizer.json",
     ]
     assert pieces(str(tmp_path / "new/0_train")) == documents
 

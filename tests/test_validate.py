@@ -561,6 +561,7 @@ OUT_OF_RANGE = {
         [(1, 0, 0), (0.9, 0.1, 0.0)],
     ),
     "data.tokenizer": ([""], ["bytes"]),
+    "checkpoint.resume": (["maybe", ""], [True]),
     "data.cache": ([""], ["a", None]),
     "log.tensorboard_dir": ([""], ["a", None]),
     "log.jsonl": ([""], ["a", None]),
@@ -580,6 +581,20 @@ def test_a_value_out_of_range_is_refused_and_the_last_one_within_is_not(path):
     said = {remedy for value in refused for remedy in remedies(value)}
     assert all(len(remedies(value)) == 1 for value in refused) and len(said) == 1, said
     assert not any(said & set(remedies(value)) for value in fine)
+
+
+@pytest.mark.parametrize(
+    "path", ["data.cache", "log.tensorboard_dir", "log.jsonl", "checkpoint.directory"]
+)
+def test_a_path_that_only_a_shell_expands_is_refused(path):
+    def remedies(value):
+        return [problem.remedy for problem in validate(changed(CONFIG, {path: value}), 8)]
+
+    for value in ("~/a", "~", "~user/a", "$HOME/a", "a/${JOB}/b"):
+        (remedy,) = remedies(value)
+        assert remedy.startswith("must not begin with ~ or hold a $VARIABLE")
+    for value in ("a", "a~", "./~a", "a$", "5$ a"):
+        assert remedies(value) == []
 
 
 @pytest.mark.parametrize("world_size", [0, -8, 6, 2])

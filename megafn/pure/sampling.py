@@ -200,3 +200,23 @@ def _mix(z: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def epochs_in_words(samples: int, *, tokens: int, seq_length: int) -> str:
+    """How often megatron-core reads a corpus of `tokens` for at least `samples` sequences.
+
+    All that its order depends on besides corpus and seed. Several epochs are shuffled together,
+    except the last one if less than 80% of it is read (`GPTDataset`).
+
+    >>> epochs_in_words(8, tokens=65, seq_length=8), epochs_in_words(9, tokens=65, seq_length=8)
+    ('1 epoch', '2 epochs, the last one apart')
+    >>> epochs_in_words(15, tokens=65, seq_length=8)
+    '2 epochs'
+    """
+    epochs = max(1, -(-(samples * seq_length + 1) // tokens))
+    if epochs == 1:
+        return "1 epoch"
+    samples_before_last = ((epochs - 1) * tokens - 1) // seq_length
+    samples_of_epoch = (tokens - 1) // seq_length
+    is_apart = samples - samples_before_last < int(0.80 * samples_of_epoch)
+    return f"{epochs} epochs" + (", the last one apart" if is_apart else "")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from math import isclose
 from typing import Any
 
 from megafn.pure.config.family_record import FamilyRecord
@@ -19,7 +20,6 @@ FIXED_FIELDS = (
     "global_batch_size",
     "data.split",
     "data.sampler",
-    "data.tokenizer",
     "data.reset_position_ids",
     "data.reset_attention_mask",
     "data.eod_mask_loss",
@@ -49,7 +49,9 @@ def resume_problems(saved: TrainConfig, config: TrainConfig, iteration: int) -> 
     """
     problems = []
     for path, before, now in _changed_fields(saved, config):
-        if path in FIXED_FIELDS or path.startswith("model."):
+        # two paths may name the same tokenizer: `data_problems` compares its definition
+        another_tokenizer = path == "data.tokenizer" and "bytes" in (before, now)
+        if path in FIXED_FIELDS or path.startswith("model.") or another_tokenizer:
             remedy = (
                 f"the checkpoint was written with {before!r}; set that, "
                 "or start a new run in another checkpoint.directory"
@@ -107,3 +109,88 @@ def _too_short(config: TrainConfig, iteration: int) -> Problem:
         least = iteration * config.global_batch_size
     remedy = f"the checkpoint stands at iteration {iteration}; give {least} or more"
     return Problem(field, getattr(config, field), remedy)
+
+
+def data_problems(
+    saved: Mapping[str, Any], now: Mapping[str, Any], config: TrainConfig
+) -> tuple[Problem, ...]:
+    """What the data of a run differs in from that of a checkpoint; () if it can resume.
+
+    saved, now: tokenizer and corpora as manifests hold them; what `saved` lacks is not compared.
+    The names of corpora and of the tokenizer's file may change, since contents are compared.
+    """
+    problems = [_tokenizer_problem(saved, now), *_corpus_problems(saved, now, config)]
+    return tuple(problem for problem in problems if problem is not None)
+
+
+def _tokenizer_problem(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Problem | None:
+    before = saved.get("tokenizer")
+    tokenizer = now["tokenizer"]
+    if before is None or before["digest"] == tokenizer["digest"]:
+        return None
+    remedy = (
+        f"it defines another tokenizer (digest {tokenizer['digest'][:12]}) than the checkpoint was "
+        f"written with ({before['name']!r}, digest {before['digest'][:12]}); give that one, "
+        f"{_OR_A_NEW_RUN}"
+    )
+    return Problem("data.tokenizer", tokenizer["name"], remedy)
+
+
+def _corpus_problems(
+    saved: Mapping[str, Any], now: Mapping[str, Any], config: TrainConfig
+) -> Iterator[Problem]:
+    corpora_before = saved.get("corpora")
+    corpora = now["corpora"]
+    if corpora_before is None:
+        return
+    if len(corpora_before) != len(corpora):
+        names = ", ".join(repr(corpus["source"]) for corpus in corpora_before)
+        sources = [corpus["source"] for corpus in corpora]
+        written_with = f"the checkpoint was written with {names}; give those, {_OR_A_NEW_RUN}"
+        yield Problem("data.train", sources, written_with)
+        return
+    shares_before = _shares(corpora_before)
+    shares = _shares(corpora)
+    for i, (before, corpus) in enumerate(zip(corpora_before, corpora, strict=True)):
+        remedy = _corpus_remedy(before, corpus)
+        if remedy is None and not isclose(shares[i], shares_before[i], rel_tol=1e-9):
+            remedy = (
+                f"its weight in the blend is {shares[i]:g}, the checkpoint was written with "
+                f"{shares_before[i]:g}; set that, {_OR_A_NEW_RUN}"
+            )
+        if remedy is not None:
+            yield Problem("data.train", corpus["source"], remedy)
+
+
+def _corpus_remedy(before: Mapping[str, Any], corpus: Mapping[str, Any]) -> str | None:
+    """Why a corpus is not read as it was, weights apart."""
+    if any(before.get(name, corpus[name]) != corpus[name] for name in _CONTENT):
+        return (
+            f"it holds {_content_in_words(corpus)}, but the checkpoint was written with "
+            f"{before['source']!r} of {_content_in_words(before)}; give that text, {_OR_A_NEW_RUN}"
+        )
+    if before.get("epochs", corpus["epochs"]) != corpus["epochs"]:
+        return (
+            f"a run of this length reads it in another order ({corpus['epochs']}) than the "
+            f"checkpoint's did ({before['epochs']}); give the length that the run began with, "
+            f'{_OR_A_NEW_RUN} (data.sampler = "cyclic" gives one order for every length)'
+        )
+    return None
+
+
+_CONTENT = ("fingerprint", "documents", "tokens")
+_OR_A_NEW_RUN = "or start a new run in another checkpoint.directory"
+
+
+def _content_in_words(corpus: Mapping[str, Any]) -> str:
+    return (
+        f"{corpus.get('documents')} documents of {corpus.get('tokens')} tokens "
+        f"(fingerprint {corpus.get('fingerprint')})"
+    )
+
+
+def _shares(corpora: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The weight of each corpus in the blend; they sum up to 1, or are all 0 without weights."""
+    weights = [corpus.get("weight") or 0.0 for corpus in corpora]
+    total = sum(weights) or 1.0
+    return [weight / total for weight in weights]

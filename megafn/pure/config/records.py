@@ -337,8 +337,9 @@ class CheckpointConfig:
     keep_last: int = 2
     # Checkpoints at multiples of this many iterations are kept for ever. None: none are.
     keep_every: int | None = None
-    # Resume from the newest. False: an error if the folder holds checkpoints.
-    resume: bool = True
+    # Resume from the newest, or start fresh if there is none. "must": an error if there is none.
+    # False: an error if the folder holds checkpoints.
+    resume: bool | str = True
     # The state is copied, and a thread writes it while training continues.
     asynchronous: bool = False
     # "raise", or "previous": resume from the one before a damaged checkpoint.

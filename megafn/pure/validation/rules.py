@@ -7,6 +7,7 @@ Fields are dotted paths, several in one string. What only one family requires is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from math import inf
@@ -53,6 +54,10 @@ def _sources_are_named(sources: Any) -> bool:
 def _is_split(split: tuple[float, ...]) -> bool:
     finite = all(0 <= weight < inf for weight in split)
     return len(split) == 3 and finite and split[0] > 0
+
+
+def _is_expanded(path: str) -> bool:
+    return not path.startswith("~") and re.search(r"\$(\w|\{)", path) is None
 
 
 # (fields, whether a value is in the range, what is required)
@@ -134,6 +139,16 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "data.tokenizer data.cache log.tensorboard_dir log.jsonl checkpoint.directory",
         bool,
         "must not be empty",
+    ),
+    (
+        "data.cache log.tensorboard_dir log.jsonl checkpoint.directory",
+        _is_expanded,
+        "must not begin with ~ or hold a $VARIABLE, which only a shell expands; write the path out",
+    ),
+    (
+        "checkpoint.resume",
+        lambda value: isinstance(value, bool) or value == "must",
+        'must be true, false or "must"',
     ),
 )
 

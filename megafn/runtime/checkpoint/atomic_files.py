@@ -18,6 +18,9 @@ import torch
 
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 
+# There is no such file. Other errors of the operating system say nothing of what is in it.
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
 _SAFETENSORS_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -109,13 +112,15 @@ def publish(hidden: Path, folder: Path, checksums: Mapping[str, str]) -> None:
 def read_checksums(folder: Path) -> dict[str, str]:
     """The sha256 of each file, as `publish` wrote them.
 
-    Raises CheckpointError if there are none or they cannot be read.
+    Raises CheckpointError if there are none or they are damaged, and OSError as `find_damage`.
     """
     path = folder / CHECKSUMS
     try:
         text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
+    except (*_ABSENT, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     if not re.fullmatch(r"([0-9a-f]{64}  [\w.-]+\n)+", text):
         raise CheckpointError(f"{path} is damaged: it is not a list of checksums")
     checksums = {}
@@ -126,13 +131,24 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def find_damage(path: Path, expected_digest: str | None) -> str | None:
-    """What is wrong with a file, or None if its sha256 is the expected one."""
+    """What is wrong with a file, or None if its sha256 is the expected one.
+
+    A file that is there but cannot be read (permissions, a disk or network that fails now) may be
+    whole: that raises OSError.
+    """
     try:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
-    except OSError as error:
+    except _ABSENT as error:
         return f"{path} is damaged: {error.strerror}"
+    except OSError as error:
+        raise _unreadable(path, error) from None
     if digest == expected_digest:
         return None
     return f"{path} is damaged: its {size} bytes do not have the sha256 in {CHECKSUMS}"
+
+
+def _unreadable(path: Path, error: OSError) -> OSError:
+    """The error with the file's name, which an error of reading lacks."""
+    return OSError(error.errno, error.strerror, str(path))

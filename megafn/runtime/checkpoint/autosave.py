@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import attrs
@@ -47,15 +47,17 @@ class Autosave:
     settings: CheckpointConfig
     pg: ProcessGroups
     signals: Sequence[int]  # numbers of those received so far; a handler appends to it
+    data: Mapping[str, Any] | None  # tokenizer and corpora of the run, see `describe_data`
     newest: int  # iteration of the newest checkpoint, which may still be in progress
     last_batch: Any = None  # rank zero's share of the last global batch
     saving: Saving | None = None  # the save in progress
 
 
 @contextlib.contextmanager
-def open_autosave(state: State) -> Iterator[Autosave]:
+def open_autosave(state: State, data: Mapping[str, Any] | None = None) -> Iterator[Autosave]:
     """Listen to SIGTERM and SIGUSR1 for the length of the `with`, if checkpoints are written.
 
+    data: what checkpoints say of the run's data, see `describe_data`; rank zero's counts.
     Signals are received in the main thread only. Raises ConfigError if the state has something that
     cannot be saved.
     """
@@ -66,7 +68,13 @@ def open_autosave(state: State) -> Iterator[Autosave]:
     else:
         listening = contextlib.nullcontext([])
     with listening as signals:
-        yield Autosave(settings=settings, pg=state.pg, signals=signals, newest=state.iteration)
+        yield Autosave(
+            settings=settings,
+            pg=state.pg,
+            signals=signals,
+            data=data,
+            newest=state.iteration,
+        )
 
 
 def save_if_due(
@@ -149,6 +157,7 @@ def _begin(autosave: Autosave, state: State, *, asynchronous: bool, last_chance:
             autosave.settings.directory,
             asynchronous=asynchronous,
             last_sample=None if last_batch is None else first_sample(last_batch),
+            data=autosave.data,
         )
     except CheckpointError as error:
         if last_chance:

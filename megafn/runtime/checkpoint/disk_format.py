@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from megafn import __version__
 from megafn.pure.checkpoint.boxes import Index
 from megafn.pure.checkpoint.write_plan import WritePlan
 from megafn.pure.config.serialization import to_dict, without_functions
+from megafn.runtime.checkpoint.atomic_files import CHECKSUMS
 from megafn.runtime.checkpoint.state_boxes import loss_scale
 from megafn.runtime.model.state import State
 
@@ -93,6 +95,17 @@ def checkpoints(directory: str | Path) -> dict[int, Path]:
     return dict(sorted(paths.items()))
 
 
+def checkpoint_around(directory: Path) -> Path | None:
+    """The checkpoint that a directory is or lies in, or None if it is none and lies in none."""
+    directory = directory.absolute()
+    if re.fullmatch(r"iteration-\d{8,}", directory.name):  # damaged or missing, too
+        return directory
+    for folder in (directory, *directory.parents):
+        if (folder / MANIFEST).is_file() and (folder / CHECKSUMS).is_file():
+            return folder
+    return None
+
+
 def latest(directory: str | Path) -> Path | None:
     """The newest complete checkpoint in a directory, or None if there is none."""
     paths = checkpoints(directory)
@@ -103,11 +116,16 @@ def latest(directory: str | Path) -> Path | None:
 
 
 def make_manifest(
-    state: State, plan: WritePlan, optimizer_step: int | None, last_sample: int | None
+    state: State,
+    plan: WritePlan,
+    optimizer_step: int | None,
+    last_sample: int | None,
+    data: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The manifest of a checkpoint; the sizes of its files are added once they are written.
 
     last_sample: fingerprint of the last global batch's first sample, see `first_sample`.
+    data: tokenizer and corpora, see `describe_data`; None: not known.
     """
     tensors = {}
     for name, (shape, writes) in plan.items():
@@ -131,4 +149,5 @@ def make_manifest(
         "config": to_dict(without_functions(state.config)),
         "tensors": tensors,
         "last_sample": last_sample,
+        "data": data,
     }

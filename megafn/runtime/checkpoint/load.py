@@ -41,7 +41,8 @@ def load(state: State, directory: str | Path) -> State:
     Every rank calls it. directory: a checkpoint, or a folder of them, of which the newest complete
     one is read. It may have been written in any layout. Nothing in it is executed.
     Raises CheckpointError naming the file that is missing or altered, before the state is touched,
-    and ConfigError naming the field if the config is of another model or other data.
+    OSError naming one that cannot be read, and ConfigError naming the field if the config is of
+    another model or other data.
     """
     state.pg.check_open()
     path = _checkpoint_at(Path(directory)) if state.pg.is_rank_zero else None
@@ -57,18 +58,26 @@ def load(state: State, directory: str | Path) -> State:
 
 def read_checkpoint(state: State, path: Path) -> tuple[State, dict[str, Any]]:
     """`load` of the checkpoint at a path that every rank knows. Returns its manifest too."""
-    manifest = _verified_manifest(path, state.pg)
+    manifest = verified_manifest(path, state.pg)
+    return load_verified(state, path, manifest), manifest
+
+
+def load_verified(state: State, path: Path, manifest: Mapping[str, Any]) -> State:
+    """`load` of a checkpoint whose files were verified, see `verified_manifest`."""
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path / MANIFEST} has format {manifest['format']}: this megafn reads format {FORMAT}"
+        )
     _check_config(manifest, state.config)
     state = donate(state)
     _fill(state, path, manifest)
-    loaded = attrs.evolve(
+    return attrs.evolve(
         state,
         iteration=manifest["iteration"],
         consumed_samples=manifest["consumed_samples"],
         skipped_samples=manifest["skipped_samples"],
         grad_norms=tuple(manifest["grad_norms"]),
     )
-    return loaded, manifest
 
 
 def _checkpoint_at(directory: Path) -> Path | None:
@@ -80,21 +89,31 @@ def _checkpoint_at(directory: Path) -> Path | None:
 # ---------------------------------------------------------------------------------------- verify
 
 
-def _verified_manifest(path: Path, pg: ProcessGroups) -> dict[str, Any]:
+def verified_manifest(path: Path, pg: ProcessGroups) -> dict[str, Any]:
     """The manifest, after every file was compared with its checksum; ranks share the work.
 
-    Raises CheckpointError, on every rank, with every file that is missing or altered.
+    Raises CheckpointError, on every rank, with every file that is missing or altered, and OSError,
+    on every rank, if a file cannot be read, which says nothing of its content.
     """
-    manifest, problems = _verify_own_share(path, pg)
+    manifest: dict[str, Any] = {}
+    problems: list[str] = []
+    unreadable = None
+    try:
+        manifest, problems = _verify_own_share(path, pg)
+    except OSError as error:
+        unreadable = f"{error.filename} could not be read: {error.strerror}"
+    results = gather_from_all_ranks((problems, unreadable), pg)
+    for rank, (_, unreadable) in enumerate(results):
+        if unreadable is not None:
+            raise OSError(
+                f"rank {rank}: {unreadable}; the checkpoint may be whole, and nothing was renamed: "
+                "correct the permissions or the disk, and start again"
+            )
     all_problems = set()
-    for problems_of_rank in gather_from_all_ranks(problems, pg):
+    for problems_of_rank, _ in results:
         all_problems.update(problems_of_rank)
     if all_problems:
         raise CheckpointError("; ".join(sorted(all_problems)))
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path / MANIFEST} has format {manifest['format']}: this megafn reads format {FORMAT}"
-        )
     return manifest
 
 

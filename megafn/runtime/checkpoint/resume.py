@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megafn.pure.checkpoint.compatibility import data_problems
 from megafn.pure.config.problems import ConfigError, Problem, config_error
 from megafn.pure.config.records import CheckpointConfig, num_micro_batches
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
-from megafn.runtime.checkpoint.disk_format import checkpoints
-from megafn.runtime.checkpoint.load import read_checkpoint
+from megafn.runtime.checkpoint.disk_format import checkpoint_around, checkpoints
+from megafn.runtime.checkpoint.load import load_verified, verified_manifest
 from megafn.runtime.data.batches import batches as read_batches
+from megafn.runtime.data.corpora import corpora
+from megafn.runtime.data.corpus_identity import describe_data
 from megafn.runtime.data.same_batches import first_sample
 from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.model.state import State
@@ -38,6 +41,14 @@ def check_directory(settings: CheckpointConfig) -> None:
 
 def _directory_remedy(settings: CheckpointConfig) -> str | None:
     directory = Path(settings.directory)
+    checkpoint = checkpoint_around(directory)
+    if checkpoint is not None:
+        return f"{checkpoint} is a checkpoint; name the run's folder, the one above it"
+    if settings.resume == "must" and not checkpoints(directory):
+        return (
+            'it holds no checkpoint, and checkpoint.resume = "must"; name the folder of the run, '
+            "or set checkpoint.resume to true to start fresh"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,23 +67,26 @@ def resume(state: State, batches: MicroBatches = None) -> tuple[State, Iterable[
     """The state of the newest checkpoint in checkpoint.directory, if any, and the batches after it.
 
     With on_damage = "previous" a damaged checkpoint is renamed to damaged-... and the one before it
-    is read. If the data is the config's, the last sample read before the checkpoint is read again
-    and compared: other data, or another order, is a ConfigError.
+    is read; one that cannot be read now keeps its name, and is an OSError. If the data is the
+    config's, tokenizer and corpora are compared with the checkpoint's, and the last sample read
+    before it is read again and compared: other data, or another order, is a ConfigError.
     """
     start = state.iteration
-    state, last_sample = _load_newest(state)
-    return state, remaining_batches(batches, state, start, last_sample)
+    state, manifest = _load_newest(state)
+    if batches is None and state.iteration != start:
+        _check_corpora(state, manifest.get("data") or {})
+    return state, remaining_batches(batches, state, start, manifest.get("last_sample"))
 
 
 # ---------------------------------------------------------------------------------------- state
 
 
-def _load_newest(state: State) -> tuple[State, int | None]:
-    """The state of the newest whole checkpoint and the fingerprint of the last sample it read."""
+def _load_newest(state: State) -> tuple[State, Mapping[str, Any]]:
+    """The state of the newest whole checkpoint and its manifest; {} if there is no checkpoint."""
     settings = state.config.checkpoint
     pg = state.pg
     if settings.directory is None:
-        return state, None
+        return state, {}
     paths = None
     if pg.is_rank_zero:
         _remove_leftovers(Path(settings.directory))
@@ -80,20 +94,24 @@ def _load_newest(state: State) -> tuple[State, int | None]:
     paths = broadcast_from_rank_zero(paths, pg)
     for path in paths:
         try:
-            state, manifest = read_checkpoint(state, path)
+            manifest = verified_manifest(path, pg)
         except CheckpointError as error:
             _refuse_damage(error, settings)
             if pg.is_rank_zero:
                 _set_aside(path, error, earlier=paths[paths.index(path) + 1 :])
             continue
+        state = load_verified(state, path, manifest)
         _print_what_is_left(path, state)
-        return state, manifest["last_sample"]
+        return state, manifest
     if paths:
         raise CheckpointError(
             f"{settings.directory}: no checkpoint in it is whole; name another "
             "checkpoint.directory to start anew"
         )
-    return state, None
+    print_on_rank_zero(
+        f"starting fresh: {settings.directory} holds no checkpoint", state.config, pg
+    )
+    return state, {}
 
 
 def _remove_leftovers(directory: Path) -> None:
@@ -153,6 +171,18 @@ def remaining_batches(
     iterations = state.iteration - start
     count = iterations * num_micro_batches(state.config, state.pg.dp_size)
     return _skip_batches(batches, count, state, last_sample)
+
+
+def _check_corpora(state: State, saved: Mapping[str, Any]) -> None:
+    """Raises ConfigError, on every rank, if the run's data is not what a manifest says of it."""
+    error = None
+    if state.pg.is_rank_zero and saved:
+        now = describe_data(state.config, corpora(state.config))
+        problems = data_problems(saved, now, state.config)
+        error = config_error(problems) if problems else None
+    error = broadcast_from_rank_zero(error, state.pg)
+    if error is not None:
+        raise error
 
 
 def _check_data(state: State, last_sample: int | None) -> None:

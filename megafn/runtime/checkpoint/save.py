@@ -86,10 +86,12 @@ def begin_save(
     *,
     asynchronous: bool = False,
     last_sample: int | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> Saving:
     """The first half of `save`: plan, and begin to write. Every rank calls it.
 
-    If asynchronous, the tensors are copied now and written by a thread.
+    If asynchronous, the tensors are copied now and written by a thread. last_sample, data: see
+    `make_manifest`.
     """
     check_usable(state)
     check_buffers(state)
@@ -114,7 +116,7 @@ def begin_save(
         pg=pg,
         folder=folder,
         hidden=room.hidden,
-        manifest=make_manifest(state, plan, _common_step(listings), last_sample),
+        manifest=make_manifest(state, plan, _common_step(listings), last_sample, data),
         written=_start_writing(room.hidden / file_name(pg.rank), tensors, asynchronous),
     )
 

@@ -26,8 +26,8 @@ from megafn.runtime.families.built_in import FAMILIES, family_of
 from megafn.runtime.families.family import FamilyData
 from megafn.runtime.text.cache import indexed_text
 from megafn.runtime.text.documents import SPLITS
-from megafn.runtime.text.indexing import LONG_SENTENCE, largest_id
-from megafn.runtime.text.tokenizer import Tokenizer, load_tokenizer
+from megafn.runtime.text.indexing import LONG_SENTENCE, indexed_with, largest_id
+from megafn.runtime.text.tokenizer import Tokenizer, identity_of, load_tokenizer
 
 
 @frozen(kw_only=True)
@@ -198,6 +198,7 @@ def _corpus(
     location = _locate(source, split_source, tokenizer, sentences > 0)
     index = _read_index(location.prefix, split_source.field)
     if location.prefix == source:
+        _check_tokenizer(split_source, source, tokenizer)
         _check_end_of_document(index, split_source, source, tokenizer)
     document_lengths = _document_lengths(index, sentences)
     begin = int(round(location.begin * float(len(document_lengths))))
@@ -258,6 +259,20 @@ def _locate(
             f"or change data.split = {split_source.data.split}"
         )
     return _Location(prefix=prefixes[SPLITS[part]])
+
+
+def _check_tokenizer(split_source: _SplitSource, source: str, tokenizer: Tokenizer) -> None:
+    """Indexed data must have been written with the config's tokenizer, if it says with which."""
+    written_by = indexed_with(source)
+    configured = identity_of(tokenizer)
+    if written_by is None or written_by.digest == configured.digest:
+        return
+    raise ConfigError(
+        f"{split_source.field} = {source!r}: it was indexed with the tokenizer "
+        f"{written_by.name!r} (digest {written_by.digest[:12]}), but data.tokenizer = "
+        f"{configured.name!r} (digest {configured.digest[:12]}); name the one that wrote it, or "
+        "index the text again"
+    )
 
 
 def _check_end_of_document(
@@ -468,17 +483,60 @@ def build_dataset(
         parts = corpora(config, split, tokenizer=tokenizer)
     kind, mcore = _family_data(config).dataset(config, tokenizer)
     read = partial(_dataset_of, kind=kind, mcore=mcore, split=split)
-    size = None
-    if split == "train" and config.data.sampler == "single":
-        size = config.iterations * config.global_batch_size
+    counts = samples_of_each(config, parts, split)
     with _without_cache_warnings():
+        datasets = [read(corpus, count) for corpus, count in zip(parts, counts, strict=True)]
         if len(parts) == 1:
-            return read(parts[0], size)
-        if size is None and parts[0].weight is None:
-            return _once_each(parts, read, mcore)
+            return datasets[0]
+        size = _size_of_blend(config, parts, split)
         if size is None:
-            size = sum((corpus.tokens - 1) // config.model.seq_length for corpus in parts)
-        return _blended(parts, read, mcore, size)
+            return _once_each(datasets, mcore)
+        weights = _shares_of_blend(parts)
+        return blended_dataset.BlendedDataset(datasets, weights, size, mcore)
+
+
+def samples_of_each(
+    config: TrainConfig, parts: Sequence[Corpus], split: str
+) -> tuple[int | None, ...]:
+    """How many samples megatron-core is asked for, at least, of each corpus; None: one epoch.
+
+    The order of a corpus's samples depends on it once it takes more than one epoch.
+    """
+    size = _size_of_blend(config, parts, split)
+    if size is None or len(parts) == 1:
+        return (size,) * len(parts)
+    # the blend takes the corpus furthest behind its weight: none gives more than its share and one
+    return tuple(math.ceil(size * share) + 1 for share in _shares_of_blend(parts))
+
+
+def _size_of_blend(config: TrainConfig, parts: Sequence[Corpus], split: str) -> int | None:
+    """Samples of all corpora together; None: one epoch of each."""
+    if split == "train" and config.data.sampler == "single":
+        return config.iterations * config.global_batch_size
+    if len(parts) == 1 or parts[0].weight is None:
+        return None
+    return sum((corpus.tokens - 1) // config.model.seq_length for corpus in parts)
+
+
+def _shares_of_blend(parts: Sequence[Corpus]) -> list[float]:
+    """Of each corpus its weight, or its share of all tokens; they sum up to 1."""
+    weights = [float(corpus.weight or corpus.tokens) for corpus in parts]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def read_samples(
+    config: TrainConfig, split: str
+) -> tuple[type[MegatronDataset], Callable[[Corpus, int | None], MegatronDataset]]:
+    """megatron-core's class for a family's corpora, and (corpus, samples or None) -> dataset."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    kind, mcore = _family_data(config).dataset(config, tokenizer)
+
+    def read(corpus: Corpus, samples: int | None) -> MegatronDataset:
+        with _without_cache_warnings():
+            return _dataset_of(corpus, samples, kind=kind, mcore=mcore, split=split)
+
+    return kind, read
 
 
 def _dataset_of(
@@ -501,32 +559,11 @@ def _dataset_of(
 
 
 def _once_each(
-    parts: Sequence[Corpus],
-    read: Callable[[Corpus, int | None], MegatronDataset],
-    mcore: BlendedMegatronDatasetConfig,
+    datasets: Sequence[MegatronDataset], mcore: BlendedMegatronDatasetConfig
 ) -> blended_dataset.BlendedDataset:
     """One epoch of each corpus, interleaved in proportion to their samples."""
-    datasets = [read(corpus, None) for corpus in parts]
     sizes = [len(dataset) for dataset in datasets]
     return blended_dataset.BlendedDataset(datasets, sizes, None, mcore)
-
-
-def _blended(
-    parts: Sequence[Corpus],
-    read: Callable[[Corpus, int | None], MegatronDataset],
-    mcore: BlendedMegatronDatasetConfig,
-    size: int,
-) -> blended_dataset.BlendedDataset:
-    """`size` samples, of each corpus its weight, or its share of all tokens."""
-    weights = [float(corpus.weight or corpus.tokens) for corpus in parts]
-    total = math.fsum(weights)
-    weights = [weight / total for weight in weights]
-    # the blend takes the corpus furthest behind its weight: none gives more than its share and one
-    datasets = [
-        read(corpus, math.ceil(size * weight) + 1)
-        for corpus, weight in zip(parts, weights, strict=True)
-    ]
-    return blended_dataset.BlendedDataset(datasets, weights, size, mcore)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
+from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import DataConfig
 from megafn.runtime.text.documents import SPLITS, cut_sentences, read_documents, split_documents
-from megafn.runtime.text.tokenizer import Tokenizer, load_tokenizer
+from megafn.runtime.text.tokenizer import (
+    Tokenizer,
+    TokenizerIdentity,
+    identity_of,
+    load_tokenizer,
+)
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -26,6 +32,8 @@ DEFAULT_SPLIT: tuple[float, ...] = attrs.fields(DataConfig).split.default
 
 # the file beside an indexed dataset's .bin and .idx that says what its largest token id is
 _IDS = ".ids.json"
+# the file that says which tokenizer wrote an indexed dataset, beside its .bin and .idx
+_WRITTEN_BY = ".tokenizer.json"
 
 _LONGEST = 2**31 - 1  # tokens of a sequence: the index holds lengths as int32
 
@@ -46,9 +54,10 @@ def index_text(
     With split_sentences, as BERT's and T5's datasets require, each sentence (see `cut_sentences`)
     is a sequence of its document, without eod. A sentence of more than 512 tokens is stored as
     several, because megatron-core would leave out the whole document.
-    Files appear whole under `{prefix}_{split}.bin` and `.idx`, or not at all, and beside them an
-    `.ids.json` with the largest token id; those of an earlier call with this prefix are replaced,
-    or removed if their split is empty now. The longest document is held in memory.
+    Files appear whole under `{prefix}_{split}.bin` and `.idx`, or not at all. Beside them an
+    `.ids.json` holds the largest token id, and a `.tokenizer.json` the tokenizer's name and digest.
+    Those of an earlier call with this prefix are replaced, or removed if their split is empty now.
+    The longest document is held in memory.
 
     Raises ConfigError for a source that cannot be read, ValueError for a text that cannot be
     encoded or a split of other than three weights.
@@ -79,6 +88,7 @@ def index_text(
             builder.finalize(f"{folder}/{name}.idx")
             content = json.dumps({"largest_id": largest[name]}) + "\n"
             Path(f"{folder}/{name}{_IDS}").write_text(content)
+            _write_identity(f"{folder}/{name}{_WRITTEN_BY}", identity_of(tokenizer))
         _publish(folder, prefix, builders)
     return {name: f"{prefix}_{name}" for name in SPLITS if name in builders}
 
@@ -122,7 +132,8 @@ def _encode(text: str, where: str, start: int, tokenizer: Tokenizer) -> np.ndarr
 
 def _publish(folder: str, prefix: Path, written: Collection[str]) -> None:
     """Move the files of the splits that were written to their prefix; remove those of the rest."""
-    for suffix in (_IDS, ".bin", ".idx"):  # a reader opens .idx first, so it comes last
+    # a reader opens .idx first, so it comes last
+    for suffix in (_IDS, _WRITTEN_BY, ".bin", ".idx"):
         for name in SPLITS:
             target = Path(f"{prefix}_{name}{suffix}")
             if name in written:
@@ -137,3 +148,30 @@ def largest_id(prefix: str) -> int | None:
         return int(json.loads(Path(f"{prefix}{_IDS}").read_bytes())["largest_id"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+# ---------------------------------------------------------------- which tokenizer wrote the ids
+
+
+def _write_identity(path: str, identity: TokenizerIdentity) -> None:
+    Path(path).write_text(json.dumps(attrs.asdict(identity)) + "\n")
+
+
+def indexed_with(prefix: str) -> TokenizerIdentity | None:
+    """The tokenizer that wrote an indexed dataset, or None if other tools wrote it.
+
+    Raises ConfigError if the file that names the tokenizer is damaged.
+    """
+    path = Path(f"{prefix}{_WRITTEN_BY}")
+    try:
+        fields = json.loads(path.read_bytes())
+        return TokenizerIdentity(name=str(fields["name"]), digest=str(fields["digest"]))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ConfigError(
+            f"{path} is damaged: expected the name and digest of a tokenizer; index the text "
+            "again, or remove the file"
+        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,23 @@ class Tokenizer:
     additional_special_tokens_ids: tuple[int, ...] = ()  # T5's sentinels
     # id -> token; a token that continues a word begins with "##"
     inv_vocab: Mapping[int, str] = field(factory=dict, repr=False)
+
+
+@frozen(kw_only=True)
+class TokenizerIdentity:
+    """Which tokenizer made token ids."""
+
+    # As it was given: "bytes", or a path, which may be another's today.
+    name: str
+    # Of the tokenizer's definition, the same under any path.
+    digest: str
+
+
+def identity_of(tokenizer: Tokenizer) -> TokenizerIdentity:
+    """A tokenizer's name, and a digest of what distinguishes it from others."""
+    identifiers = json.dumps(dict(tokenizer.unique_identifiers), sort_keys=True)
+    digest = hashlib.sha256(identifiers.encode()).hexdigest()
+    return TokenizerIdentity(name=tokenizer.name, digest=digest)
 
 
 # bytes that no UTF-8 text holds
@@ -146,9 +164,20 @@ def load_tokenizer(name: str) -> Tokenizer:
         inv_vocab={i: token for token, i in vocabulary.items()},
         unique_identifiers={
             "tokenizer": "tokenizer.json",
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": _digest_of_definition(content),
         },
     )
+
+
+def _digest_of_definition(content: bytes) -> str:
+    """The sha256 of what a tokenizer.json defines, however it is laid out.
+
+    Without truncation and padding, which are off here.
+    """
+    definition = json.loads(content)
+    for unused in ("truncation", "padding"):
+        definition.pop(unused, None)
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
 def _read_tokenizer_json(name: str) -> tuple[bytes, tokenizers.Tokenizer]:

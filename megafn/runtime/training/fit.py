@@ -20,6 +20,8 @@ from megafn.runtime.checkpoint.directory_lock import lock_directory
 from megafn.runtime.data.batches import batches as read_batches
 from megafn.runtime.data.batches import group_batches
 from megafn.runtime.data.corpora import Corpus, build_dataset
+from megafn.runtime.data.corpora import corpora as find_corpora
+from megafn.runtime.data.corpus_identity import check_same_corpora, describe_data, identify
 from megafn.runtime.data.given_batches import check_valid_batches, passes_over, without_short_end
 from megafn.runtime.data.same_batches import check_same_batches
 from megafn.runtime.families.step import Step, tokens_of
@@ -81,7 +83,10 @@ def fit_in_locked_directory(
     pg = state.pg
     data = _open_data(state, step, batches, valid_batches, corpora or {})
 
-    with open_sinks(config, pg, state.iteration) as sinks, open_autosave(state) as autosave:
+    with (
+        open_sinks(config, pg, state.iteration) as sinks,
+        open_autosave(state, data.description) as autosave,
+    ):
         for batch in data.training:
             state, metrics = train_step(state, batch, step)
             # before everything that can fail: what was trained is not lost
@@ -115,6 +120,7 @@ class Data:
 
     training: GlobalBatches
     held_out: Callable[[], GlobalBatches] | None  # for each evaluation; None: there is none
+    description: Mapping[str, Any] | None  # of the corpora, for checkpoints, see `describe_data`
 
 
 def _open_data(
@@ -128,6 +134,14 @@ def _open_data(
     pg = state.pg
     held_out = None
     evaluations = count_evaluations(state.iteration, config)
+    description = None
+    if batches is None:
+        splits = ("train", "valid") if evaluations > 0 and valid_batches is None else ("train",)
+        corpora = {
+            split: corpora[split] if split in corpora else find_corpora(config, split)
+            for split in splits
+        }
+        description = _check_corpora(corpora, config, pg)
     if valid_batches is not None and evaluations > 0:
         check_valid_batches(valid_batches, config, pg.dp_size, evaluations)
         # the random numbers that an evaluation has
@@ -152,7 +166,21 @@ def _open_data(
         count=config.iterations - state.iteration,
         corpora=corpora.get("train"),
     )
-    return Data(training=training, held_out=held_out)
+    return Data(training=training, held_out=held_out, description=description)
+
+
+def _check_corpora(
+    corpora: Mapping[str, Sequence[Corpus]], config: TrainConfig, pg: ProcessGroups
+) -> Mapping[str, Any] | None:
+    """Compare the corpora over all ranks. Returns what checkpoints say of them, on rank zero.
+
+    None if no checkpoint is written, and on other ranks.
+    """
+    identities = {split: identify(parts) for split, parts in corpora.items()}
+    check_same_corpora(identities, pg)
+    if config.checkpoint.directory is None or not pg.is_rank_zero:
+        return None
+    return describe_data(config, corpora["train"])
 
 
 def global_batches(
