@@ -1,5 +1,7 @@
 """A run survives what comes after a step, and reports before the first one what is knowable."""
 
+import errno
+import io
 import os
 import resource
 import subprocess
@@ -305,6 +307,20 @@ def test_tensorboard_that_cannot_write_is_one_warning(tmp_path, recwarn):
     assert state.iteration == 6
     said = [str(w.message) for w in recwarn if "training continues" in str(w.message)]
     assert len(said) == 1 and "log.tensorboard_dir" in said[0] and str(folder) in said[0]
+
+
+class Full(io.StringIO):
+    def write(self, _):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_progress_bar_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+    made = config(tmp_path, log=mf.LogConfig(progress=True))
+    with pytest.warns(UserWarning) as caught:
+        monkeypatch.setattr(sys, "stderr", Full())
+        assert mf.train(made, batches=loader(40)).iteration == 6
+    assert mf.latest(tmp_path).name == "iteration-00000006"
+    assert sum("standard error" in str(warning.message) for warning in caught) == 1
 
 
 def test_a_log_that_cannot_be_opened_is_refused_before_the_first_step(tmp_path):

@@ -153,28 +153,35 @@ def open_sinks(
         bar = progress(config.iterations, start)
         opened.append(_until_it_fails(bar, "log.progress = True: standard error"))
     if log.tensorboard_dir is not None:
-        writer = tensorboard(log.tensorboard_dir)
-        opened.append(_until_it_fails(writer, f"log.tensorboard_dir = {log.tensorboard_dir!r}"))
+        where = f"log.tensorboard_dir = {log.tensorboard_dir!r}"
+        opened.append(_until_it_fails(_opened(tensorboard(log.tensorboard_dir), where), where))
     if log.jsonl is not None:
-        opened.append(_until_it_fails(jsonl(log.jsonl), f"log.jsonl = {log.jsonl!r}"))
+        where = f"log.jsonl = {log.jsonl!r}"
+        opened.append(_until_it_fails(_opened(jsonl(log.jsonl), where), where))
     with contextlib.ExitStack() as stack:
         sinks = [stack.enter_context(sink) for sink in opened]
         yield tuple(_now_and_then(sink, config) for sink in sinks)
 
 
 @contextlib.contextmanager
-def _until_it_fails(opening: contextlib.AbstractContextManager[Sink], where: str) -> Iterator[Sink]:
-    """A sink that is skipped from its first OSError on, which is a warning that says where.
-
-    Raises ConfigError if it cannot even be opened, which is before the first step.
-    """
+def _opened(opening: contextlib.AbstractContextManager[Sink], where: str) -> Iterator[Sink]:
+    """A sink of a file. Raises ConfigError, before the first step, if it can't be opened."""
     try:
         sink = opening.__enter__()
     except OSError as error:
         raise ConfigError(
             f"{where}: can't be opened ({error.strerror or error}); name another, or None"
         ) from error
+    yield sink
+    opening.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def _until_it_fails(opening: contextlib.AbstractContextManager[Sink], where: str) -> Iterator[Sink]:
+    """A sink that is skipped from its first OSError on, which is a warning that says where."""
     guard = _Guard(where)
+    with _failure_as_warning(guard):
+        sink = opening.__enter__()
 
     def sink_while_it_works(metrics: Metrics) -> None:
         if not guard.has_failed:
