@@ -15,9 +15,10 @@ import attrs
 from megafn.pure.accelerate.from_loaders import loader_fields
 from megafn.pure.accelerate.from_models import model_fields
 from megafn.pure.accelerate.from_optimizers import optimizer_fields, scheduler_fields
-from megafn.pure.accelerate.megatron_names import ARGUMENTS, ELSEWHERE
+from megafn.pure.accelerate.later_fields import megatron_argument
+from megafn.pure.accelerate.megatron_names import ARGUMENTS, ELSEWHERE, NOWHERE
 from megafn.pure.accelerate.plugin_fields import FIELD_NAMES, PluginFields
-from megafn.pure.accelerate.settings import Finding, Merged, Setting
+from megafn.pure.accelerate.settings import Finding, Merged, Setting, known_values
 from megafn.pure.config.field_types import all_field_types, has_type, type_problem
 from megafn.pure.config.problems import ConfigError, Problem, did_you_mean
 from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig
@@ -101,10 +102,40 @@ def missing_batches(merged: Merged, given: Mapping[str, Any]) -> Iterator[Findin
         )
 
 
-def optimizer_settings(optimizer: Any) -> list[Finding]:
-    if optimizer is None:
-        return []
-    return _read("optimizer", partial(optimizer_fields, optimizer))
+def optimizer_settings(optimizer: Any, scheduler: Any) -> list[Finding]:
+    """The fields of the optimizer, or of the one that the scheduler holds if there is no other."""
+    if optimizer is not None:
+        return _read("optimizer", partial(optimizer_fields, optimizer))
+    held = getattr(getattr(scheduler, "scheduler", scheduler), "optimizer", None)
+    if held is not None:
+        return _read("scheduler.optimizer", partial(optimizer_fields, held))
+    return []
+
+
+def missing_rate(known: Mapping[str, Any], optimizer: Any) -> Iterator[Finding]:
+    """A problem if nothing gives a learning rate. An optimizer without one is a problem already."""
+    if "schedule.lr" not in known and optimizer is None:
+        yield Problem("lr", None, "give lr, an optimizer, or a scheduler that holds an optimizer")
+
+
+def with_effect(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings without what a torch object always says, but this schedule does not read.
+
+    A scheduler knows where its decay ends, though the learning rate may be constant; an optimizer
+    has a weight decay, though it may ramp.
+    """
+    known = known_values(findings)
+    idle = set()
+    if known.get("schedule.decay") == "constant" and not known.get("schedule.warmup_fraction"):
+        idle |= {("scheduler", path) for path in _RUN_LENGTHS}
+    if known.get("schedule.weight_decay_incr_style", "constant") != "constant":
+        for source in ("optimizer", "scheduler.optimizer"):
+            idle.add((source, "schedule.weight_decay"))
+    return [
+        finding
+        for finding in findings
+        if not isinstance(finding, Setting) or (finding.source, finding.path) not in idle
+    ]
 
 
 def scheduler_settings(known: Mapping[str, Any], scheduler: Any) -> list[Finding]:
@@ -219,14 +250,31 @@ def _return_step(step: Any, config: TrainConfig) -> Any:
 def megatron_arguments(known: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[Finding]:
     """other_megatron_args, each as a config field."""
     has_data = "data" in known
+    groups = arguments.get("num_query_groups", known.get("model.num_query_groups"))
     for name, value in arguments.items():
+        if name == "group_query_attention" and value is (groups is not None):
+            continue  # it says no more than the number of groups
         yield _megatron_argument(name, value, has_data)
+
+
+def later_settings(known: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterator[Finding]:
+    """Fields that later versions of accelerate have, each as the argument that it becomes."""
+    for name, value in fields.items():
+        for argument, setting in megatron_argument(name, value).items():
+            finding = _megatron_argument(argument, setting, "data" in known)
+            if isinstance(finding, ConfigError):
+                yield finding
+            elif isinstance(finding, Setting):
+                yield attrs.evolve(finding, source=name)
+            else:
+                yield attrs.evolve(finding, field=name)
 
 
 def _megatron_argument(name: str, value: Any, has_data: bool) -> Finding:
     source = f"other_megatron_args[{name!r}]"
     if name not in ARGUMENTS:
-        return Problem(source, value, ELSEWHERE.get(name) or _unknown_argument(name))
+        remedy = ELSEWHERE.get(name) or NOWHERE.get(name) or _unknown_argument(name)
+        return Problem(source, value, remedy)
     argument = ARGUMENTS[name]
     if argument.path.startswith("data.") and not has_data:
         return Problem(
