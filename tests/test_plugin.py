@@ -13,10 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import megafn
 from megafn.pure.accelerate.from_models import model_fields
 from megafn.pure.accelerate.later_fields import LATER_FIELDS
 from megafn.pure.accelerate.plugin import from_plugin
 from megafn.pure.accelerate.plugin_fields import PluginFields, from_env
+from megafn.pure.accelerate.sources import accelerates_step
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig
 from megafn.pure.config.serialization import to_dict
@@ -1093,3 +1095,64 @@ def test_t5_1_1_is_not_tied_under_transformers_5():
     for tied in (True, False):
         config = transformers.T5Config(tie_word_embeddings=tied)
         assert model_fields(config)["model.tie_word_embeddings"] is tied
+
+
+def test_a_subclass_of_accelerates_own_step_runs_or_is_refused_with_what_replaces_it():
+    utils = pytest.importorskip("accelerate.utils")
+
+    class Loss(utils.GPTTrainStep):
+        def get_loss_func(self, accelerator): ...
+
+    with pytest.raises(ConfigError, match="accelerate's GPTTrainStep") as raised:
+        made(custom_train_step_class=Loss)
+    assert "attrs.evolve(megafn.step_fn('gpt'), loss=loss)" in str(raised.value)
+
+    class CallsIts(utils.T5TrainStep, AStep):
+        def __init__(self, config):
+            super().__init__(None, config)
+
+        get_batch_func = AStep.get_batch_func
+        get_forward_step_func = AStep.get_forward_step_func
+        get_loss_func = AStep.get_loss_func
+
+    with pytest.raises(ConfigError, match="accelerate's T5TrainStep"):
+        made(custom_train_step_class=CallsIts)
+    with pytest.raises(ConfigError, match='it is what a "bert" does anyway; leave it out'):
+        made(custom_train_step_class=utils.BertTrainStep)
+
+    class Whole(AStep, utils.GPTTrainStep):
+        pass
+
+    config = made(custom_train_step_class=Whole)
+    assert isinstance(config.step_function(config), Whole)
+
+    class Abstract(utils.megatron_lm.AbstractTrainStep):
+        def __init__(self, config):
+            super().__init__("mine")
+
+    config = made(custom_train_step_class=Abstract)
+    assert config.step_function(config).name == "mine"
+
+
+def test_the_lines_that_replace_a_step_are_the_built_in_loss():
+    error = str(accelerates_step(subclass_of_accelerates()))
+    lines = [line[4:] for line in error.splitlines() if line.startswith("    ")]
+    scope = {"megafn": megafn, "attrs": attrs}
+    exec("\n".join(lines), scope)
+    assert scope["custom_train_step_class"].batch is STEP.batch
+
+
+def subclass_of_accelerates():
+    return type("Mine", (pytest.importorskip("accelerate.utils").GPTTrainStep,), {})
+
+
+def test_accelerates_signature_of_a_model_provider_is_refused_clearly():
+    def provider(pre_process=True, post_process=True, add_encoder=True, add_decoder=True): ...
+
+    with pytest.raises(
+        ConfigError,
+        match=r"^custom_model_provider_function = .*: it takes \(pre_process=True.*"
+        r"let it take \(config, pg, \*, pre_process, post_process, vp_stage\)",
+    ):
+        made(custom_model_provider_function=provider)
+    made(custom_model_provider_function=megafn.build_chunk)

@@ -6,6 +6,7 @@ Each function gives settings and problems. If they depend on other arguments too
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -199,7 +200,8 @@ def sequence_lengths(known: Mapping[str, Any], plugin: PluginFields) -> Iterator
 
 
 def custom_functions(plugin: PluginFields) -> Iterator[Finding]:
-    """A custom train step, and fields that switch something on."""
+    """A custom train step, a model provider, and fields that switch something on."""
+    yield from _provider_problems(plugin.custom_model_provider_function)
     yield from _custom_step(plugin.custom_train_step_class, plugin.custom_train_step_kwargs)
     if plugin.return_logits:
         yield Setting("return_logits", "last_stage", "return_logits")
@@ -225,6 +227,8 @@ def _custom_step(step: Any, arguments: Any) -> Iterator[Finding]:
             )
         function = partial(_return_step, step)
         yield Setting("step_function", function, "custom_train_step_class")
+    elif (refusal := accelerates_step(step)) is not None:
+        yield Problem("custom_train_step_class", step, refusal)
     elif callable(step):
         function = partial(step, **(arguments or {}))
         yield Setting("step_function", function, "custom_train_step_class")
@@ -245,6 +249,64 @@ def _is_step(step: Any) -> bool:
 
 def _return_step(step: Any, config: TrainConfig) -> Any:
     return step
+
+
+# accelerate's own train steps, and the families whose built-in steps take their place.
+_ACCELERATES_STEPS = {"GPTTrainStep": "gpt", "BertTrainStep": "bert", "T5TrainStep": "t5"}
+_STEP_METHODS = ("__init__", "get_batch_func", "get_loss_func", "get_forward_step_func")
+
+
+def accelerates_step(step: Any) -> str | None:
+    """What to write instead of a class that runs code of accelerate's own train steps, or None.
+
+    That code reads Megatron-LM's global arguments, which do not exist here. A subclass that brings
+    a constructor and the three methods of its own runs.
+    """
+    bases = step.__mro__ if isinstance(step, type) else ()
+    base = next((base for base in bases if _is_accelerates(base)), None)
+    if base is None:
+        return None
+    family = _ACCELERATES_STEPS[base.__name__]
+    if base is step:
+        return f'it is what a "{family}" does anyway; leave it out'
+    inherited = [name for name in _STEP_METHODS if getattr(step, name) is getattr(base, name)]
+    constructor = getattr(step.__init__, "__code__", None)
+    if not inherited and "super" not in getattr(constructor, "co_names", ()):
+        return None
+    return (
+        f"accelerate's {base.__name__}, on which it builds, reads Megatron-LM's global arguments; "
+        "write instead what it changes, for instance the loss:\n"
+        "    def loss(logits, batch, pg):  # [sequence, batch, vocabulary / tp]\n"
+        "        losses = megafn.cross_entropy(logits, batch['labels'], pg)\n"
+        "        mask = batch['loss_mask']\n"
+        "        return megafn.Loss(sum=(losses * mask).sum(), count=mask.sum())\n"
+        f"    custom_train_step_class = attrs.evolve(megafn.step_fn('{family}'), loss=loss)"
+    )
+
+
+def _is_accelerates(base: type) -> bool:
+    return base.__module__.startswith("accelerate.") and base.__name__ in _ACCELERATES_STEPS
+
+
+def _provider_problems(provider: Any) -> Iterator[Finding]:
+    """A model provider of accelerate's signature, (pre_process, post_process), is refused."""
+    try:
+        signature = inspect.signature(provider)
+    except (TypeError, ValueError):
+        return
+    stage = dict(pre_process=True, post_process=True, vp_stage=None)
+    try:
+        signature.bind("config", "pg", **stage)
+    except TypeError:
+        if "pre_process" in signature.parameters:
+            yield Problem(
+                "custom_model_provider_function",
+                provider,
+                f"it takes {signature}, and is called with the config and the process groups that "
+                "Megatron-LM keeps in globals; let it take "
+                "(config, pg, *, pre_process, post_process, vp_stage) and build on "
+                "megafn.build_chunk, which takes the same",
+            )
 
 
 def megatron_arguments(known: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[Finding]:
