@@ -690,24 +690,48 @@ class T5Methods:
         return forward_step
 
 
+def indexed_pairs(config, iteration):
+    """`pairs` with the keys of Megatron-LM's dataset."""
+    rows = []
+    for row in pairs(config, iteration):
+        labels = row["labels"]
+        decoder_tokens = F.pad(labels[:-1], (1, 0))
+        rows.append(
+            {
+                "text_enc": row["input_ids"],
+                "text_dec": decoder_tokens.clamp(min=0),
+                "labels": labels.clamp(min=0),
+                "loss_mask": (labels != -100).long(),
+                "enc_mask": row["attention_mask"],
+                "dec_mask": row["decoder_attention_mask"],
+            }
+        )
+    return rows
+
+
 def t5_losses(config):
     """Loss and gradient norm of each step on uneven pairs, padded on both sides."""
+    data = indexed_pairs if config.data else pairs
     with mf.init_groups(
         mf.build_groups(config.parallel, mf.world_size(), model=config.model), timeout_seconds=60
     ) as pg:
         state, step, seen = mf.setup(config, pg), mf.step_of(config), []
         for iteration in range(2):
-            batch = share(pairs(config, iteration), config, pg)
-            state, metrics = mf.train_step(state, batch, step)
+            state, metrics = mf.train_step(state, share(data(config, iteration), config, pg), step)
             seen.append((metrics.loss, metrics.grad_norm))
         return seen
 
 
-@pytest.mark.parametrize("position", ["relative", "learned_absolute"])
-@pytest.mark.parametrize("n, layout", [(1, {}), (4, dict(tp=2, pp=2, sequence_parallel=True))])
-def test_a_t5_step_of_accelerates_trains_as_the_built_in_one(pool, n, layout, position):
-    shape = RELATIVE if position == "relative" else {}
+@pytest.mark.parametrize(
+    "shape, processes, layout",
+    [
+        (RELATIVE, 1, {}),
+        ({}, 1, dict(data=mf.DataConfig(train="indexed"))),
+        (RELATIVE, 4, dict(tp=2, pp=2, sequence_parallel=True)),
+    ],
+)
+def test_a_t5_step_of_accelerates_trains_as_the_built_in_one(pool, shape, processes, layout):
     reference = pool(1, t5_losses, tiny(**T5, **shape))[0]
     config = attrs.evolve(tiny(**T5, **shape, **layout), step_function=T5Methods)
-    for seen in pool(n, t5_losses, config):
+    for seen in pool(processes, t5_losses, config):
         assert torch.tensor(seen).sub(torch.tensor(reference)).abs().max() < 1e-4
