@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import attrs
@@ -564,3 +565,27 @@ def test_a_rank_that_dies_or_hangs_ends_the_run(kind, nproc, timeout_seconds, wi
         assert "ArithmeticError: rank 1 says no" in done.stderr
     if kind == "SIGKILL":
         assert f"Signal {int(signal.SIGKILL)}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "variables, warns",
+    [
+        ({"SLURM_NTASKS": "4"}, True),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4", "WORLD_SIZE": "1"}, False),
+        ({"SLURM_NTASKS": "1"}, False),
+        ({}, False),
+    ],
+)
+def test_tasks_of_slurm_that_were_not_told_their_ranks_are_warned(variables, warns, monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert mf.world_size() == 1
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == warns
+    assert all("set RANK=$SLURM_PROCID" in message for message in messages)

@@ -172,6 +172,7 @@ def test_every_model_shape_obeys_the_law(shape, layout, pool, single):
             dict(
                 decay="wsd",
                 wsd_decay_iters=4,
+                weight_decay=0.01,  # the default: a ramp does not read it
                 weight_decay_incr_style="linear",
                 start_weight_decay=0.0,
                 end_weight_decay=1.0,

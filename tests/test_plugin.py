@@ -1,5 +1,6 @@
 """from_plugin: each of accelerate's 40 fields has an effect or is refused by name; from_env."""
 
+import dataclasses
 import inspect
 import re
 from functools import partial
@@ -12,9 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import megafn
 from megafn.pure.accelerate.from_models import model_fields
+from megafn.pure.accelerate.later_fields import LATER_FIELDS
 from megafn.pure.accelerate.plugin import from_plugin
 from megafn.pure.accelerate.plugin_fields import PluginFields, from_env
+from megafn.pure.accelerate.sources import accelerates_step
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig
 from megafn.pure.config.serialization import to_dict
@@ -958,7 +962,7 @@ def test_the_page_in_the_docs_has_every_field_and_its_default():
     rows = dict(
         re.findall(
             r"^\| `(\w+)` \| ([^|]*?) \|",
-            DOCUMENT.read_text().partition("## The forty fields")[2],
+            DOCUMENT.read_text().partition("## The forty fields")[2].partition("\n## ")[0],
             re.MULTILINE,
         )
     )
@@ -971,3 +975,184 @@ def test_the_arguments_beside_the_forty_are_in_the_page_too():
     text = DOCUMENT.read_text()
     for name in inspect.signature(from_plugin).parameters:
         assert name == "fields" or f"`{name}`" in text, name
+
+
+# ---- accelerate after 0.27
+
+
+def test_variables_of_later_versions_that_say_false_are_accepted_and_others_refused():
+    names = [name for name, later in LATER_FIELDS.items() if later.kind is bool]
+    assert len(names) == 11
+    environ = {f"MEGATRON_LM_{name.upper()}": "False" for name in names}
+    assert from_env(environ) == {}
+    for name in ("use_custom_fsdp", "no_load_optim", "no_save_optim", "optimizer_cpu_offload"):
+        variable = f"MEGATRON_LM_{name.upper()}"
+        with pytest.raises(ConfigError, match=f"^{variable} = True: .*; "):
+            from_env({variable: "True"})
+    found = from_env({"MEGATRON_LM_CONTEXT_PARALLEL_SIZE": "2"})
+    assert made(**found).parallel.cp == 2
+
+
+def test_the_mixed_precision_comes_from_the_environment():
+    config = made(**from_env({"ACCELERATE_MIXED_PRECISION": "bf16"}))
+    assert config.precision.dtype == "bf16"
+    with pytest.raises(ConfigError, match="^ACCELERATE_MIXED_PRECISION = 'fp8': choose one of no"):
+        from_env({"ACCELERATE_MIXED_PRECISION": "fp8"})
+
+
+def accelerates_plugin(**fields):
+    return pytest.importorskip("accelerate.utils").MegatronLMPlugin(**fields)
+
+
+def test_a_plugin_object_gives_the_config_of_its_fields():
+    fields = dict(tp_degree=2, num_micro_batches=3, lr_warmup_iters=5, consumed_samples=[24, 0, 0])
+    plugin = accelerates_plugin(**fields, context_parallel_size=1, other_megatron_args={"seed": 7})
+    assert made(plugin=plugin) == made(**fields, other_megatron_args={"seed": 7})
+    with pytest.raises(
+        ConfigError, match="^tp_degree = 4: contradicts plugin.tp_degree = 2; give one of the two"
+    ):
+        made(plugin=plugin, tp_degree=4)
+    with pytest.raises(ConfigError, match="^plugin = 3: give a MegatronLMPlugin"):
+        made(plugin=3)
+    plugin.use_custom_fsdp = True
+    with pytest.raises(ConfigError, match="^use_custom_fsdp = True: .*use_distributed_optimizer"):
+        made(plugin=plugin)
+
+
+def test_a_plugin_object_without_fields_says_nothing():
+    with pytest.warns(UserWarning, match="context_parallel_size = 2 is what accelerate sets"):
+        assert made(plugin=accelerates_plugin()) == made()
+    plugin = SimpleNamespace(**{a.name: a.default for a in attrs.fields(PluginFields)})
+    assert made(plugin=plugin) == made()  # of accelerate 0.27
+    recomputed = accelerates_plugin(recompute_method="block", context_parallel_size=1)
+    assert made(plugin=recomputed).recompute.granularity == "full"
+    plugin.megatron_lm_default_args = {"bf16": True}
+    assert made(plugin=plugin).precision.dtype == "bf16"
+    assert made(plugin=plugin, mixed_precision="no").precision.dtype == "fp32"
+
+
+def test_a_later_plugin_has_no_field_that_is_unknown_here():
+    for field in dataclasses.fields(accelerates_plugin(context_parallel_size=1)):
+        assert field.name in NAMES or field.name in LATER_FIELDS, field.name
+
+
+def test_no_evaluations_can_be_expressed():
+    config = made(eval_iters=0)
+    assert (config.eval_iters, config.eval_interval) == (0, None)
+
+
+def test_the_schedulers_optimizer_gives_the_learning_rate_or_nothing_does():
+    optimizer = torch.optim.AdamW(parameters(0.3), lr=2e-3)
+    dummy = SimpleNamespace(total_num_steps=320, warmup_num_steps=0, optimizer=optimizer)
+    config = made(scheduler=dummy, lr=..., train_iters=...)
+    assert (config.schedule.lr, config.schedule.weight_decay) == (2e-3, 0.3)
+    with pytest.raises(ConfigError, match="^lr = None: give lr, an optimizer, or a scheduler"):
+        made(lr=...)
+
+
+def test_the_constant_schedulers_of_transformers_are_read():
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.AdamW(parameters(0.0), lr=1e-2)
+    config = made(scheduler=transformers.get_constant_schedule(optimizer), lr=...)
+    assert [lr_at(config, iteration) for iteration in (0, 50, 100)] == [1e-2] * 3
+    warmed = transformers.get_constant_schedule_with_warmup(optimizer, 10)
+    config = made(scheduler=warmed, optimizer=optimizer, lr=...)
+    assert [lr_at(config, iteration) for iteration in (0, 5, 50)] == [0.0, 5e-3, 1e-2]
+
+
+def test_torch_objects_set_nothing_that_the_schedule_does_not_read():
+    dummy = SimpleNamespace(total_num_steps=320, warmup_num_steps=0)
+    config = made(scheduler=dummy, lr_decay_style="constant", train_iters=...)
+    assert (config.iterations, config.schedule.decay_samples) == (40, None)
+    optimizer = torch.optim.AdamW(parameters(0.3), lr=1e-2)
+    ramp = dict(weight_decay_incr_style="linear", start_weight_decay=0.0, end_weight_decay=0.1)
+    assert wd_at(made(optimizer=optimizer, lr=..., **ramp), 100) == 0.1
+
+
+@pytest.mark.parametrize(
+    "arguments, remedy",
+    [
+        ({"save_interval": 500}, "it is checkpoint.interval of the config"),
+        ({"attention_head_type": "multiquery"}, "give num_query_groups = 1"),
+        ({"group_query_attention": True}, "it goes with num_query_groups"),
+        ({"rampup_batch_size": [1, 2, 3]}, "the batch size of a run does not change"),
+        ({"rampup_batch_sizes": 3}, "there is no such argument"),
+    ],
+)
+def test_hints_name_the_right_field(arguments, remedy):
+    with pytest.raises(ConfigError, match=f"= .*: .*{remedy}") as raised:
+        made(other_megatron_args=arguments)
+    assert '"rampup_batch_size"' not in str(raised.value)
+
+
+def test_grouped_queries_may_be_said_twice():
+    arguments = {"group_query_attention": True, "num_query_groups": 2}
+    assert made(other_megatron_args=arguments).model.num_query_groups == 2
+
+
+def test_t5_1_1_is_not_tied_under_transformers_5():
+    transformers = pytest.importorskip("transformers")
+    for tied in (True, False):
+        config = transformers.T5Config(tie_word_embeddings=tied)
+        assert model_fields(config)["model.tie_word_embeddings"] is tied
+
+
+def test_a_subclass_of_accelerates_own_step_runs_or_is_refused_with_what_replaces_it():
+    utils = pytest.importorskip("accelerate.utils")
+
+    class Loss(utils.GPTTrainStep):
+        def get_loss_func(self, accelerator): ...
+
+    with pytest.raises(ConfigError, match="accelerate's GPTTrainStep") as raised:
+        made(custom_train_step_class=Loss)
+    assert "attrs.evolve(megafn.step_fn('gpt'), loss=loss)" in str(raised.value)
+
+    class CallsIts(utils.T5TrainStep, AStep):
+        def __init__(self, config):
+            super().__init__(None, config)
+
+        get_batch_func = AStep.get_batch_func
+        get_forward_step_func = AStep.get_forward_step_func
+        get_loss_func = AStep.get_loss_func
+
+    with pytest.raises(ConfigError, match="accelerate's T5TrainStep"):
+        made(custom_train_step_class=CallsIts)
+    with pytest.raises(ConfigError, match='it is what a "bert" does anyway; leave it out'):
+        made(custom_train_step_class=utils.BertTrainStep)
+
+    class Whole(AStep, utils.GPTTrainStep):
+        pass
+
+    config = made(custom_train_step_class=Whole)
+    assert isinstance(config.step_function(config), Whole)
+
+    class Abstract(utils.megatron_lm.AbstractTrainStep):
+        def __init__(self, config):
+            super().__init__("mine")
+
+    config = made(custom_train_step_class=Abstract)
+    assert config.step_function(config).name == "mine"
+
+
+def test_the_lines_that_replace_a_step_are_the_built_in_loss():
+    error = str(accelerates_step(subclass_of_accelerates()))
+    lines = [line[4:] for line in error.splitlines() if line.startswith("    ")]
+    scope = {"megafn": megafn, "attrs": attrs}
+    exec("\n".join(lines), scope)
+    assert scope["custom_train_step_class"].batch is STEP.batch
+
+
+def subclass_of_accelerates():
+    return type("Mine", (pytest.importorskip("accelerate.utils").GPTTrainStep,), {})
+
+
+def test_accelerates_signature_of_a_model_provider_is_refused_clearly():
+    def provider(pre_process=True, post_process=True, add_encoder=True, add_decoder=True): ...
+
+    with pytest.raises(
+        ConfigError,
+        match=r"^custom_model_provider_function = .*: it takes \(pre_process=True.*"
+        r"let it take \(config, pg, \*, pre_process, post_process, vp_stage\)",
+    ):
+        made(custom_model_provider_function=provider)
+    made(custom_model_provider_function=megafn.build_chunk)

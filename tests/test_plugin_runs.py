@@ -16,6 +16,7 @@ import megafn as mf
 from equivalence import assert_equal, run_layout, share, tiny, uneven
 from megafn.runtime.families.build import build_chunk
 from megafn.runtime.model.weights import whole_parameters
+from t5_rows import RELATIVE, T5, pairs
 
 PAGE = Path(__file__).parent.parent / "docs" / "accelerate.md"
 MODEL = mf.ModelConfig(
@@ -603,3 +604,134 @@ def test_the_five_lines_of_the_page_run(pool):
         re.DOTALL,
     )[1]
     assert pool(2, executed, code) == [(10, 40, "bf16")] * 2
+
+
+# ---- Train steps as accelerate calls them
+
+
+class OtherNames(Methods):
+    """The three methods with parameters of other names."""
+
+    def get_batch_func(self, a, b):
+        return super().get_batch_func(a, b)
+
+    def get_loss_func(self, a):
+        return super().get_loss_func(a)
+
+
+class AnyNumber(Methods):
+    def get_batch_func(self, *arguments):
+        return super().get_batch_func(*arguments)
+
+
+class ThreeNames(Methods):
+    def get_batch_func(self, a, b, c): ...
+
+
+def test_the_three_methods_are_matched_by_position_as_accelerate_calls_them():
+    config = plugin(world_size=1)
+    for step in (OtherNames(config), AnyNumber(config)):
+        mf.step_of(attrs.evolve(config, step_function=lambda config, step=step: step))
+        assert step.get_batch.__name__ == "from_loader"
+    indexed = attrs.evolve(config, data=mf.DataConfig(train="a"))
+    step = OtherNames(config)
+    mf.step_of(attrs.evolve(indexed, step_function=lambda config: step))
+    assert step.get_batch.__name__ == "from_text"
+    with pytest.raises(
+        mf.ConfigError,
+        match=r"ThreeNames.get_batch_func takes \(a, b, c\); "
+        r"let it take \(accelerator, megatron_dataset_flag\)",
+    ):
+        mf.step_of(attrs.evolve(config, step_function=ThreeNames))
+
+
+class T5Methods:
+    """accelerate's T5TrainStep, without its global arguments; its loss as sum and count."""
+
+    def __init__(self, config): ...
+
+    def get_batch_func(self, accelerator, megatron_dataset_flag):
+        def from_index(iterator):
+            data = next(iterator)
+            masks = [data[name] < 0.5 for name in ("enc_mask", "dec_mask", "enc_dec_mask")]
+            return data["text_enc"], data["text_dec"], data["loss_mask"], data["labels"], *masks
+
+        def from_loader(iterator):
+            data = next(iterator)
+            labels = data["labels"].long()
+            decoder_tokens = F.pad(labels[:, :-1], (1, 0)).masked_fill(
+                F.pad(labels[:, :-1], (1, 0)) == -100, 0
+            )
+            real = data["attention_mask"].long()
+            length = labels.size(1)
+            causal = torch.tril(torch.ones(1, length, length)) < 0.5
+            hidden = real.unsqueeze(1) * real.unsqueeze(2) < 0.5
+            crossed = torch.ones(real.size(0), length, 1) * real.unsqueeze(1) < 0.5
+            mask = (labels != -100).float()
+            return data["input_ids"], decoder_tokens, mask, labels, hidden, causal, crossed
+
+        return from_index if megatron_dataset_flag else from_loader
+
+    def get_loss_func(self, accelerator):
+        def loss(mask, output):
+            total = (output.float().view(-1) * mask.reshape(-1)).sum()
+            return total, mask.sum(), {"lm loss": total.detach()}
+
+        return loss
+
+    def get_forward_step_func(self):
+        def forward_step(iterator, model):
+            tokens_enc, tokens_dec, mask, labels, enc, dec, enc_dec = self.get_batch(iterator)
+            output = model(
+                tokens_enc, tokens_dec, enc, dec, enc_dec, tokentype_ids=None, lm_labels=labels
+            )
+            return output, partial(self.loss_func, mask)
+
+        return forward_step
+
+
+def indexed_pairs(config, iteration):
+    """`pairs` with the keys of Megatron-LM's dataset."""
+    rows = []
+    for row in pairs(config, iteration):
+        labels = row["labels"]
+        decoder_tokens = F.pad(labels[:-1], (1, 0))
+        rows.append(
+            {
+                "text_enc": row["input_ids"],
+                "text_dec": decoder_tokens.clamp(min=0),
+                "labels": labels.clamp(min=0),
+                "loss_mask": (labels != -100).long(),
+                "enc_mask": row["attention_mask"],
+                "dec_mask": row["decoder_attention_mask"],
+            }
+        )
+    return rows
+
+
+def t5_losses(config):
+    """Loss and gradient norm of each step on uneven pairs, padded on both sides."""
+    data = indexed_pairs if config.data else pairs
+    with mf.init_groups(
+        mf.build_groups(config.parallel, mf.world_size(), model=config.model), timeout_seconds=60
+    ) as pg:
+        state, step, seen = mf.setup(config, pg), mf.step_of(config), []
+        for iteration in range(2):
+            state, metrics = mf.train_step(state, share(data(config, iteration), config, pg), step)
+            seen.append((metrics.loss, metrics.grad_norm))
+        return seen
+
+
+@pytest.mark.parametrize(
+    "shape, processes, layout",
+    [
+        (RELATIVE, 1, {}),
+        ({}, 1, dict(data=mf.DataConfig(train="indexed"))),
+        (RELATIVE, 4, dict(tp=2, pp=2, sequence_parallel=True)),
+    ],
+)
+def test_a_t5_step_of_accelerates_trains_as_the_built_in_one(pool, shape, processes, layout):
+    reference = pool(1, t5_losses, tiny(**T5, **shape))[0]
+    config = attrs.evolve(tiny(**T5, **shape, **layout), step_function=T5Methods)
+    for seen in pool(processes, t5_losses, config):
+        assert torch.tensor(seen).sub(torch.tensor(reference)).abs().max() < 1e-4

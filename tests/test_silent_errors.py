@@ -206,7 +206,10 @@ def test_the_first_step_after_a_resume_has_its_own_weight_decay(pool, tmp_path):
     On a ramp the next step is wrong.
     """
     config = checkpoint_runs.config_of(
-        weight_decay_incr_style="linear", start_weight_decay=0.0, end_weight_decay=1.0
+        weight_decay=0.01,  # the default: a ramp does not read it
+        weight_decay_incr_style="linear",
+        start_weight_decay=0.0,
+        end_weight_decay=1.0,
     )
     ((curve, start, end, _),) = pool(
         1, checkpoint_runs.run, config, tmp_path, checkpoint_runs.SAVED

@@ -145,6 +145,13 @@ def test_a_value_of_a_wrong_type_is_the_first_problem_and_spoils_no_other_field(
 # It tells what is wrong, all of it, and nothing else
 
 # changes of CONFIG, and the fields that are blamed on 8 processes; those of one change alone
+RAMP = {
+    "schedule.weight_decay_incr_style": "linear",
+    "schedule.start_weight_decay": 0.0,
+    "schedule.end_weight_decay": 0.1,
+}
+SAVED = {"checkpoint.directory": "a", "checkpoint.interval": 5}
+
 BAD = [
     ({"model.family": "GTP"}, "model.family"),
     ({"model.num_tokentypes": 2}, "model.num_tokentypes"),
@@ -347,6 +354,27 @@ BAD = [
     ({"schedule.end_weight_decay": 0.1}, "schedule.end_weight_decay"),
     ({"schedule.wsd_decay_iters": 5}, "schedule.wsd_decay_iters"),
     ({"data.sampler": "random"}, "data.sampler"),
+    ({"schedule.decay": "constant", "schedule.min_lr": 1e-5}, "schedule.min_lr"),
+    ({"schedule.decay": "constant", "schedule.decay_iters": 5}, "schedule.decay_iters"),
+    ({"schedule.decay": "constant", "schedule.decay_samples": 96}, "schedule.decay_samples"),
+    ({"schedule.init_lr": 1e-5}, "schedule.init_lr"),
+    ({"schedule.init_lr": 1e-5, "schedule.warmup_iters": 0}, "schedule.init_lr"),
+    ({"schedule.wsd_decay_style": "linear"}, "schedule.wsd_decay_style"),
+    ({**RAMP, "schedule.weight_decay": 0.1}, "schedule.weight_decay"),
+    ({"data.valid": "b", "data.test": "c", "data.split": (1.0, 1.0, 1.0)}, "data.split"),
+    ({"data.valid": "b", "eval_iters": 0}, "data.valid"),
+    (
+        {**SAVED, "checkpoint.keep_every": 5, "checkpoint.keep_last": 0},
+        "checkpoint.keep_every",
+    ),
+    (
+        {**SAVED, "checkpoint.on_damage": "previous", "checkpoint.resume": False},
+        "checkpoint.on_damage",
+    ),
+    (
+        {"checkpoint.directory": "a", "checkpoint.asynchronous": True},
+        "checkpoint.asynchronous",
+    ),
 ]
 
 
@@ -376,6 +404,17 @@ GOOD = [  # the last that is not refused
     },
     {"recompute.granularity": "full", "recompute.num_layers": 4, "recompute.method": "block"},
     {"recompute.granularity": "selective"},
+    # a fraction of the decay length, which the constant learning rate does not reach
+    {
+        "schedule.decay": "constant",
+        "schedule.decay_iters": 5,
+        "schedule.warmup_fraction": 0.4,
+        "schedule.init_lr": 1e-5,
+    },
+    {"schedule.decay": "wsd", "schedule.wsd_decay_style": "linear", "schedule.min_lr": 1e-5},
+    RAMP,
+    {"data.valid": "b", "data.split": (1.0, 0.0, 1.0)},
+    {**SAVED, "checkpoint.on_damage": "previous", "checkpoint.asynchronous": True},
     {
         "precision.dtype": "fp16",
         "precision.initial_loss_scale": 4.0,

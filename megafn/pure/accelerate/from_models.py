@@ -252,9 +252,21 @@ def _t5(source: _Source) -> dict[str, Any]:
         add_bias_linear=False,
         hidden_dropout=_read(source, "dropout_rate", 0.1),
         attention_dropout=_read(source, "dropout_rate", 0.1),
-        tie_word_embeddings=_read(source, "tie_word_embeddings", True),
+        tie_word_embeddings=_t5_is_tied(source),
         decoder_start_token_id=start,
     )
+
+
+def _t5_is_tied(source: _Source) -> bool:
+    """Whether T5's output layer shares the word embeddings' table.
+
+    transformers 5 says tie_word_embeddings = True of every T5, T5 1.1 and Flan too, and keeps what
+    their config said in scale_decoder_outputs: T5 1.0, which is tied, scales by d_model**-0.5.
+    """
+    scaled = _read(source, "scale_decoder_outputs", None)
+    if scaled is not None:
+        return bool(scaled)
+    return _read(source, "tie_word_embeddings", True)
 
 
 _READERS: dict[str, Callable[[_Source], dict[str, Any]]] = {

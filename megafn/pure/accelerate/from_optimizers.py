@@ -19,6 +19,8 @@ _STYLES = {
     f"_get_{style}_schedule_with_warmup_lr_lambda": style
     for style in ("linear", "cosine", "constant")
 }
+# Its scheduler without a warm-up is a plain function: that of transformers 5, or one of 4.
+_CONSTANT = ("_get_constant_lambda", "get_constant_schedule.<locals>.<lambda>")
 
 
 def optimizer_fields(optimizer: Any) -> dict[str, Any]:
@@ -128,6 +130,8 @@ def _dummy_scheduler(scheduler: Any, micro_batch_size: int) -> dict[str, Any]:
 def _transformers_scheduler(scheduler: Any) -> dict[str, Any]:
     """transformers returns torch's LambdaLR over a functools.partial, whose arguments are read."""
     functions = getattr(scheduler, "lr_lambdas", None) or [None]
+    if getattr(functions[0], "__qualname__", "") in _CONSTANT:
+        return {"schedule.decay": "constant"}
     style = _STYLES.get(getattr(getattr(functions[0], "func", None), "__name__", ""))
     arguments: Mapping[str, Any] = getattr(functions[0], "keywords", None) or {}
     if style is None or arguments.get("num_cycles", 0.5) != 0.5:

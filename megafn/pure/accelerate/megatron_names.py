@@ -33,6 +33,12 @@ def _swiglu(value: Any) -> str:
     return "swiglu"
 
 
+def _rope(value: Any) -> str:
+    if value is not True:
+        raise TypeError
+    return "rope"
+
+
 def _minutes_as_seconds(value: Any) -> float:
     return 60.0 * value
 
@@ -82,6 +88,7 @@ _RENAMED = {
 # Arguments that have another meaning.
 _CONVERTED = {
     "swiglu": MegatronArgument("model.activation", _swiglu),
+    "use_rotary_position_embeddings": MegatronArgument("model.position_embedding", _rope),
     "disable_bias_linear": MegatronArgument("model.add_bias_linear", _negated),
     "untie_embeddings_and_output_weights": MegatronArgument("model.tie_word_embeddings", _negated),
     "split": MegatronArgument("data.split", weights),
@@ -99,6 +106,7 @@ ARGUMENTS: dict[str, MegatronArgument] = {
 }
 
 _BELONGS_TO_THE_MODEL = "it belongs to the model; give another model config"
+_CHECKPOINTS = "{} of the config; change that: attrs.evolve(config, checkpoint=...)"
 _MIXED_PRECISION = 'it is mixed_precision = "fp16" or "bf16"; give it there'
 
 # Arguments that `from_plugin` takes elsewhere, and where.
@@ -120,6 +128,20 @@ ELSEWHERE: dict[str, str] = {
     "hidden_size": _BELONGS_TO_THE_MODEL,
     "num_attention_heads": _BELONGS_TO_THE_MODEL,
     "vocab_size": _BELONGS_TO_THE_MODEL,
+    "save_interval": _CHECKPOINTS.format("it is checkpoint.interval"),
+    "save": _CHECKPOINTS.format("it is checkpoint.directory"),
+    "load": _CHECKPOINTS.format("it is checkpoint.directory, from which a run resumes"),
+    "async_save": _CHECKPOINTS.format("it is checkpoint.asynchronous"),
+    "attention_head_type": 'for "multiquery" give num_query_groups = 1, otherwise leave it out',
+    "group_query_attention": "it goes with num_query_groups = the number of groups; give that too",
+    "attention_softmax_in_fp32": "attention's softmax is always in fp32; leave it out",
     "fp16": _MIXED_PRECISION,
     "bf16": _MIXED_PRECISION,
+}
+
+# Arguments that megafn has nowhere, and what to do. They are never proposed for another name.
+NOWHERE: dict[str, str] = {
+    "rampup_batch_size": (
+        "the batch size of a run does not change; give num_micro_batches, or train in two runs"
+    ),
 }

@@ -8,31 +8,40 @@ from typing import Any
 
 import attrs
 
+from megafn.pure.accelerate.later_fields import LATER_FIELDS, later_field_problem
 from megafn.pure.accelerate.plugin_fields import (
     CONFIG_PATHS,
     FIELD_NAMES,
+    PRECISIONS,
     PluginFields,
     field_problems,
+)
+from megafn.pure.accelerate.plugin_object import (
+    object_precision,
+    object_problems,
+    with_object,
 )
 from megafn.pure.accelerate.settings import Finding, Setting, known_values, merge
 from megafn.pure.accelerate.sources import (
     custom_functions,
+    later_settings,
     layout,
     loader_settings,
     megatron_arguments,
     missing_batches,
+    missing_rate,
     model_sizes,
     optimizer_settings,
     run_length,
     scheduler_settings,
     sequence_lengths,
+    with_effect,
 )
 from megafn.pure.config.field_types import has_type, section_types, type_problem
 from megafn.pure.config.problems import Problem, choice_problem, config_error, did_you_mean
 from megafn.pure.config.records import DataConfig, TrainConfig
 from megafn.pure.validation.validate import validate
 
-_PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _DEFAULT_SEED: int = attrs.fields(TrainConfig).seed.default
 
 # Arguments of `from_plugin` that are plain values, with their types.
@@ -47,12 +56,13 @@ _ARGUMENTS: dict[str, type] = {
 
 
 def from_plugin(
+    plugin: Any = None,
     *,
     model: Any,
     optimizer: Any = None,
     scheduler: Any = None,
     dataloaders: Any = None,
-    mixed_precision: str = "no",
+    mixed_precision: str | None = None,
     world_size: int | None = None,
     lr: float | None = None,
     weight_decay: float | None = None,
@@ -61,16 +71,21 @@ def from_plugin(
     seed: int = _DEFAULT_SEED,
     **fields: Any,
 ) -> TrainConfig:
-    """The TrainConfig that the 40 fields of accelerate's MegatronLMPlugin describe.
+    """The TrainConfig that the fields of accelerate's MegatronLMPlugin describe.
 
+    plugin: a MegatronLMPlugin of accelerate 0.27 to 1.15, of which every field that is not at
+        accelerate's default is read. Or give the fields by name, or some of them beside it.
     model: a Hugging Face config, or a model that has one (gpt2, llama, megatron-bert, t5), or a
         ModelConfig. Its sizes are used, its weights are not.
     optimizer, scheduler: torch's, or accelerate's dummies. Or give `lr`, `weight_decay` and the
         fields of the schedule.
+        The optimizer that a scheduler holds is read if there is no other.
     dataloaders: those that `train` will get, for their batch sizes. Or give `micro_batch_size`.
+    mixed_precision: "no", "bf16" or "fp16"; None: that of the plugin, or "no".
     data: corpora instead of loaders.
     world_size: number of processes; None: the variable WORLD_SIZE, or 1.
-    **fields: those of `PluginFields`, under accelerate's names.
+    **fields: those of `PluginFields`, under accelerate's names, and those that later versions
+        have besides (`later_fields`).
 
     The global batch is micro_batch_size * num_micro_batches * dp sequences, with
     dp = world_size / (tp * pp * cp).
@@ -81,7 +96,7 @@ def from_plugin(
 
     >>> from megafn.pure.config.records import ModelConfig
     >>> model = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=32)
-    >>> run = dict(model=model, train_iters=10, micro_batch_size=2, world_size=4)
+    >>> run = dict(model=model, lr=1e-3, train_iters=10, micro_batch_size=2, world_size=4)
     >>> config = from_plugin(tp_degree=2, num_micro_batches=4, **run)
     >>> config.global_batch_size, config.parallel.tp, config.schedule.decay
     (16, 2, 'linear')
@@ -99,29 +114,38 @@ did you mean "tp_degree"?
         seed=seed,
         world_size=world_size,
     )
+    if plugin is not None:
+        problems = [*object_problems(plugin, given)]
+        if problems:
+            raise config_error(problems)
+        given = with_object(plugin, given)
+        mixed_precision = mixed_precision or object_precision(plugin)
     problems = [*_argument_problems(given, arguments)]
     if problems:
         raise config_error(problems)
-    plugin = PluginFields(**given)
+    later = {name: given.pop(name) for name in LATER_FIELDS if name in given}
+    named = PluginFields(**given)
     if world_size is None:
         world_size = _world_size()
 
     findings: list[Finding] = [*model_sizes(model)]
     findings += _plain_settings(given, arguments)
-    findings += _precision(mixed_precision)
-    findings += loader_settings(dataloaders, data, plugin)
+    findings += _precision(mixed_precision or "no")
+    findings += loader_settings(dataloaders, data, named)
     findings += missing_batches(merge(findings), given)
-    findings += optimizer_settings(optimizer)
+    findings += optimizer_settings(optimizer, scheduler)
     schedule = scheduler_settings(known_values(findings), scheduler)
     findings += schedule
-    findings += sequence_lengths(known_values(findings), plugin)
-    findings += custom_functions(plugin)
+    findings += sequence_lengths(known_values(findings), named)
+    findings += custom_functions(named)
     findings += megatron_arguments(known_values(findings), given.get("other_megatron_args", {}))
-    findings += layout(known_values(findings), plugin, world_size)
-    findings += _accelerates_defaults(plugin)
+    findings += later_settings(known_values(findings), later)
+    findings += layout(known_values(findings), named, world_size)
+    findings += _accelerates_defaults(named)
     findings += run_length(known_values(findings), schedule)
 
-    merged = merge(findings)
+    findings += missing_rate(known_values(findings), optimizer)
+    merged = merge(with_effect(findings))
     if merged.problems:
         raise config_error(merged.problems)
     config = _build(merged.values)
@@ -132,8 +156,12 @@ did you mean "tp_degree"?
 def _argument_problems(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[Problem]:
     """Unknown names, wrong types and sizes below 1."""
     for name, value in given.items():
-        if name not in FIELD_NAMES:
-            hint = did_you_mean(name, [*FIELD_NAMES, *arguments])
+        if name in LATER_FIELDS:
+            problem = later_field_problem(name, value, field=name)
+            if problem is not None:
+                yield problem
+        elif name not in FIELD_NAMES:
+            hint = did_you_mean(name, [*FIELD_NAMES, *LATER_FIELDS, *arguments])
             yield Problem(name, value, f"there is no such field{hint}")
     yield from field_problems({name: given[name] for name in given if name in FIELD_NAMES})
     for name, value in arguments.items():
@@ -173,15 +201,17 @@ def _plain_settings(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> I
 
 
 def _precision(mixed_precision: str) -> Iterator[Finding]:
-    if mixed_precision in _PRECISIONS:
-        yield Setting("precision.dtype", _PRECISIONS[mixed_precision], "mixed_precision")
+    if mixed_precision in PRECISIONS:
+        yield Setting("precision.dtype", PRECISIONS[mixed_precision], "mixed_precision")
     else:
-        yield choice_problem("mixed_precision", mixed_precision, _PRECISIONS)
+        yield choice_problem("mixed_precision", mixed_precision, PRECISIONS)
 
 
 def _accelerates_defaults(plugin: PluginFields) -> Iterator[Finding]:
     """Fields whose default in accelerate is not the config's."""
     for name in ("lr_decay_style", "eval_iters", "eval_interval"):
+        if name == "eval_interval" and plugin.eval_iters == 0:
+            continue  # there are no evaluations
         yield Setting(CONFIG_PATHS[name], getattr(plugin, name), name, weak=True)
 
 

@@ -1,6 +1,7 @@
 """The fields of accelerate's MegatronLMPlugin and its variables; `plugin.from_plugin` reads them.
 
 The 40 names and their meanings are those of accelerate 0.27.2; `docs/accelerate.md` has the table.
+`later_fields` has those of later versions.
 """
 
 from __future__ import annotations
@@ -12,8 +13,13 @@ from typing import Any, get_type_hints
 import attrs
 from attrs import frozen
 
+from megafn.pure.accelerate.later_fields import (
+    LATER_FIELDS,
+    later_field_problem,
+    megatron_argument,
+)
 from megafn.pure.config.field_types import has_type, type_problem
-from megafn.pure.config.problems import Problem, config_error, did_you_mean
+from megafn.pure.config.problems import Problem, choice_problem, config_error, did_you_mean
 from megafn.pure.config.records import ModelFunction, ParameterCondition, PrepareModel
 
 
@@ -66,6 +72,9 @@ class PluginFields:
     # A dict.
     other_megatron_args: object = None
 
+
+# accelerate's names of number formats -> `PrecisionConfig.dtype`.
+PRECISIONS: dict[str, str] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 FIELD_NAMES: tuple[str, ...] = tuple(attribute.name for attribute in attrs.fields(PluginFields))
 
@@ -138,6 +147,7 @@ def _is_dict_of_names(value: object) -> bool:
 # ---- Environment variables
 
 _PREFIX = "MEGATRON_LM_"
+_MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 _VARIABLES: dict[str, type] = {
     "TP_DEGREE": int,
     "PP_DEGREE": int,
@@ -146,6 +156,7 @@ _VARIABLES: dict[str, type] = {
     "SEQUENCE_PARALLELISM": bool,
     "RECOMPUTE_ACTIVATIONS": bool,
     "USE_DISTRIBUTED_OPTIMIZER": bool,
+    **{name.upper(): later.kind for name, later in LATER_FIELDS.items() if later.kind is not None},
 }
 _BOOLS = {
     **dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True),
@@ -154,18 +165,30 @@ _BOOLS = {
 
 
 def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Arguments for `from_plugin` from accelerate's seven environment variables MEGATRON_LM_*.
+    """Arguments for `from_plugin` from accelerate's environment variables.
+
+    MEGATRON_LM_*: those of accelerate 0.27 to 1.15. A later one (`later_fields`) that says False
+    gives no argument. ACCELERATE_MIXED_PRECISION: "mixed_precision".
 
     A variable that is not set gives no argument. Raises ConfigError for a value that cannot be
-    parsed, and for a MEGATRON_LM_ variable that is none of the seven.
+    parsed, for a MEGATRON_LM_ variable that accelerate does not have, and for one that asks for
+    what megafn does not have.
 
     >>> environ = {"MEGATRON_LM_TP_DEGREE": "2", "MEGATRON_LM_SEQUENCE_PARALLELISM": "true"}
+    >>> environ |= {"MEGATRON_LM_NO_LOAD_OPTIM": "False", "ACCELERATE_MIXED_PRECISION": "bf16"}
     >>> from_env(environ | {"HOME": "/"})
-    {'tp_degree': 2, 'sequence_parallelism': True}
+    {'tp_degree': 2, 'sequence_parallelism': True, 'mixed_precision': 'bf16'}
     """
     fields: dict[str, Any] = {}
     problems: list[Problem] = []
     for variable, text in (os.environ if environ is None else environ).items():
+        if variable == _MIXED_PRECISION:
+            precision = text.strip().lower()
+            if precision in PRECISIONS:
+                fields["mixed_precision"] = precision
+            else:
+                problems.append(choice_problem(variable, text, PRECISIONS))
+            continue
         if not variable.startswith(_PREFIX):
             continue
         name = variable.removeprefix(_PREFIX)
@@ -175,15 +198,24 @@ def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
             problems.append(Problem(variable, text, f"there is no such variable{hint}"))
             continue
         try:
-            fields[name.lower()] = _parsed(text, _VARIABLES[name])
+            value = _parsed(text, _VARIABLES[name])
         except (ValueError, KeyError):
             problems.append(type_problem(variable, text, _VARIABLES[name]))
+            continue
+        field = name.lower()
+        problem = None
+        if field in LATER_FIELDS:
+            problem = later_field_problem(field, value, field=variable)
+        if problem is not None:
+            problems.append(problem)
+        elif field not in LATER_FIELDS or megatron_argument(field, value):
+            fields[field] = value
     if problems:
         raise config_error(problems)
     return fields
 
 
-def _parsed(text: str, kind: type) -> int | float | bool:
+def _parsed(text: str, kind: type) -> int | float | bool | str:
     """A variable's value. Raises ValueError or KeyError if it is not of the type."""
     word = text.strip().lower()
     return _BOOLS[word] if kind is bool else kind(word)

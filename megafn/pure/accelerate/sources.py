@@ -6,6 +6,7 @@ Each function gives settings and problems. If they depend on other arguments too
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,9 +16,10 @@ import attrs
 from megafn.pure.accelerate.from_loaders import loader_fields
 from megafn.pure.accelerate.from_models import model_fields
 from megafn.pure.accelerate.from_optimizers import optimizer_fields, scheduler_fields
-from megafn.pure.accelerate.megatron_names import ARGUMENTS, ELSEWHERE
+from megafn.pure.accelerate.later_fields import megatron_argument
+from megafn.pure.accelerate.megatron_names import ARGUMENTS, ELSEWHERE, NOWHERE
 from megafn.pure.accelerate.plugin_fields import FIELD_NAMES, PluginFields
-from megafn.pure.accelerate.settings import Finding, Merged, Setting
+from megafn.pure.accelerate.settings import Finding, Merged, Setting, known_values
 from megafn.pure.config.field_types import all_field_types, has_type, type_problem
 from megafn.pure.config.problems import ConfigError, Problem, did_you_mean
 from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig
@@ -101,10 +103,40 @@ def missing_batches(merged: Merged, given: Mapping[str, Any]) -> Iterator[Findin
         )
 
 
-def optimizer_settings(optimizer: Any) -> list[Finding]:
-    if optimizer is None:
-        return []
-    return _read("optimizer", partial(optimizer_fields, optimizer))
+def optimizer_settings(optimizer: Any, scheduler: Any) -> list[Finding]:
+    """The fields of the optimizer, or of the one that the scheduler holds if there is no other."""
+    if optimizer is not None:
+        return _read("optimizer", partial(optimizer_fields, optimizer))
+    held = getattr(getattr(scheduler, "scheduler", scheduler), "optimizer", None)
+    if held is not None:
+        return _read("scheduler.optimizer", partial(optimizer_fields, held))
+    return []
+
+
+def missing_rate(known: Mapping[str, Any], optimizer: Any) -> Iterator[Finding]:
+    """A problem if nothing gives a learning rate. An optimizer without one is a problem already."""
+    if "schedule.lr" not in known and optimizer is None:
+        yield Problem("lr", None, "give lr, an optimizer, or a scheduler that holds an optimizer")
+
+
+def with_effect(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings without what a torch object always says, but this schedule does not read.
+
+    A scheduler knows where its decay ends, though the learning rate may be constant; an optimizer
+    has a weight decay, though it may ramp.
+    """
+    known = known_values(findings)
+    idle = set()
+    if known.get("schedule.decay") == "constant" and not known.get("schedule.warmup_fraction"):
+        idle |= {("scheduler", path) for path in _RUN_LENGTHS}
+    if known.get("schedule.weight_decay_incr_style", "constant") != "constant":
+        for source in ("optimizer", "scheduler.optimizer"):
+            idle.add((source, "schedule.weight_decay"))
+    return [
+        finding
+        for finding in findings
+        if not isinstance(finding, Setting) or (finding.source, finding.path) not in idle
+    ]
 
 
 def scheduler_settings(known: Mapping[str, Any], scheduler: Any) -> list[Finding]:
@@ -168,7 +200,8 @@ def sequence_lengths(known: Mapping[str, Any], plugin: PluginFields) -> Iterator
 
 
 def custom_functions(plugin: PluginFields) -> Iterator[Finding]:
-    """A custom train step, and fields that switch something on."""
+    """A custom train step, a model provider, and fields that switch something on."""
+    yield from _provider_problems(plugin.custom_model_provider_function)
     yield from _custom_step(plugin.custom_train_step_class, plugin.custom_train_step_kwargs)
     if plugin.return_logits:
         yield Setting("return_logits", "last_stage", "return_logits")
@@ -194,6 +227,8 @@ def _custom_step(step: Any, arguments: Any) -> Iterator[Finding]:
             )
         function = partial(_return_step, step)
         yield Setting("step_function", function, "custom_train_step_class")
+    elif (refusal := accelerates_step(step)) is not None:
+        yield Problem("custom_train_step_class", step, refusal)
     elif callable(step):
         function = partial(step, **(arguments or {}))
         yield Setting("step_function", function, "custom_train_step_class")
@@ -216,17 +251,92 @@ def _return_step(step: Any, config: TrainConfig) -> Any:
     return step
 
 
+# accelerate's own train steps, and the families whose built-in steps take their place.
+_ACCELERATES_STEPS = {"GPTTrainStep": "gpt", "BertTrainStep": "bert", "T5TrainStep": "t5"}
+_STEP_METHODS = ("__init__", "get_batch_func", "get_loss_func", "get_forward_step_func")
+
+
+def accelerates_step(step: Any) -> str | None:
+    """What to write instead of a class that runs code of accelerate's own train steps, or None.
+
+    That code reads Megatron-LM's global arguments, which do not exist here. A subclass that brings
+    a constructor and the three methods of its own runs.
+    """
+    bases = step.__mro__ if isinstance(step, type) else ()
+    base = next((base for base in bases if _is_accelerates(base)), None)
+    if base is None:
+        return None
+    family = _ACCELERATES_STEPS[base.__name__]
+    if base is step:
+        return f'it is what a "{family}" does anyway; leave it out'
+    inherited = [name for name in _STEP_METHODS if getattr(step, name) is getattr(base, name)]
+    constructor = getattr(step.__init__, "__code__", None)
+    if not inherited and "super" not in getattr(constructor, "co_names", ()):
+        return None
+    return (
+        f"accelerate's {base.__name__}, on which it builds, reads Megatron-LM's global arguments; "
+        "write instead what it changes, for instance the loss:\n"
+        "    def loss(logits, batch, pg):  # [sequence, batch, vocabulary / tp]\n"
+        "        losses = megafn.cross_entropy(logits, batch['labels'], pg)\n"
+        "        mask = batch['loss_mask']\n"
+        "        return megafn.Loss(sum=(losses * mask).sum(), count=mask.sum())\n"
+        f"    custom_train_step_class = attrs.evolve(megafn.step_fn('{family}'), loss=loss)"
+    )
+
+
+def _is_accelerates(base: type) -> bool:
+    return base.__module__.startswith("accelerate.") and base.__name__ in _ACCELERATES_STEPS
+
+
+def _provider_problems(provider: Any) -> Iterator[Finding]:
+    """A model provider of accelerate's signature, (pre_process, post_process), is refused."""
+    try:
+        signature = inspect.signature(provider)
+    except (TypeError, ValueError):
+        return
+    stage = dict(pre_process=True, post_process=True, vp_stage=None)
+    try:
+        signature.bind("config", "pg", **stage)
+    except TypeError:
+        if "pre_process" in signature.parameters:
+            yield Problem(
+                "custom_model_provider_function",
+                provider,
+                f"it takes {signature}, and is called with the config and the process groups that "
+                "Megatron-LM keeps in globals; let it take "
+                "(config, pg, *, pre_process, post_process, vp_stage) and build on "
+                "megafn.build_chunk, which takes the same",
+            )
+
+
 def megatron_arguments(known: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[Finding]:
     """other_megatron_args, each as a config field."""
     has_data = "data" in known
+    groups = arguments.get("num_query_groups", known.get("model.num_query_groups"))
     for name, value in arguments.items():
+        if name == "group_query_attention" and value is (groups is not None):
+            continue  # it says no more than the number of groups
         yield _megatron_argument(name, value, has_data)
+
+
+def later_settings(known: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterator[Finding]:
+    """Fields that later versions of accelerate have, each as the argument that it becomes."""
+    for name, value in fields.items():
+        for argument, setting in megatron_argument(name, value).items():
+            finding = _megatron_argument(argument, setting, "data" in known)
+            if isinstance(finding, ConfigError):
+                yield finding
+            elif isinstance(finding, Setting):
+                yield attrs.evolve(finding, source=name)
+            else:
+                yield attrs.evolve(finding, field=name)
 
 
 def _megatron_argument(name: str, value: Any, has_data: bool) -> Finding:
     source = f"other_megatron_args[{name!r}]"
     if name not in ARGUMENTS:
-        return Problem(source, value, ELSEWHERE.get(name) or _unknown_argument(name))
+        remedy = ELSEWHERE.get(name) or NOWHERE.get(name) or _unknown_argument(name)
+        return Problem(source, value, remedy)
     argument = ARGUMENTS[name]
     if argument.path.startswith("data.") and not has_data:
         return Problem(

@@ -13,11 +13,16 @@ from functools import partial
 from math import inf
 from typing import Any
 
+import attrs
+
+from megafn.pure.config.records import DataConfig
 from megafn.pure.config.rule import Rule, rule
 from megafn.pure.config.sequence_unit import sequence_unit
 from megafn.pure.layout import order_problem
 from megafn.pure.optimizers import OPTIMIZERS, readers, refusal, refused_fields
 from megafn.pure.schedule import DECAYS, WEIGHT_DECAY_INCR_STYLES, WSD_DECAY_STYLES
+
+_DEFAULT_SPLIT: tuple[float, ...] = attrs.fields(DataConfig).split.default
 
 # What a string may be.
 CHOICES = {
@@ -173,6 +178,13 @@ DEAD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("fp16",),
     ),
     ("recompute.method recompute.num_layers", "recompute.granularity", ("full",)),
+    (
+        "schedule.min_lr",
+        "schedule.decay",
+        tuple(decay for decay in DECAYS if decay != "constant"),
+    ),
+    ("schedule.wsd_decay_style", "schedule.decay", ("wsd",)),
+    ("schedule.weight_decay", "schedule.weight_decay_incr_style", ("constant",)),
 )
 
 
@@ -413,6 +425,53 @@ def evaluations_have_text(split: tuple[float, ...], valid: Any, iterations: int)
     return None
 
 
+@rule("data.valid", "eval_iters")
+def valid_text_is_read(valid: Any, iterations: int) -> str | None:
+    if valid is not None and not iterations:
+        return "has no effect with eval_iters = 0; leave it out or raise eval_iters"
+    return None
+
+
+@rule("data.split", "data.valid", "data.test")
+def split_divides_something(split: tuple[float, ...], valid: Any, test: Any) -> str | None:
+    if split != _DEFAULT_SPLIT and valid is not None and test is not None:
+        return "has no effect beside data.valid and data.test; leave it or one of them out"
+    return None
+
+
+# ------------------------------------------------------------------ rules: the schedule
+
+
+def _decay_is_read(length: int | None, decay: str, warmup_fraction: float | None) -> str | None:
+    if length is not None and decay == "constant" and not warmup_fraction:
+        return (
+            "has no effect with schedule.decay = 'constant' and no warmup_fraction; "
+            "leave it out or choose another decay"
+        )
+    return None
+
+
+decay_lengths_are_read = tuple(
+    Rule(
+        fields=(f"schedule.{name}", "schedule.decay", "schedule.warmup_fraction"),
+        remedy=_decay_is_read,
+    )
+    for name in ("decay_iters", "decay_samples")
+)
+
+
+@rule(
+    "schedule.init_lr",
+    "schedule.warmup_iters",
+    "schedule.warmup_samples",
+    "schedule.warmup_fraction",
+)
+def init_lr_has_a_warmup(init_lr: float, *warmups: float | None) -> str | None:
+    if init_lr and not any(warmups):
+        return "has no effect without a warm-up; give warmup_iters or leave it out"
+    return None
+
+
 # --------------------------------------------------------- rules: precision and optimizer
 
 
@@ -500,6 +559,29 @@ def kept_checkpoints_are_written(every: int | None, interval: int | None) -> str
     return None
 
 
+@rule("checkpoint.keep_every", "checkpoint.keep_last")
+def some_checkpoints_are_deleted(every: int | None, last: int) -> str | None:
+    if every and last == 0:
+        return "has no effect with keep_last = 0, which keeps all; leave one of the two out"
+    return None
+
+
+@rule("checkpoint.on_damage", "checkpoint.resume", "checkpoint.directory")
+def damage_is_met(on_damage: str, resume: Any, directory: str | None) -> str | None:
+    if on_damage != "raise" and not resume and directory is not None:
+        return "has no effect with resume = False; leave it out or resume"
+    return None
+
+
+@rule("checkpoint.asynchronous", "checkpoint.interval", "checkpoint.directory")
+def something_is_written_during_the_run(
+    asynchronous: bool, interval: int | None, directory: str | None
+) -> str | None:
+    if asynchronous and interval is None and directory is not None:
+        return "has no effect without checkpoint.interval; give that or leave it out"
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     world_size_fits,
     order_names_each_axis,
@@ -526,7 +608,14 @@ RULES: tuple[Rule, ...] = (
     peak_is_shown,
     *checkpoint_fields_need_a_directory,
     kept_checkpoints_are_written,
+    some_checkpoints_are_deleted,
+    damage_is_met,
+    something_is_written_during_the_run,
     run_can_continue_after,
     evaluations_have_iterations,
     evaluations_have_text,
+    valid_text_is_read,
+    split_divides_something,
+    *decay_lengths_are_read,
+    init_lr_has_a_warmup,
 )

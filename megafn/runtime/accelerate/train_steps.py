@@ -23,6 +23,18 @@ METHODS = {
     "forward_step": "get_forward_step_func",
 }
 
+# What accelerate passes to each, by position: today's call first, then those of its BERT step and
+# of version 0.27, whose methods do not get the accelerator.
+_CALLS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "get_batch_func": (("accelerator", "megatron_dataset_flag"), ("megatron_dataset_flag",)),
+    "get_loss_func": (
+        ("accelerator",),
+        ("accelerator", "pretraining_flag", "num_labels"),
+        ("pretraining_flag", "num_labels"),
+    ),
+    "get_forward_step_func": ((), ("pretraining_flag", "bert_binary_head")),
+}
+
 # forward_step(data_iterator, model) -> (output, function from the output to the loss).
 ForwardStep = Callable[[Iterator[Batch], Callable[..., Any]], tuple[Any, Callable[[Any], Any]]]
 
@@ -38,26 +50,31 @@ def step_from_object(step: Any, config: TrainConfig) -> Step:
     """The Step of what a config's `step_function` returned.
 
     step: a Step, returned as it is, or an object with accelerate's methods get_batch_func,
-        get_loss_func and get_forward_step_func. Each is called once, with those of
-        (megatron_dataset_flag, accelerator=None) that it names. What they return becomes the
-        object's get_batch, loss_func and forward_step, unless it has set those itself, as
-        accelerate's own classes do.
+        get_loss_func and get_forward_step_func. Each is called once, as accelerate calls it, with
+        (accelerator=None, megatron_dataset_flag), (accelerator=None) and (): by name if its
+        parameters have these names, else by position. What they return becomes the object's
+        get_batch, loss_func and forward_step, unless it has set those itself, as accelerate's own
+        classes do.
 
     forward_step(data_iterator, model) -> (output, loss function). `model` is called as
 
         model(tokens, position_ids, attention_mask, labels=labels), for a GPT: per-token losses
             [batch, sequence], or logits without labels;
         model(tokens, padding_mask, tokentype_ids=types, lm_labels=labels), for a BERT: (losses,
-            logits of the sentence order or None), or logits without labels.
+            logits of the sentence order or None), or logits without labels;
+        model(tokens_enc, tokens_dec, enc_mask, dec_mask, enc_dec_mask, tokentype_ids=None,
+            lm_labels=labels), for a T5: per-token losses, or logits without labels. Masks are
+            bool [batch or 1, queries, keys], True = hidden.
 
     The loss function returns (mean, {name: mean}), as in accelerate: the gradient is that of the
     mean over micro-batches and data-parallel ranks. Or, better, (sum, count, {name: sum}): the
     gradient is that of the sum over the count of the global batch.
 
-    Indexed data have the key "text" [batch, sequence + 1] too.
+    Indexed data have the key "text" [batch, sequence + 1] too, and for a T5 masks of Megatron-LM's
+    shape [batch, queries, keys], 1 = real.
 
-    Raises ConfigError for an object without the methods, and under context parallelism, which cuts
-    the sequences that they see.
+    Raises ConfigError for an object without the methods or with other parameters, and under context
+    parallelism, which cuts the sequences that they see.
     """
     if isinstance(step, Step):
         return step
@@ -84,14 +101,41 @@ def _check_methods(step: Any, config: TrainConfig) -> None:
 
 def _keep_functions(step: Any, config: TrainConfig) -> None:
     """Call the three methods and keep what they return as attributes of the object."""
-    offered = {"megatron_dataset_flag": config.data is not None, "accelerator": None}
+    model = config.model
+    offered = {
+        "accelerator": None,
+        "megatron_dataset_flag": config.data is not None,
+        "pretraining_flag": model.num_labels is None,
+        "num_labels": model.num_labels,
+        "bert_binary_head": model.bert_binary_head,
+    }
     for name, method in METHODS.items():
-        if hasattr(step, name):
-            continue
-        getter = getattr(step, method)
-        accepted = inspect.signature(getter).parameters
-        arguments = {key: value for key, value in offered.items() if key in accepted}
-        setattr(step, name, getter(**arguments))
+        if not hasattr(step, name):
+            setattr(step, name, _call_as_accelerate(step, method, offered))
+
+
+def _call_as_accelerate(step: Any, method: str, offered: Mapping[str, Any]) -> Any:
+    getter = getattr(step, method)
+    parameters = inspect.signature(getter).parameters.values()
+    required = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    takes_any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    has_known_names = all(p.name in offered and p.kind is not p.POSITIONAL_ONLY for p in required)
+    if has_known_names and not takes_any_number:
+        return getter(**{p.name: offered[p.name] for p in parameters if p.name in offered})
+
+    calls = _CALLS[method]
+    for names in calls:
+        if len(names) == len(required) or (takes_any_number and len(required) <= len(names)):
+            return getter(*(offered[name] for name in names))
+    raise ConfigError(
+        f"step_function: {type(step).__name__}.{method} takes "
+        f"({', '.join(p.name for p in required)}); let it take ({', '.join(calls[0])}), "
+        "which is what accelerate passes"
+    )
 
 
 def _batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Batch:

@@ -44,7 +44,7 @@ from megafn.runtime.families.batch_checks import (
     unknown_keys,
     zeros_and_ones,
 )
-from megafn.runtime.families.family import Family, FamilyData
+from megafn.runtime.families.family import Family, FamilyData, TrainStepCalls
 from megafn.runtime.families.masked_data import (
     masked_settings,
     sample_index,
@@ -53,7 +53,7 @@ from megafn.runtime.families.masked_data import (
 from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.chunk import Chunk, ChunkFunctions, ChunkPlan
 from megafn.runtime.model.layers import Norm, layer_spec
-from megafn.runtime.model.losses import IGNORE, token_loss
+from megafn.runtime.model.losses import IGNORE, cross_entropy, token_loss
 from megafn.runtime.model.parts import (
     embed,
     output_layer,
@@ -454,6 +454,84 @@ def one_sentence(model: ModelConfig) -> int:
     return 1
 
 
+# --------------------------------------------------------------- as accelerate's train steps call
+
+
+def _train_step_batch(batch: dict[str, torch.Tensor]) -> Batch:
+    """Indexed data with Megatron-LM's masks [batch, queries, keys], 1 = real; or Hugging Face's."""
+    if "text_enc" in batch and "text_dec" in batch:
+        sequences = {"tokens": batch["text_enc"], "decoder_tokens": batch["text_dec"]}
+        return {**sequences, **batch, **_megatron_masks(batch)}
+    if "input_ids" not in batch or "labels" not in batch:
+        return batch
+    tokens = batch["input_ids"]
+    batch.setdefault("attention_mask", torch.ones_like(tokens))
+    decoder_tokens = batch.get("decoder_input_ids")
+    if decoder_tokens is None:
+        decoder_tokens = _shifted_right(batch["labels"], start=0)
+    return {"tokens": tokens, "decoder_tokens": decoder_tokens, **batch}
+
+
+def _megatron_masks(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Masks [batch, queries, keys] of those of tokens, [batch, sequence]."""
+    real = batch["enc_mask"]
+    decoder_real = batch["dec_mask"]
+    if real.dim() != 2:
+        return {}
+    return {
+        "enc_mask": real[:, :, None] * real[:, None],
+        "dec_mask": (decoder_real[:, :, None] * decoder_real[:, None]).tril(),
+        "enc_dec_mask": decoder_real[:, :, None] * real[:, None],
+    }
+
+
+def _call_from_train_step(
+    model: torch.nn.Module,
+    chunk: Any,
+    tokens: torch.Tensor,
+    decoder_tokens: torch.Tensor,
+    enc_mask: torch.Tensor | None = None,
+    dec_mask: torch.Tensor | None = None,
+    enc_dec_mask: torch.Tensor | None = None,
+    tokentype_ids: torch.Tensor | None = None,
+    lm_labels: torch.Tensor | None = None,
+) -> tuple[Any, Any]:
+    """As Megatron-LM's T5 is called; losses [batch, sequence] if there are labels, else logits.
+
+    Masks are bool, True = hidden.
+    """
+    if tokentype_ids is not None:
+        raise ValueError("tokentype_ids: a T5 has no table of token types; give None.")
+    output = model(
+        tokens,
+        decoder_tokens,
+        _hidden("enc_mask", enc_mask),
+        _hidden("dec_mask", dec_mask),
+        _hidden("enc_dec_mask", enc_dec_mask),
+    )
+    if lm_labels is None or not getattr(chunk, "post_process", True):
+        return output, output
+    return output, cross_entropy(output, lm_labels, chunk.pg_collection)
+
+
+def _hidden(name: str, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A train step's mask [batch or 1, queries, keys] with an axis for the heads.
+
+    Padding that may see nothing sees everything, or its softmax would be over nothing; nobody else
+    sees it.
+    """
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.dim() not in (3, 4):
+        raise ValueError(
+            f"{name}: expected bools [batch or 1, queries, keys], True = hidden, "
+            f"got {mask.dtype} {list(mask.shape)}; compare a mask of 1 = real with < 0.5."
+        )
+    if mask.dim() == 3:
+        mask = mask[:, None]
+    return mask & ~mask.all(-1, keepdim=True)
+
+
 T5 = Family(
     spec=T5_SPEC,
     step=Step(batch=t5_batch, forward=t5_forward, loss=token_loss),
@@ -464,5 +542,6 @@ T5 = Family(
         forward=t5_chunk_forward,
     ),
     data=FamilyData(dataset=t5_data, sentences=one_sentence),
+    train_step_calls=TrainStepCalls(batch=_train_step_batch, call=_call_from_train_step),
     reads_tokens_only=False,
 )

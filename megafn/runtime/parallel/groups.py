@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import lru_cache
@@ -99,11 +100,27 @@ class ProcessGroups:
 def world_size() -> int:
     """Number of processes of this run.
 
-    That of torch's default process group, else WORLD_SIZE as torchrun sets it, else 1.
+    That of torch's default process group, else WORLD_SIZE as torchrun sets it, else 1. Warns if
+    this process is one of several tasks of Slurm that were not told their ranks: each of them would
+    run alone.
     """
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
+    if "WORLD_SIZE" not in os.environ:
+        _warn_of_tasks_without_ranks()
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _warn_of_tasks_without_ranks() -> None:
+    # A step of one task may run in an allocation for several.
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
+    if tasks.isdigit() and int(tasks) > 1:
+        warnings.warn(
+            f"SLURM_NTASKS = {tasks}, and WORLD_SIZE is not set: each task runs a copy of its own; "
+            "set RANK=$SLURM_PROCID, LOCAL_RANK=$SLURM_LOCALID, WORLD_SIZE=$SLURM_NTASKS, "
+            "MASTER_ADDR and MASTER_PORT in each task (see docs/cluster.md)",
+            stacklevel=1,
+        )
 
 
 @contextlib.contextmanager
