@@ -181,8 +181,23 @@ def test_validation_batches_that_cannot_do_are_refused_before_the_first_step(val
     assert not seen
 
 
-def test_an_iterator_serves_a_single_evaluation_and_a_stream_every_one():
-    for valid, interval in ((iter(loader(40)), None), (DataLoader(Stream(9), batch_size=2), 2)):
+class StartsOver:
+    """Its own iterator, which each `iter` takes back to the start."""
+
+    def __iter__(self):
+        self.batches = iter(loader(9))
+        return self
+
+    def __next__(self):
+        return next(self.batches)
+
+
+def test_an_iterator_serves_a_single_evaluation_and_what_starts_over_every_one():
+    for valid, interval in (
+        (iter(loader(40)), None),
+        (DataLoader(Stream(9), batch_size=2), 2),
+        (StartsOver(), 2),
+    ):
         seen = []
         mf.train(
             config(eval_iters=2, eval_interval=interval),

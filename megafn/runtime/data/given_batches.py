@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig, num_micro_batches
@@ -81,7 +82,7 @@ def check_valid_batches(
     Nothing is read: an iterator, which can be read only once, is recognised, and a length that is
     too small.
     """
-    if evaluations > 1 and isinstance(valid_batches, Iterator):
+    if evaluations > 1 and is_read_once(valid_batches):
         raise ConfigError(
             f"valid_batches: an iterator ({type(valid_batches).__name__}) can be read only once, "
             f"and this run evaluates {evaluations} times; give what can be iterated anew, such as "
@@ -94,6 +95,19 @@ def check_valid_batches(
             f"valid_batches: {length} micro-batches, fewer than the {least} of one global batch on "
             "each rank; give more, or set eval_iters = 0"
         )
+
+
+def is_read_once(values: Iterable[Any]) -> bool:
+    """Whether these are a generator, or an iterator of Python or of a DataLoader.
+
+    A class with both __iter__ and __next__ may well start over in __iter__.
+
+    >>> is_read_once(iter([1])), is_read_once(zip([1])), is_read_once([1])
+    (True, True, False)
+    """
+    if isinstance(values, (Generator, _BaseDataLoaderIter)):
+        return True
+    return isinstance(values, Iterator) and type(values).__module__ in ("builtins", "itertools")
 
 
 def known_length(values: Iterable[Any]) -> int | None:
