@@ -98,7 +98,7 @@ def global_batches(
     if given is None:
         return read_batches(config, pg, split=split, consumed_samples=consumed_samples, count=count)
     grouped = group_batches(given, num_micro_batches(config, pg.dp_size))
-    return check_same_batches(grouped, pg, count=count)
+    return check_same_batches(grouped, pg, count=count, for_training=split == "train")
 
 
 def _evaluation_is_due(iteration: int, config: TrainConfig) -> bool:
