@@ -2,7 +2,9 @@
 and pieces of the user's own."""
 
 import gc
+import os
 import time
+import warnings
 from functools import partial
 
 import attrs
@@ -570,6 +572,36 @@ def agreeing(config, kind):
             return len(list(check_same_batches(iter(batches), pg, count=4))), None
         except ValueError as error:
             return 0, str(error)
+
+
+def warnings_of_equal_batches(config, kind):
+    """What `train` warns of batches that are equal on all ranks, in this form."""
+    tokens = torch.arange(16).reshape(2, 8)
+    batch = {
+        "tensor": {"input_ids": tokens},
+        "array": {"input_ids": tokens.numpy()},
+        "by position": {"input_ids": tokens + pg_position(config)},
+    }[kind]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mf.train(config, batches=[batch] * 40, valid_batches=[batch] * 40)
+    return [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+
+
+def pg_position(config):
+    """The data-parallel position of this rank, before there are process groups."""
+    groups = mf.build_groups(config.parallel, mf.world_size())
+    return mf.coordinates(groups, int(os.environ["RANK"])).dp
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "by position"])
+def test_equal_batches_of_data_parallel_ranks_are_reported_once(kind, pool):
+    config = attrs.evolve(short(pp=2), eval_iters=1, log=mf.LogConfig(progress=False))
+    first, *others = pool(4, warnings_of_equal_batches, config, kind)
+    assert all("read the same first batch" not in text for of_rank in others for text in of_rank)
+    reported = [text for text in first if "read the same first batch" in text]
+    assert len(reported) == (kind != "by position")
+    assert all("ranks 0 and 1 read" in text and "data-parallel" in text for text in reported)
 
 
 @pytest.mark.parametrize(

@@ -302,8 +302,8 @@ def test_the_records_have_the_fields_that_the_table_of_groups_names():
     assert len(set(names)) == len(names)
     assert fields_of(Groups) == ["parallel", "world_size", *names]
 
-    place = ["groups", "rank", "place", "device", "timeout_seconds"]
-    assert fields_of(ProcessGroups) == [*place, *names, "collection", "memory_buffer"]
+    place = ["groups", "rank", "place", "device", "timeout_seconds", "launcher"]
+    assert fields_of(ProcessGroups) == [*place, *names, "collection", "memory_buffer", "lifetime"]
 
 
 def test_the_records_have_the_axes_that_the_table_names():

@@ -597,12 +597,32 @@ def executed(code):
     return state.iteration, state.consumed_samples, state.config.precision.dtype
 
 
+def executed_blocks():
+    marked = r"<!-- executed by tests/test_plugin_runs.py -->\n```python\n(.*?)```"
+    return re.findall(marked, PAGE.read_text(), re.DOTALL)
+
+
+def sharded_rows(code, layout):
+    """The rows of a data set that this rank's loader gives, by the code of the page."""
+    names = {}
+    exec(code, names)
+    config = plugin(num_micro_batches=1, **layout)
+    return [int(row) for batch in names["sharded"](range(24), config) for row in batch]
+
+
+@pytest.mark.parametrize("layout", [dict(tp_degree=2), dict(pp_degree=2)], ids=["tp", "pp"])
+def test_the_loader_of_the_page_is_sharded_by_position(layout, pool):
+    _, code = executed_blocks()
+    shares = pool(4, sharded_rows, code, layout)
+    if "tp_degree" in layout:
+        assert shares[0] == shares[1] and shares[2] == shares[3]
+    else:
+        assert shares[0] == shares[2] and shares[1] == shares[3]
+    assert sorted(shares[0] + shares[3]) == list(range(24))
+
+
 def test_the_five_lines_of_the_page_run(pool):
-    code = re.search(
-        r"<!-- executed by tests/test_plugin_runs.py -->\n```python\n(.*?)```",
-        PAGE.read_text(),
-        re.DOTALL,
-    )[1]
+    code, _ = executed_blocks()
     assert pool(2, executed, code) == [(10, 40, "bf16")] * 2
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from megafn.pure.layout import Groups, coordinates
@@ -18,7 +20,7 @@ _ENDED = -1  # instead of a fingerprint, which is 0 or more
 
 
 def fingerprint(value: Any, start: int = 0) -> int:
-    """A checksum (CRC-32) of the tensors, numbers and strings in nested dicts and lists.
+    """A checksum (CRC-32) of the tensors, arrays, numbers and strings in nested dicts and lists.
 
     Tensors count with their shape, objects of other types are ignored. start: the checksum of what
     comes before.
@@ -29,6 +31,8 @@ def fingerprint(value: Any, start: int = 0) -> int:
     """
     if isinstance(value, torch.Tensor):
         return _fingerprint_of_tensor(value, start)
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return zlib.crc32(value.tobytes(), zlib.crc32(repr(value.shape).encode(), start))
     if isinstance(value, Mapping):
         for key in value:
             start = fingerprint(value[key], zlib.crc32(str(key).encode(), start))
@@ -64,22 +68,27 @@ def first_sample(batch: Iterable[Any]) -> int:
     return fingerprint(micro_batch)
 
 
-def check_same_batches(batches: Iterable[T], pg: ProcessGroups, *, count: int) -> Iterator[T]:
+def check_same_batches(
+    batches: Iterable[T], pg: ProcessGroups, *, count: int, for_training: bool = True
+) -> Iterator[T]:
     """At most `count` of the batches, ending on every rank as soon as one rank has no more.
 
-    Each batch costs one all-gather of a number over all ranks.
+    Each batch costs one all-gather of a number over all ranks. If data-parallel ranks read the same
+    first batch for training, rank zero warns.
     Raises ValueError, on every rank, if ranks that differ only in tp, cp or pp read different
     batches.
     """
     iterator = iter(batches)
     first_ranks = _first_rank_of_each_position(pg.groups)
-    for _ in range(count):
+    for i in range(count):
         batch = next(iterator, None)
         mark = _ENDED if batch is None else fingerprint(batch)
         marks = gather_rows(torch.tensor([mark], device=pg.device), pg.world).flatten().cpu()
         if batch is None or (marks == _ENDED).any():
             return
         _check_same_marks(marks, first_ranks, pg.groups)
+        if i == 0 and for_training and pg.is_rank_zero and _is_visible(batch):
+            _warn_of_equal_shares(marks, first_ranks, pg.groups)
         yield batch
 
 
@@ -102,3 +111,33 @@ def _check_same_marks(marks: torch.Tensor, first_ranks: torch.Tensor, groups: Gr
             f"hold data-parallel position {coordinates(groups, rank).dp}; seed and shard the "
             "loader by pg.dp_rank, not by rank"
         )
+
+
+def _is_visible(value: Any) -> bool:
+    """Whether `fingerprint` sees all that is in a batch, so that equal ones are the same."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_visible, value))
+    if isinstance(value, np.ndarray):
+        return value.dtype != object
+    return value is None or isinstance(value, (torch.Tensor, str, int, float))
+
+
+def _warn_of_equal_shares(marks: torch.Tensor, first_ranks: torch.Tensor, groups: Groups) -> None:
+    """Warn if ranks of different data-parallel positions read the same first batch."""
+    rank_of_mark: dict[int, int] = {}
+    for rank in sorted(set(first_ranks.tolist())):
+        same_as = rank_of_mark.setdefault(int(marks[rank]), rank)
+        if same_as == rank:
+            continue
+        positions = f"{coordinates(groups, same_as).dp} and {coordinates(groups, rank).dp}"
+        warnings.warn(
+            f"batches: ranks {same_as} and {rank} read the same first batch, but hold the "
+            f"data-parallel positions {positions} of {groups.dp_size}, so samples count twice. "
+            "Give each position its own share: shard the loader by mf.coordinates(mf.build_groups("
+            "config.parallel, mf.world_size(), model=config.model), rank).dp, for instance with a "
+            "DistributedSampler. If that is on purpose, ignore this.",
+            stacklevel=5,  # the caller of `train`
+        )
+        return

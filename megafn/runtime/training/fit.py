@@ -192,6 +192,7 @@ def global_batches(
     count: int,
     consumed_samples: int | None = None,
     corpora: Sequence[Corpus] | None = None,
+    for_training: bool = True,
 ) -> GlobalBatches:
     """This rank's share of at most `count` global batches: of those given, or of config.data."""
     if given is None:
@@ -202,7 +203,7 @@ def global_batches(
     is_short = partial(_has_too_few_rows, step, config, pg)
     whole = without_short_end(given, config.micro_batch_size, is_short)
     grouped = group_batches(whole, num_micro_batches(config, pg.dp_size))
-    return check_same_batches(grouped, pg, count=count)
+    return check_same_batches(grouped, pg, count=count, for_training=for_training)
 
 
 def _has_too_few_rows(step: Step, config: TrainConfig, pg: ProcessGroups, raw: Any) -> bool:
@@ -212,7 +213,9 @@ def _has_too_few_rows(step: Step, config: TrainConfig, pg: ProcessGroups, raw: A
 def _next_pass(
     passes: Iterator[MicroBatches], step: Step, config: TrainConfig, pg: ProcessGroups
 ) -> GlobalBatches:
-    return global_batches(next(passes), step, config, pg, count=config.eval_iters)
+    return global_batches(
+        next(passes), step, config, pg, count=config.eval_iters, for_training=False
+    )
 
 
 def count_evaluations(iteration: int, config: TrainConfig) -> int:
