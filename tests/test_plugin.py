@@ -989,6 +989,9 @@ def test_variables_of_later_versions_that_say_false_are_accepted_and_others_refu
         variable = f"MEGATRON_LM_{name.upper()}"
         with pytest.raises(ConfigError, match=f"^{variable} = True: .*; "):
             from_env({variable: "True"})
+    assert from_env({"MEGATRON_LM_NOT_YET_INVENTED": "False"}) == {}
+    with pytest.raises(ConfigError, match="^MEGATRON_LM_NOT_YET_INVENTED = 'True': there is no"):
+        from_env({"MEGATRON_LM_NOT_YET_INVENTED": "True"})
     found = from_env({"MEGATRON_LM_CONTEXT_PARALLEL_SIZE": "2"})
     assert made(**found).parallel.cp == 2
 
@@ -1046,6 +1049,8 @@ def test_the_schedulers_optimizer_gives_the_learning_rate_or_nothing_does():
     dummy = SimpleNamespace(total_num_steps=320, warmup_num_steps=0, optimizer=optimizer)
     config = made(scheduler=dummy, lr=..., train_iters=...)
     assert (config.schedule.lr, config.schedule.weight_decay) == (2e-3, 0.3)
+    dummy.total_num_steps = None  # accelerate takes train_iters then
+    assert made(scheduler=dummy, lr=...).iterations == 100
     with pytest.raises(ConfigError, match="^lr = None: give lr, an optimizer, or a scheduler"):
         made(lr=...)
 

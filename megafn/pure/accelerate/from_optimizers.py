@@ -108,7 +108,7 @@ def scheduler_fields(scheduler: Any, micro_batch_size: int) -> dict[str, Any]:
     Raises ConfigError for any other scheduler.
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-    if getattr(scheduler, "total_num_steps", None) is not None:
+    if hasattr(scheduler, "total_num_steps"):
         return _dummy_scheduler(scheduler, micro_batch_size)
     if type(scheduler).__name__ == "CosineAnnealingLR":
         return {
@@ -120,7 +120,9 @@ def scheduler_fields(scheduler: Any, micro_batch_size: int) -> dict[str, Any]:
 
 
 def _dummy_scheduler(scheduler: Any, micro_batch_size: int) -> dict[str, Any]:
-    fields = {"schedule.decay_samples": scheduler.total_num_steps * micro_batch_size}
+    fields: dict[str, Any] = {}
+    if scheduler.total_num_steps is not None:
+        fields["schedule.decay_samples"] = scheduler.total_num_steps * micro_batch_size
     warmup = getattr(scheduler, "warmup_num_steps", 0)
     if warmup:
         fields["schedule.warmup_samples"] = warmup * micro_batch_size

@@ -164,10 +164,14 @@ _BOOLS = {
 }
 
 
+# What a variable that is off says, whatever it is for: not "0", which may be a number.
+_OFF = ("false", "f", "no", "n", "off")
+
+
 def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Arguments for `from_plugin` from accelerate's environment variables.
 
-    MEGATRON_LM_*: those of accelerate 0.27 to 1.15. A later one (`later_fields`) that says False
+    MEGATRON_LM_*: those of accelerate 0.27 to 1.15. One that came later than 0.27 and says False
     gives no argument. ACCELERATE_MIXED_PRECISION: "mixed_precision".
 
     A variable that is not set gives no argument. Raises ConfigError for a value that cannot be
@@ -193,6 +197,8 @@ def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
             continue
         name = variable.removeprefix(_PREFIX)
         if name not in _VARIABLES:
+            if text.strip().lower() in _OFF:
+                continue  # a still later version's, and off
             known = [_PREFIX + other for other in _VARIABLES]
             hint = did_you_mean(variable, known)
             problems.append(Problem(variable, text, f"there is no such variable{hint}"))
