@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 LONG_SENTENCE = 512
 
 DEFAULT_SPLIT: tuple[float, ...] = attrs.fields(DataConfig).split.default
+DEFAULT_JSON_KEY: str = attrs.fields(DataConfig).json_key.default
 
 _LONGEST = 2**31 - 1  # tokens of a sequence: the index holds lengths as int32
 
@@ -33,12 +34,14 @@ def index_text(
     tokenizer: str | Tokenizer = "bytes",
     split: Sequence[float] = DEFAULT_SPLIT,
     split_sentences: bool = False,
+    json_key: str = DEFAULT_JSON_KEY,
 ) -> dict[str, str]:
     """Write a text as megatron-core's indexed datasets; return split name -> prefix of its files.
 
-    The text is read by `read_documents`, and every document is cut by the weights `split` of
-    train, valid and test (see `split_documents`). Each piece ends with eod and is one document of
-    its split, stored as uint16 (int32 from 65,500 ids on). A split without text is not written.
+    The text is read by `read_documents` with json_key, and every document is cut by the weights
+    `split` of train, valid and test (see `split_documents`). Each piece ends with eod and is one
+    document of its split, stored as uint16 (int32 from 65,500 ids on). A split without text is not
+    written.
     With split_sentences, as BERT's and T5's datasets require, each sentence (see `cut_sentences`)
     is a sequence of its document, without eod. A sentence of more than 512 tokens is stored as
     several, because megatron-core would leave out the whole document.
@@ -57,7 +60,9 @@ def index_text(
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{prefix.name}.", dir=prefix.parent) as folder:
         builders: dict[str, IndexedDatasetBuilder] = {}
-        for number, pieces in enumerate(split_documents(read_documents(source), split), start=1):
+        for number, pieces in enumerate(
+            split_documents(read_documents(source, json_key=json_key), split), start=1
+        ):
             where = f"{source}, document {number}"
             start = 0
             for name, piece in zip(SPLITS, pieces, strict=True):
