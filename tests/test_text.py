@@ -1,7 +1,9 @@
 """Text: nothing of it is lost on the way into token ids, into splits and into files."""
 
+import gzip
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -17,7 +19,13 @@ from megafn.pure.config.problems import ConfigError
 from megafn.runtime.text import cache, indexing
 from megafn.runtime.text.cache import indexed_text
 from megafn.runtime.text.demo_text import demo_text
-from megafn.runtime.text.documents import SPLITS, _pages, read_documents, split_documents
+from megafn.runtime.text.documents import (
+    SPLITS,
+    _pages,
+    cut_sentences,
+    read_documents,
+    split_documents,
+)
 from megafn.runtime.text.indexing import index_text
 from megafn.runtime.text.tokenizer import byte_tokenizer, load_tokenizer
 
@@ -145,7 +153,8 @@ def test_documents_come_back_whatever_the_block_they_are_read_in(
     path.write_bytes("\f".join(documents).encode())
     assert list(read_documents(path)) == documents
     with open(path, "rb") as file:
-        assert b"\f".join(_pages(file, block)) == path.read_bytes()
+        head = file.read(block)
+        assert b"\f".join(_pages(head, file, block)) == path.read_bytes()
     path = path.with_suffix(".jsonl")
     path.write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in documents) + "\n\n")
     assert list(read_documents(path)) == documents
@@ -159,10 +168,23 @@ def test_documents_come_back_whatever_the_block_they_are_read_in(
         ("a.txt", b" \n\f\n ", "holds no text"),
         ("a.txt", b"ab\fc\xff", "byte 4 is not UTF-8"),
         ("a.txt", "né".encode()[:-1], "byte 1 is not UTF-8"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', "line 2: the value of .* 'text' is not a str"),
+        ("a.txt", b'{"text": "a"}\n{"text": 1}\n', "line 2: the value of .* 'text' is not a str"),
+        ("a.txt", b'{"id": 1, "body": "a"}\n', "no key 'text', but 'id', 'body'; .*data.json_key"),
+        ("a.json", b"{}\n", "no key 'text', but none at all"),
+        ("a.json", b'[{"text": "a"},\n{"text": "b"}]', "JSON array; .*jq -c '..."),
+        ("a.txt", b'[\n {"text": "a"}\n]', "JSON array; .* begin the file with a form feed"),
+        ("a.json", b'["a", "b"]', "JSON array"),
+        ("a.json", b'{\n  "text": "a"\n}', "first line does not hold whole; .*jq -c"),
+        ("a.txt", b'{\n  "text": "a"\n}', "first line does not hold whole; .*form feed"),
+        ("a.json", b"plain text", "line 1 is not JSON"),
+        ("a.txt.gz", gzip.compress(b"text " * 99)[:-9], "gzip compression is damaged"),
+        ("a.txt.gz", gzip.compress(b"ab\xff"), "byte 2 is not UTF-8"),
+        ("a.txt", b"\x28\xb5\x2f\xfd\0", "compressed by zstd.*zstd -d"),
+        ("a.txt", b"\xef\xbb\xbfa\xff", "byte 4 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n\n[1]\n', "line 3 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"te', "line 2 is not JSON"),
-        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "JSON array"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xc0"}', "byte 24 is not UTF-8"),
     ],
 )
@@ -176,6 +198,67 @@ def test_a_bad_file_is_told_in_one_sentence(tmp_path, name, content, message):
     with pytest.raises(ConfigError, match=message):
         index_text(path, tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} <= {name}  # and leaves nothing
+
+
+JSON_LINES = "\n".join(json.dumps({"id": i, "text": f"Café {i}", "n": "x"}) for i in range(3))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.ndjson", "a.jsonlines", "a.JSONL", "a.txt", "a"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "bom"])
+def test_json_lines_are_read_whatever_the_files_name(tmp_path, name, compress, mark):
+    path = tmp_path / name
+    path.write_bytes(compress(mark + b"\n" + JSON_LINES.encode()))
+    assert list(read_documents(path)) == ["Café 0", "Café 1", "Café 2"]
+    made = index_text(path, tmp_path / "out", split=(1, 0, 0), json_key="n")
+    assert pieces(made["train"]) == ["x"] * 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\f" + JSON_LINES,
+        '{"a": 1}\nis how an object looks.',
+        "[1] A footnote",
+        "{braces} are text",
+        "{",
+    ],
+)
+def test_text_that_only_looks_like_json_stays_text(tmp_path, text):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.encode()))
+    assert list(read_documents(path)) == [text.removeprefix("\f")]
+
+
+def test_a_text_is_read_from_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(JSON_LINES,))
+    writer.start()
+    assert len(list(read_documents(tmp_path / "pipe"))) == 3
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It rains. |We stay in! |Do you mind?",
+        "今天天气很好。|我们去公园散步吧！|“好。”|他说。",
+        "「はい。」|彼は行った！？|本当？",
+        "यह अच्छा है। |तुम कैसे हो?| वह गया॥",
+        "كيف حالك؟ |أنا بخير.| شكرا",
+        "یہ اچھا ہے۔ |وہ گیا۔",
+        "Բարեւ։ |Ինչպես ես։",
+        "“It is.” |‘No.’ |He left… |Then?! |(Yes.) |So",
+        "„Er kam.“ |Dann ging er. |»Gut.« |Sie",
+        "« Il vient. » |Elle part. |« Oui ! » |Il",
+        "Voir p. ex. élève, т. е. так. |Да",
+        "A line.\n\n|lowercase\n\n|Other  words.  |End",
+        "3.14 and e.g. this stay.",
+    ],
+)
+def test_sentences_end_as_their_language_ends_them(text):
+    expected = re.sub(r"\|(\s*)", r"\1|", text).split("|")
+    assert cut_sentences(text.replace("|", "")) == expected
 
 
 # ---------------------------------------------------------------------------------------- splitting

@@ -15,7 +15,7 @@ import megafn as mf
 def add_arguments(parser: ArgumentParser) -> None:
     fields = attrs.fields(mf.DataConfig)
     parser.add_argument(
-        "text", help='documents separated by form feeds, or .jsonl with a "text" in each line'
+        "text", help="documents separated by form feeds, or one JSON object a line; possibly .gz"
     )
     parser.add_argument(
         "prefix", help="where to write: folder/name gives folder/name_train.bin, .idx and so on"
@@ -35,6 +35,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="make each sentence a sequence of its document, for BERT and T5",
     )
+    parser.add_argument(
+        "--json-key",
+        default=fields.json_key.default,
+        help="key of the text in each JSON object (default: %(default)s)",
+    )
 
 
 def run(arguments: Namespace) -> int:
@@ -44,6 +49,7 @@ def run(arguments: Namespace) -> int:
         tokenizer=arguments.tokenizer,
         split=_weights(arguments.split),
         split_sentences=arguments.split_sentences,
+        json_key=arguments.json_key,
     )
     for prefix in prefixes.values():
         print(prefix)

@@ -277,8 +277,9 @@ class ScheduleConfig:
 class DataConfig:
     """Corpora: a source, several of them, or a blend of (weight, source) pairs.
 
-    A source is a text file, or the prefix of an indexed dataset (`prefix.bin`, `prefix.idx`). If
-    `valid` or `test` is None, each document of `train` is divided by the weights of `split`.
+    A source is a text file (plain, or one JSON object a line; possibly compressed by gzip), or the
+    prefix of an indexed dataset (`prefix.bin`, `prefix.idx`). If `valid` or `test` is None, each
+    document of `train` is divided by the weights of `split`.
     """
 
     train: str | tuple[str, ...] | tuple[tuple[float, str], ...]
@@ -288,6 +289,8 @@ class DataConfig:
     split: tuple[float, ...] = (949.0, 50.0, 1.0)
     # "bytes", or the path of a Hugging Face tokenizer.json.
     tokenizer: str = "bytes"
+    # The key of the text in files of one JSON object a line.
+    json_key: str = "text"
     # "single": in order, once; "cyclic": shuffled anew in each epoch, without end.
     sampler: str = "single"
 

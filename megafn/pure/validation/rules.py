@@ -141,7 +141,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "must be three finite weights of at least 0, for train (above 0), valid and test",
     ),
     (
-        "data.tokenizer data.cache log.tensorboard_dir log.jsonl checkpoint.directory",
+        "data.tokenizer data.json_key data.cache log.tensorboard_dir log.jsonl "
+        "checkpoint.directory",
         bool,
         "must not be empty",
     ),

@@ -252,6 +252,7 @@ def _locate(
         split=weights,
         cache=split_source.data.cache,
         split_sentences=split_sentences,
+        json_key=split_source.data.json_key,
     )
     if SPLITS[part] not in prefixes:
         raise ConfigError(

@@ -14,8 +14,11 @@ from pathlib import Path
 
 from megafn.pure.config.problems import ConfigError
 from megafn.runtime.text.documents import SPLITS, unreadable
-from megafn.runtime.text.indexing import index_text
+from megafn.runtime.text.indexing import DEFAULT_JSON_KEY, index_text
 from megafn.runtime.text.tokenizer import Tokenizer
+
+# Raised whenever the same text gives other documents or sentences than before.
+_READING = 2
 
 
 def cache_folder(folder: str | None = None) -> Path:
@@ -47,14 +50,15 @@ def indexed_text(
     split: Sequence[float],
     cache: str | None = None,
     split_sentences: bool = False,
+    json_key: str = DEFAULT_JSON_KEY,
 ) -> dict[str, str]:
     """As `index_text`, into the cache folder, once: later calls and other processes find it there.
 
-    The key is the source's path, size and time of change, the tokenizer and the split. On each
-    host one process writes while the others wait; if several hosts share the folder, the first to
-    finish wins.
+    The key is the source's path, size and time of change, the tokenizer, the split and json_key.
+    On each host one process writes while the others wait; if several hosts share the folder, the
+    first to finish wins.
     """
-    key = _key(source, tokenizer, split, split_sentences)
+    key = _key(source, tokenizer, split, split_sentences, json_key)
     folder = cache_folder(cache)
     home = folder / f"{Path(source).stem}-{key}"
     with _lock(folder / f".{key}.lock"):
@@ -66,13 +70,20 @@ def indexed_text(
                     tokenizer=tokenizer,
                     split=split,
                     split_sentences=split_sentences,
+                    json_key=json_key,
                 )
     return {
         name: str(home / f"text_{name}") for name in SPLITS if (home / f"text_{name}.idx").exists()
     }
 
 
-def _key(source: str, tokenizer: Tokenizer, split: Sequence[float], split_sentences: bool) -> str:
+def _key(
+    source: str,
+    tokenizer: Tokenizer,
+    split: Sequence[float],
+    split_sentences: bool,
+    json_key: str,
+) -> str:
     """A hash of all that decides what an indexed text holds."""
     try:
         status = os.stat(source)
@@ -84,6 +95,8 @@ def _key(source: str, tokenizer: Tokenizer, split: Sequence[float], split_senten
         status.st_mtime_ns,
         dict(tokenizer.unique_identifiers),
         [float(weight) for weight in split],
+        json_key,
+        _READING,
     ]
     if split_sentences:
         identity.append("sentences")

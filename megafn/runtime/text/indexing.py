@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 LONG_SENTENCE = 512
 
 DEFAULT_SPLIT: tuple[float, ...] = attrs.fields(DataConfig).split.default
+DEFAULT_JSON_KEY: str = attrs.fields(DataConfig).json_key.default
 
 # the file beside an indexed dataset's .bin and .idx that says what its largest token id is
 _IDS = ".ids.json"
@@ -45,12 +46,14 @@ def index_text(
     tokenizer: str | Tokenizer = "bytes",
     split: Sequence[float] = DEFAULT_SPLIT,
     split_sentences: bool = False,
+    json_key: str = DEFAULT_JSON_KEY,
 ) -> dict[str, str]:
     """Write a text as megatron-core's indexed datasets; return split name -> prefix of its files.
 
-    The text is read by `read_documents`, and every document is cut by the weights `split` of
-    train, valid and test (see `split_documents`). Each piece ends with eod and is one document of
-    its split, stored as uint16 (int32 from 65,500 ids on). A split without text is not written.
+    The text is read by `read_documents` with json_key, and every document is cut by the weights
+    `split` of train, valid and test (see `split_documents`). Each piece ends with eod and is one
+    document of its split, stored as uint16 (int32 from 65,500 ids on). A split without text is not
+    written.
     With split_sentences, as BERT's and T5's datasets require, each sentence (see `cut_sentences`)
     is a sequence of its document, without eod. A sentence of more than 512 tokens is stored as
     several, because megatron-core would leave out the whole document.
@@ -71,7 +74,8 @@ def index_text(
     with tempfile.TemporaryDirectory(prefix=f".{prefix.name}.", dir=prefix.parent) as folder:
         builders: dict[str, IndexedDatasetBuilder] = {}
         largest: dict[str, int] = {}
-        for number, pieces in enumerate(split_documents(read_documents(source), split), start=1):
+        documents = read_documents(source, json_key=json_key)
+        for number, pieces in enumerate(split_documents(documents, split), start=1):
             where = f"{source}, document {number}"
             start = 0
             for name, piece in zip(SPLITS, pieces, strict=True):
