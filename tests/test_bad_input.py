@@ -234,7 +234,7 @@ def test_every_rank_refuses_data_alike(pool, tmp_path):
         *bad_data(tmp_path).values(),
         (
             {"train": ids, "split": (1.0, 1.0, 0.0)},
-            ["data: token id ", "model.vocab_size = 256", "raise it"],
+            ["data.train = ", "token id 499 for train", "model.vocab_size = 256", "raise it"],
         ),
     ]
     mades = [

@@ -355,7 +355,7 @@ def _check_ids(
     if wrong is not None:
         raise ConfigError(
             f"{split_source.field} = {corpus.source!r}: it holds the token id {wrong} for "
-            f"{split_source.split}, but model.vocab_size = {vocab_size}; raise that, or name the "
+            f"{split_source.split}, but model.vocab_size = {vocab_size}; raise it, or name the "
             "model's tokenizer in data.tokenizer"
         )
 
