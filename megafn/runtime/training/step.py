@@ -33,6 +33,7 @@ from megafn.runtime.training.forward_backward import (
     forward_backward,
 )
 from megafn.runtime.training.gradients import zero_gradients
+from megafn.runtime.training.model_checks import check_first_gradients, watch_gradients
 from megafn.runtime.training.totals import Totals, sum_over_ranks
 from megafn.runtime.training.whole_logits import whole_logits
 
@@ -45,7 +46,8 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
     it was cut. If loss or gradient is NaN or infinite on one rank, or the gradient's norm a spike
     (optimizer.spike_factor), no rank updates anything, and the schedule does not advance.
     Raises ValueError, before the update, if no token of the global batch counts, and if step.loss
-    reports other names for some micro-batches.
+    reports other names for some micro-batches. In the first step, raises ConfigError before the
+    update if a parameter that counts as replicated over tp has other gradients on other ranks.
 
     Numbers move to the host once, before the update: loss, count, reports and gradient norm in one
     tensor, summed over all ranks in one collective; once more under log.everything or fp16.
@@ -59,7 +61,11 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
         for chunk in state.chunks:
             chunk.train()
         zero_gradients(state)
-        sums = _forward_backward(state, batch, step, outputs, forward_only=False)
+        first = state.report_names is None
+        with watch_gradients(state, first=first) as received:
+            sums = _forward_backward(state, batch, step, outputs, forward_only=False)
+        if first:
+            check_first_gradients(state, received)
         overflow = state.optimizer.prepare_grads()
         share = squared_norm_share(state.optimizer, state.pg)
         totals = sum_over_ranks(sums, state.report_names, state.pg, squared_norm=share)
