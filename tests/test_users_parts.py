@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import megafn as mf
+from bert_rows import PAIRS, bert_rows
 from equivalence import assert_equal, run_layout, share, short, uneven
 from megafn.runtime.model.weights import initial_value
+from t5_rows import RELATIVE, T5, pairs
 
 UNTIED = dict(tie_word_embeddings=False)
 
@@ -29,9 +31,9 @@ def frozen_front(provider):
     return chunk
 
 
-def run_trained(config):
+def run_trained(config, data=uneven):
     """`run_layout` without the parameters that `frozen_front` freezes, which must not move."""
-    curve, before, after = run_layout(config)
+    curve, before, after = run_layout(config, data)
     for (name, first, *_), (_, last, *_) in zip(before, after, strict=True):
         assert torch.equal(first, last) or not is_frozen(name), name
     return (
@@ -56,10 +58,15 @@ RECOMPUTED = [
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTED, ids=["uniform", "block"])
-def test_layers_after_a_frozen_front_are_trained_under_recomputation(recompute):
-    plain = short(prepare_model=frozen_front, **UNTIED)
+@pytest.mark.parametrize(
+    "model, data",
+    [(UNTIED, uneven), (PAIRS, bert_rows), (T5 | RELATIVE | dict(steps=4), pairs)],
+    ids=["gpt", "bert", "t5"],
+)
+def test_layers_after_a_frozen_front_are_trained_under_recomputation(model, data, recompute):
+    plain = short(prepare_model=frozen_front, **model)
     recomputed = attrs.evolve(plain, recompute=mf.RecomputeConfig(**recompute))
-    assert_equal(run_trained(plain), [run_trained(recomputed)])
+    assert_equal(run_trained(plain, data), [run_trained(recomputed, data)])
 
 
 @pytest.mark.parametrize(

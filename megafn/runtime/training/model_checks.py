@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from attrs import frozen
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megafn.pure.config.problems import ConfigError
@@ -133,6 +134,10 @@ def connect_frozen_parts(chunk: torch.nn.Module, config: TrainConfig, *, is_last
         for module in chunk.modules():
             if isinstance(module, TransformerBlock):
                 module.register_forward_pre_hook(_input_needs_gradient)
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear) and _loses_gradient_of_bias(module):
+            module.skip_bias_add = True
+            module.register_forward_hook(_add_bias)
     if not is_last:
         chunk.register_forward_hook(_output_needs_gradient)
 
@@ -142,6 +147,20 @@ def _input_needs_gradient(module: torch.nn.Module, inputs: tuple[Any, ...]) -> t
     if not torch.is_grad_enabled() or not isinstance(hidden, torch.Tensor) or hidden.requires_grad:
         return inputs
     return (hidden.detach().requires_grad_(), *others)
+
+
+def _loses_gradient_of_bias(layer: ColumnParallelLinear) -> bool:
+    """Whether megatron-core's function for a frozen weight, which ignores the bias, may be used.
+
+    A tied output layer has no weight of its own: it gets the word table, which may be frozen.
+    """
+    if layer.bias is None or layer.skip_bias_add or layer.gather_output:
+        return False
+    return layer.bias.requires_grad and (layer.weight is None or not layer.weight.requires_grad)
+
+
+def _add_bias(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+    return output[0] + output[1], None
 
 
 def _output_needs_gradient(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
