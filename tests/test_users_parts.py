@@ -217,3 +217,15 @@ def test_a_parameter_without_a_gradient_is_reported_once():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             mf.train_step(state, batch, mf.step_fn("gpt"))
+
+
+def test_a_run_with_frozen_parts_is_saved_and_loaded(tmp_path):
+    config = short(prepare_model=frozen_front, **UNTIED)
+    step = mf.step_fn("gpt")
+    with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg:
+        batches = [share(uneven(config, i), config, pg) for i in range(2)]
+        state, _ = mf.train_step(mf.setup(config, pg), batches[0], step)
+        path = mf.save(state, tmp_path)
+        state, metrics = mf.train_step(state, batches[1], step)
+        _, again = mf.train_step(mf.load(mf.setup(config, pg), path), batches[1], step)
+        assert (again.loss, again.grad_norm) == (metrics.loss, metrics.grad_norm)

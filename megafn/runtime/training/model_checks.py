@@ -156,7 +156,7 @@ def _loses_gradient_of_bias(layer: ColumnParallelLinear) -> bool:
     """
     if layer.bias is None or layer.skip_bias_add or layer.gather_output:
         return False
-    return layer.bias.requires_grad and (layer.weight is None or not layer.weight.requires_grad)
+    return layer.bias.requires_grad and layer.weight is None
 
 
 def _add_bias(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
