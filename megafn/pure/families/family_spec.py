@@ -46,7 +46,8 @@ class FamilySpec:
         other families a value that is not the default is refused.
     rules: what a config must satisfy beyond the rules for every family.
     training_flops(model, sequences): operations of one forward and backward pass, or None.
-    initial_distribution(name, shape, model): of a parameter, by its name in the whole model.
+    initial_distribution(name, shape, model): of a parameter, by its name in the whole model; None
+        for a name that the family does not know, whose module's own value is kept.
     sample_tokens(model): tokens of one sample.
     stage_layout(parallel, model): which pipeline stages hold what. Raises ValueError if there is
         none for this layout.
@@ -57,7 +58,7 @@ class FamilySpec:
     fields: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     training_flops: Callable[[ModelConfig, int], float | None]
-    initial_distribution: Callable[[str, tuple[int, ...], ModelConfig], Constant | Normal]
+    initial_distribution: Callable[[str, tuple[int, ...], ModelConfig], Constant | Normal | None]
     sample_tokens: Callable[[ModelConfig], int]
     stage_layout: Callable[[ParallelConfig, ModelConfig], StageLayout]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from megafn.pure.config.records import ModelConfig
 from megafn.pure.families.family_spec import Constant, Normal
@@ -33,7 +34,32 @@ def one_stack_flops(model: ModelConfig, sequences: int, head: float) -> float:
     return 3.0 * tokens * (model.num_layers * layer_flops(model, model.seq_length) + head)
 
 
+# Names of the built-in families' parameters: within a layer, and outside of layers.
+_NAMES_IN_A_LAYER = (
+    r"(input|pre_mlp|pre_cross_attn)_layernorm"
+    r"|self_attention\.(linear_qkv|linear_proj|q_layernorm|k_layernorm)"
+    r"|cross_attention\.(linear_q|linear_kv|linear_proj|q_layernorm|k_layernorm)"
+    r"|mlp\.linear_fc[12]"
+)
+_NAMES_OUTSIDE = (
+    r"embedding\.(word|position|tokentype)_embeddings"
+    r"|output_layer|classification_head|pooler\.dense|lm_head\.(dense|layer_norm)"
+    r"|(encoder|decoder)_relative_pos_emb\.relative_attention_bias"
+)
+_KNOWN = re.compile(
+    rf"((encoder|decoder)\.(final_layernorm|layers\.\d+\.({_NAMES_IN_A_LAYER}))|{_NAMES_OUTSIDE})"
+    r"\.(weight|bias)"
+)
+
+
 def initial_distribution(
+    name: str, shape: tuple[int, ...], model: ModelConfig
+) -> Constant | Normal | None:
+    """That of `distribution_by_name` for the built-in families' parameters; None for others."""
+    return distribution_by_name(name, shape, model) if _KNOWN.fullmatch(name) else None
+
+
+def distribution_by_name(
     name: str, shape: tuple[int, ...], model: ModelConfig
 ) -> Constant | Normal:
     """GPT-2's: matrices normal with `init_method_std`, norms one, biases zero.

@@ -29,9 +29,9 @@ def build_chunk(
     easy way.
     """
     mcore = transformer_config(config, pg)
-    mcore.init_method = _leave_as_it_is
-    mcore.output_layer_init_method = _leave_as_it_is
-    mcore.embedding_init_method = _leave_as_it_is
+    mcore.init_method = _ask_for_the_initial_value
+    mcore.output_layer_init_method = _ask_for_the_initial_value
+    mcore.embedding_init_method = _ask_for_the_initial_value
     plan = ChunkPlan(
         config=config,
         mcore=mcore,
@@ -46,6 +46,7 @@ def build_chunk(
     return chunk
 
 
-def _leave_as_it_is(weight: torch.Tensor) -> torch.Tensor:
+def _ask_for_the_initial_value(weight: torch.Tensor) -> torch.Tensor:
     """In place of megatron-core's initial values: `initialize_weights` follows."""
+    weight.initialize_by_name = True  # type: ignore[attr-defined]
     return weight

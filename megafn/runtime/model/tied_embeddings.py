@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -24,14 +25,25 @@ def mark_copy(
         table.copies = group
 
 
-def finalize_grads(chunks: list[torch.nn.Module], *arguments: Any, **options: Any) -> None:
+def finalize_grads(
+    chunks: list[torch.nn.Module], *arguments: Any, pg_collection: Any, **options: Any
+) -> None:
     """megatron-core's `finalize_model_grads`, then the sums over copies of other tables.
 
-    megatron-core itself sums over the groups `embd` and `pos_embd`.
+    megatron-core itself sums over the groups `embd` and `pos_embd`; over the latter even if the
+    table is frozen and has no gradient, so that the group is left out then.
     """
-    finalize_model_grads(chunks, *arguments, **options)
+    if any(_has_frozen_positions(chunk) for chunk in chunks):
+        pg_collection = copy.copy(pg_collection)
+        pg_collection.pos_embd = None
+    finalize_model_grads(chunks, *arguments, pg_collection=pg_collection, **options)
     for chunk in chunks:
         for parameter in chunk.parameters():
             group = getattr(parameter, "copies", None)
-            if group is not None:
+            if group is not None and parameter.requires_grad:
                 dist.all_reduce(parameter.main_grad, group=group)
+
+
+def _has_frozen_positions(chunk: torch.nn.Module) -> bool:
+    table = getattr(getattr(chunk, "module", chunk), "position_embeddings", None)
+    return table is not None and not table.weight.requires_grad

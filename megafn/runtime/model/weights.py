@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megafn.pure.config.records import ModelConfig
 from megafn.pure.families.built_in import spec_of
 from megafn.pure.families.family_spec import Constant
+from megafn.pure.families.transformer import distribution_by_name
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.megatron_context import derive_seed
 
@@ -123,9 +124,12 @@ def _name_in_the_whole_model(name: str, layers: dict[str, str]) -> str:
 def initial_value(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> torch.Tensor:
     """The first value of a parameter of the whole model, fp32, as its family's spec has it.
 
-    A function of (seed, name), so that every layout begins with the same weights.
+    A name that the spec does not know gets GPT-2's value for its shape (`distribution_by_name`). A
+    function of (seed, name), so that every layout begins with the same weights.
     """
     distribution = spec_of(model).initial_distribution(name, shape, model)
+    if distribution is None:
+        distribution = distribution_by_name(name, shape, model)
     if isinstance(distribution, Constant):
         return torch.full(shape, distribution.value)
     generator = torch.Generator().manual_seed(derive_seed(seed, name))
@@ -136,8 +140,16 @@ def initial_value(name: str, shape: tuple[int, ...], model: ModelConfig, seed: i
 def initialize_weights(
     chunk: torch.nn.Module, model: ModelConfig, pg: ProcessGroups, seed: int
 ) -> None:
-    """Give every parameter of a model chunk its `initial_value`."""
+    """Give the parameters of a model chunk their `initial_value`.
+
+    A parameter whose name the family's spec does not know keeps the value that its module gave it,
+    unless its attribute `initialize_by_name` is True, as `mcore.init_method` sets it.
+    """
+    known = spec_of(model).initial_distribution
     for part in local_parameters(chunk, model, pg):
+        asked = getattr(part.parameter, "initialize_by_name", False)
+        if not asked and known(part.name, part.shape, model) is None:
+            continue
         whole = initial_value(part.name, part.shape, model, seed)
         part.parameter.copy_(part.cut(whole))
 

@@ -22,6 +22,11 @@ from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.megatron_context import megatron_context
 from megafn.runtime.training.arguments import ModelFunction, OptimizerFunction
 from megafn.runtime.training.gradients import finalize_grads
+from megafn.runtime.training.model_checks import (
+    check_frozen,
+    connect_frozen_parts,
+    start_alike,
+)
 
 
 def setup(
@@ -37,16 +42,20 @@ def setup(
     set, gets that as a function without arguments. optimizer: (config, chunks, pg) -> megatron-core
     optimizer, the chunks wrapped in DistributedDataParallel; None: the one that
     config.optimizer.name names.
-    Raises ConfigError if the config does not fit the layout, or the groups are of another one.
+    Raises ConfigError if the config does not fit the layout, the groups are of another one, nothing
+    is trainable, or only some copies of a shared table are frozen.
     """
     check(config, pg.world_size, cuda=pg.device.type == "cuda")
     _check_groups(config, pg)
     build = model or config.model_function or build_chunk
     with megatron_context(pg, config.seed, "setup"):
-        chunks = [
-            _with_gradient_buffers(_build_chunk(build, config, pg, i), config, pg)
-            for i in range(config.parallel.vpp)
-        ]
+        modules = [_build_chunk(build, config, pg, i) for i in range(config.parallel.vpp)]
+        check_frozen(modules, config, pg)
+        for i, module in enumerate(modules):
+            start_alike(module, config, pg)
+            is_last = pg.is_last_stage and i == config.parallel.vpp - 1
+            connect_frozen_parts(module, config, is_last=is_last)
+        chunks = [_with_gradient_buffers(module, config, pg) for module in modules]
         made = (optimizer or build_optimizer)(config, chunks, pg)
         _check_optimizer(made)
         complete_groups(made, pg)

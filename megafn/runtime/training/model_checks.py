@@ -1,0 +1,281 @@
+"""What users add to a model or freeze in it: replicas made alike, and checks that fail early.
+
+`setup` calls `start_alike`, `check_frozen` and `connect_frozen_parts`; `train_step` the others, in
+the first step of a process only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from megafn.pure.config.problems import ConfigError
+from megafn.pure.config.records import TrainConfig
+from megafn.runtime.model.state import State
+from megafn.runtime.model.weights import LocalParameter, local_parameters
+from megafn.runtime.parallel.groups import ProcessGroups
+from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
+
+# ----------------------------------------------------------------------------------- in `setup`
+
+
+@torch.no_grad()
+def start_alike(chunk: torch.nn.Module, config: TrainConfig, pg: ProcessGroups) -> None:
+    """Give every replica of a parameter the values of the first rank that holds it.
+
+    Replicas are the ranks of dp and cp, and those of tp if the parameter is not cut. A module that
+    draws its own random numbers would otherwise start, and stay, different on each of them.
+    """
+    for part in local_parameters(chunk, config.model, pg):
+        values = part.parameter.detach()
+        contiguous = values.contiguous()
+        _broadcast_from_first(contiguous, pg.dp_cp)
+        if part.dim is None:
+            _broadcast_from_first(contiguous, pg.tp)
+        if contiguous is not values:
+            values.copy_(contiguous)
+
+
+def _broadcast_from_first(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+    if group.size() > 1:
+        dist.broadcast(tensor, src=dist.get_process_group_ranks(group)[0], group=group)
+
+
+@frozen(kw_only=True)
+class _Trainable:
+    """What one rank has to say about what it trains."""
+
+    stage: int
+    count: int
+    digest: str  # of names and whether they are trained
+    problem: str | None
+
+
+def check_frozen(chunks: Sequence[torch.nn.Module], config: TrainConfig, pg: ProcessGroups) -> None:
+    """Raise ConfigError, on every rank, if what is frozen differs between copies, or all is frozen.
+
+    The copies of a table on several stages, and the replicas of a stage, exchange gradients: if
+    only some of them did, they would wait for the others. A stage may be frozen as a whole.
+    """
+    trained: dict[tuple[str, int], bool] = {}
+    for chunk in chunks:
+        for part in local_parameters(chunk, config.model, pg):
+            key = (part.name, pg.place.pp)
+            trained[key] = trained.get(key, False) or part.parameter.requires_grad
+    own = _Trainable(
+        stage=pg.place.pp,
+        count=sum(trained.values()),
+        digest=hashlib.sha256(repr(sorted(trained.items())).encode()).hexdigest(),
+        problem=_half_frozen_table(trained, pg),
+    )
+    every_rank = gather_from_all_ranks(own, pg)
+    problems = [rank.problem for rank in every_rank if rank.problem is not None]
+    if problems:
+        raise ConfigError(problems[0])
+    if not any(rank.count for rank in every_rank):
+        raise ConfigError(
+            "prepare_model or model function: no parameter of the model is trainable; leave "
+            "requires_grad = True on those that are to be trained."
+        )
+    _check_replicas(every_rank)
+
+
+def _half_frozen_table(trained: dict[tuple[str, int], bool], pg: ProcessGroups) -> str | None:
+    """Of a table that several stages hold and that only some of them train."""
+    if pg.pp.size() == 1:
+        return None
+    stages = [trained] * pg.pp.size()
+    dist.all_gather_object(stages, trained, group=pg.pp)
+    holders: dict[str, dict[int, bool]] = {}
+    for stage in stages:
+        for (name, number), is_trained in stage.items():
+            holders.setdefault(name, {})[number] = is_trained
+    for name, copies in holders.items():
+        frozen_on = [stage for stage, is_trained in copies.items() if not is_trained]
+        trained_on = [stage for stage, is_trained in copies.items() if is_trained]
+        if frozen_on and trained_on:
+            return (
+                f"prepare_model or model function: {name} is frozen on pipeline stages {frozen_on} "
+                f"and trainable on stages {trained_on}, which hold copies of one table; freeze "
+                "every copy or none."
+            )
+    return None
+
+
+def _check_replicas(every_rank: Sequence[_Trainable]) -> None:
+    first_of_stage: dict[int, int] = {}
+    for rank, own in enumerate(every_rank):
+        first = first_of_stage.setdefault(own.stage, rank)
+        if own.digest != every_rank[first].digest:
+            raise ConfigError(
+                f"prepare_model or model function: ranks {first} and {rank} hold replicas of "
+                f"pipeline stage {own.stage} whose parameters or requires_grad differ; build and "
+                "freeze the same on both."
+            )
+
+
+def connect_frozen_parts(chunk: torch.nn.Module, config: TrainConfig, *, is_last: bool) -> None:
+    """Let gradients flow to where they are needed, if nothing before a module is trained.
+
+    megatron-core recomputes layers through an autograd function whose only differentiable inputs
+    are activations: if none of them needs a gradient, the layers' parameters get none. And a stage
+    whose output needs no gradient cannot run the backward pass that its schedule asks for.
+    """
+    if config.recompute.granularity == "full":
+        for module in chunk.modules():
+            if isinstance(module, TransformerBlock):
+                module.register_forward_pre_hook(_input_needs_gradient)
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear) and _loses_gradient_of_bias(module):
+            module.skip_bias_add = True
+            module.register_forward_hook(_add_bias)
+    if not is_last:
+        chunk.register_forward_hook(_output_needs_gradient)
+
+
+def _input_needs_gradient(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    hidden, *others = inputs if inputs else (None,)
+    if not torch.is_grad_enabled() or not isinstance(hidden, torch.Tensor) or hidden.requires_grad:
+        return inputs
+    return (hidden.detach().requires_grad_(), *others)
+
+
+def _loses_gradient_of_bias(layer: ColumnParallelLinear) -> bool:
+    """Whether megatron-core's function for a frozen weight, which ignores the bias, may be used.
+
+    A tied output layer has no weight of its own: it gets the word table, which may be frozen.
+    """
+    if layer.bias is None or layer.skip_bias_add or layer.gather_output:
+        return False
+    return layer.bias.requires_grad and layer.weight is None
+
+
+def _add_bias(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+    return output[0] + output[1], None
+
+
+def _output_needs_gradient(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+    if not torch.is_grad_enabled() or not isinstance(output, torch.Tensor) or output.requires_grad:
+        return output
+    # a clone, because the schedule frees its output and the gradient of a leaf has the leaf's shape
+    return output.detach().requires_grad_().clone()
+
+
+# --------------------------------------------------------------------------- in the first step
+
+
+@contextlib.contextmanager
+def watch_gradients(state: State, *, first: bool) -> Iterator[set[str]]:
+    """Collects the names of parameters that receive a gradient, in the first step."""
+    received: set[str] = set()
+    handles = []
+    if first:
+        for part in _trained(state):
+            hook = _NoteName(part.name, received)
+            handles.append(part.parameter.register_hook(hook))
+    try:
+        yield received
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _NoteName:
+    """A gradient hook that notes its parameter's name; the gradient stays as it is."""
+
+    def __init__(self, name: str, received: set[str]):
+        self.name = name
+        self.received = received
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        self.received.add(self.name)
+
+
+def check_first_gradients(state: State, received: set[str]) -> None:
+    """Compare, in the first step, gradients of what counts as replicated over tp; report silence.
+
+    Raises ConfigError on every rank, before the update, if a parameter that is not cut over tp has
+    other gradients on other tp ranks. Warns on rank zero of trainable parameters that no rank has a
+    gradient for.
+    """
+    pg = state.pg
+    silent = sorted({part.name for part in _trained(state)} - received)
+    every_rank = gather_from_all_ranks((_different_over_tp(state), silent), pg)
+    different = sorted({name for names, _ in every_rank for name in names})
+    if different:
+        raise ConfigError(
+            f"prepare_model or model function: the gradient of {', '.join(different[:8])} differs "
+            "between tensor-parallel ranks, but nothing says that the parameter is cut; set "
+            "tensor_model_parallel = True and partition_dim on a parameter that is cut over tp, or "
+            "sequence_parallel = True on one whose gradients are to be summed over tp "
+            "(docs/extending.md)."
+        )
+    if any(names for _, names in every_rank):
+        _report_silent(silent, received, pg)
+
+
+def _report_silent(silent: Sequence[str], received: set[str], pg: ProcessGroups) -> None:
+    ranks = gather_from_all_ranks((silent, received), pg)
+    names = {name for silent_there, _ in ranks for name in silent_there}
+    names -= {name for _, received_there in ranks for name in received_there}
+    if names and pg.is_rank_zero:
+        shown = ", ".join(sorted(names)[:8])
+        warnings.warn(
+            f"{len(names)} trainable parameters received no gradient in the first step: {shown}; "
+            "freeze what is unused (requires_grad = False), or check that the model uses it.",
+            stacklevel=4,
+        )
+
+
+# Replicas of one computation differ by rounding only, parts of a sum by about their own size. The
+# second number is of the norm of all these gradients: one that is zero but for rounding may differ.
+_TOLERANCES = {torch.float32: (1e-3, 1e-6)}
+_HALF_PRECISION_TOLERANCES = (3e-2, 1e-3)
+
+
+@torch.no_grad()
+def _different_over_tp(state: State) -> list[str]:
+    """Names of parameters that count as replicated over tp and whose gradients differ there.
+
+    Each gradient is compared by its norm and by its product with a fixed vector, in one all-reduce.
+    """
+    pg = state.pg
+    if pg.tp.size() == 1:
+        return []
+    parts = [part for part in _trained(state) if part.dim is None]
+    if not parts:
+        return []
+    numbers = torch.stack([_checksums(part.parameter) for part in parts])
+    extremes = torch.cat([numbers, -numbers])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=pg.tp)
+    largest, negated_smallest = extremes.chunk(2)
+    apart = (largest + negated_smallest).max(dim=1).values
+    norms = largest[:, 0]
+    relative, of_all = _TOLERANCES.get(parts[0].parameter.dtype, _HALF_PRECISION_TOLERANCES)
+    allowed = relative * norms + of_all * norms.square().sum().sqrt()
+    # a NaN or an infinity is left to the guarded update
+    different = (apart > allowed) & torch.isfinite(apart)
+    return [part.name for part, is_bad in zip(parts, different.tolist(), strict=True) if is_bad]
+
+
+def _checksums(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Norm, and product with a fixed vector of entries of about one; float64 [2]."""
+    gradient = parameter.main_grad.reshape(-1).double()  # type: ignore[attr-defined]
+    places = torch.arange(gradient.numel(), device=gradient.device, dtype=torch.float64)
+    return torch.stack([gradient.norm(), gradient @ torch.cos(places * places)])
+
+
+def _trained(state: State) -> Iterator[LocalParameter]:
+    for chunk in state.chunks:
+        for part in local_parameters(chunk, state.config.model, state.pg):
+            if part.parameter.requires_grad:
+                yield part
