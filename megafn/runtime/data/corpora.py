@@ -107,7 +107,7 @@ def corpora(
         raise ConfigError("data = None: give a DataConfig, or pass batches")
     if split not in SPLITS:
         raise ConfigError(f"split = {split!r}: choose one of {', '.join(SPLITS)}")
-    tokenizer = tokenizer or load_tokenizer(data.tokenizer)
+    tokenizer = tokenizer or load_tokenizer(data.tokenizer, eod_token=data.eod_token)
     split_source = _split_source(data, split)
     _check_weights(split_source)
     return tuple(
@@ -392,7 +392,9 @@ def build_dataset(config: TrainConfig, split: str = "train") -> torch.utils.data
     and an epoch reads each of them once. Each rank holds the order of samples in memory: 12 bytes
     a sample and 4 a document, times epochs. No communication.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer) if config.data is not None else None
+    tokenizer = None
+    if config.data is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token)
     parts = corpora(config, split, tokenizer=tokenizer)
     kind, mcore = _family_data(config).dataset(config, tokenizer)
     read = partial(_dataset_of, kind=kind, mcore=mcore, split=split)
