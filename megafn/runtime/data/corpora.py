@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import BinaryIO
@@ -201,6 +202,8 @@ def _corpus(
         tokens=int(document_lengths[begin:end].sum(dtype=np.int64)),
     )
     _check_tokens(corpus, split_source, config.model, sentences)
+    if sentences:
+        _report_left_out(corpus, split_source, index, sentences)
     return corpus
 
 
@@ -299,6 +302,34 @@ def _check_tokens(
             f"model.seq_length + 1 = {least}; give more text, another data.split than "
             f"{split_source.data.split}, or a smaller seq_length"
         )
+
+
+def _report_left_out(
+    corpus: Corpus, split_source: _SplitSource, index: _Index, sentences: int
+) -> None:
+    """Warn on rank zero of the documents that megatron-core's dataset leaves out."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    part = slice(corpus.begin, corpus.end)
+    counts = np.diff(index.documents)[part]
+    lengths = _sum_per_document(index.lengths, index.documents)[part]
+    left_out = (_document_lengths(index, sentences)[part] == 0) & (lengths > 0)
+    if not left_out.any():
+        return
+    few = left_out & (counts < sentences)
+    reasons = []
+    if few.any():
+        noun = "sentence" if sentences == 1 else "sentences"
+        reasons.append(f"{few.sum()} with fewer than {sentences} {noun}")
+    if (left_out & ~few).any():
+        reasons.append(
+            f"{(left_out & ~few).sum()} with a sentence of more than {LONG_SENTENCE} tokens"
+        )
+    warnings.warn(
+        f"{split_source.field} = {corpus.source!r}: {left_out.sum()} of {len(left_out)} documents "
+        f"for {split_source.split} are left out: {', '.join(reasons)}",
+        stacklevel=3,
+    )
 
 
 # ------------------------------------------------------------- the two files of an indexed dataset
