@@ -1,6 +1,7 @@
 """Text: nothing of it is lost on the way into token ids, into splits and into files."""
 
 import gzip
+import io
 import json
 import os
 import re
@@ -473,6 +474,16 @@ def test_an_index_does_not_depend_on_fragments_or_batches(
             files = [f"{prefix}{suffix}" for prefix in made.values() for suffix in (".bin", ".idx")]
             content = [open(file, "rb").read() for file in files]
             assert contents.setdefault(tokenizer, content) == content
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_progress_bar_is_drawn_on_a_terminal_only(tmp_path, monkeypatch, terminal):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stderr)
+    (tmp_path / "a.txt").write_text("some words " * 100)
+    index_text(tmp_path / "a.txt", tmp_path / "out")
+    assert ("indexing a.txt" in stderr.getvalue()) == terminal
 
 
 def test_a_text_that_cannot_be_encoded_is_named_whatever_its_batch(tmp_path, hugging_face):
