@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 import megafn as mf
 from megafn.runtime.data.corpora import build_dataset, corpora
@@ -362,6 +362,34 @@ def test_what_cannot_be_read_is_refused_at_once(tmp_path):
         match=r"0.json' has no mask, which data for bert need; add these special tokens",
     ):
         build_dataset(config(tmp_path, tokenizer=path))
+
+
+def test_documents_that_are_left_out_are_counted_on_rank_zero(tmp_path, monkeypatch):
+    kept = ["First one. And a second.", "A third one. A fourth."]
+    (tmp_path / "corpus.txt").write_text("\f".join([*kept, "single", "lonely"]))
+    pairs = config(tmp_path, bert_binary_head=True)
+    with pytest.warns(
+        UserWarning,
+        match=r"data.train = .*corpus.txt': 2 of 4 documents for train are left out: "
+        r"2 with fewer than 2 sentences$",
+    ):
+        corpora(pairs)
+    monkeypatch.setenv("RANK", "1")
+    corpora(pairs)
+    monkeypatch.setenv("RANK", "0")
+    corpora(config(tmp_path))  # without the order of sentences, one is enough
+
+    # as other tools write it: sentences of any length
+    builder = IndexedDatasetBuilder(str(tmp_path / "long.bin"), dtype=np.uint16)
+    for lengths in ([5, 600], [5, 6], [7]):
+        builder.add_document(np.ones(sum(lengths), np.uint16), lengths)
+    builder.finalize(str(tmp_path / "long.idx"))
+    with pytest.warns(
+        UserWarning,
+        match="2 of 3 documents for train are left out: 1 with fewer than 2 sentences, "
+        "1 with a sentence of more than 512 tokens",
+    ):
+        corpora(attrs.evolve(pairs, data=attrs.evolve(pairs.data, train=str(tmp_path / "long"))))
 
 
 # -------------------------------------------------------------------------------------------- a run

@@ -1,6 +1,7 @@
 """Text: nothing of it is lost on the way into token ids, into splits and into files."""
 
 import gzip
+import io
 import json
 import os
 import re
@@ -126,8 +127,38 @@ def test_a_hugging_face_tokenizer_keeps_the_whole_text_and_lets_no_text_end_a_do
     )
 
 
+def test_the_user_names_the_token_that_ends_documents_and_no_text_holds_it(hugging_face, tmp_path):
+    path = hugging_face("</s>", "[SEP]", "<|bye|>")
+    usual, named = load_tokenizer(path), load_tokenizer(path, eod_token="<|bye|>")
+    assert (usual.eod, named.eod) == (0, 2)
+    assert load_tokenizer(path, eod_token="</s>").unique_identifiers == usual.unique_identifiers
+    assert named.unique_identifiers != usual.unique_identifiers
+    assert named.decode(named.encode("a <|bye|> b")) == "a <|bye|> b"
+    with pytest.raises(ConfigError, match="data.eod_token = 'nope': .* has no such token"):
+        load_tokenizer(path, eod_token="nope")
+    with pytest.raises(ConfigError, match="data.eod_token = 'x': .*ends documents with NUL"):
+        load_tokenizer("bytes", eod_token="x")
+    # an added token that the file does not call special
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "ordinary.json").write_text(json.dumps(content))
+    ordinary = load_tokenizer(str(tmp_path / "ordinary.json"), eod_token="<|bye|>")
+    (tmp_path / "a.txt").write_text("one <|bye|> two\fthree")
+    for tokenizer in (named, ordinary):
+        made = index_text(
+            tmp_path / "a.txt", tmp_path / "out", tokenizer=tokenizer, split=(1, 0, 0)
+        )
+        assert pieces(made["train"], tokenizer) == ["one <|bye|> two", "three"]
+    # a word of the vocabulary
+    with pytest.raises(ValueError, match="document 1: its text contains .*'e'; name another"):
+        index_text(tmp_path / "a.txt", tmp_path / "out", tokenizer=path, eod_token="e")
+    with pytest.raises(ValueError, match="pass it to load_tokenizer"):
+        index_text(tmp_path / "a.txt", tmp_path / "out", tokenizer=named, eod_token="e")
+
+
 def test_a_tokenizer_that_cannot_serve_is_refused(hugging_face, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="no token that ends a document; add one of"):
+    with pytest.raises(ConfigError, match="no token that ends a document; name one in"):
         load_tokenizer(hugging_face("[PAD]"))
     (tmp_path / "bad.json").write_text("{}")
     for name in ("bad.json", "missing.json"):
@@ -351,6 +382,122 @@ def test_an_indexed_text_holds_the_pieces_that_the_split_makes(tmp_path, hugging
     assert pieces(str(tmp_path / "new/0_train")) == documents
 
 
+words = st.text(st.sampled_from("abé字ß0٣_.,，。'\" \u00a0\n\t\u0301\u3000"), max_size=9)
+running_text = st.lists(
+    st.one_of(words, st.sampled_from(["hello", " world", " hello wor", "ld ", "don't", " 's"])),
+    min_size=1,
+    max_size=40,
+).map("".join)
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def a_tokenizer(folder, kind):
+    """A small tokenizer.json whose tokens span words wherever its pre-tokenizer lets them."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    level = pre_tokenizers.ByteLevel
+    pre_tokenizer = {
+        "gpt2": level(add_prefix_space=False),
+        "gpt2, prefixed": level(add_prefix_space=True),
+        "gpt4": pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(GPT4), "isolated"),
+                level(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+        "not split": level(add_prefix_space=False, use_regex=False),
+        "stripped": level(add_prefix_space=False),
+        "prepended": level(add_prefix_space=False),
+        "metaspace": pre_tokenizers.Metaspace(),
+    }[kind]
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if kind == "stripped":
+        tokenizer.normalizer = normalizers.Strip()
+    if kind == "prepended":
+        tokenizer.normalizer = normalizers.Prepend("_")
+    tokenizer.train_from_iterator(
+        ["hello world don't 0123 a.\n字。\n b, 字，字\n" * 20] * 3,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["</s>"],
+            initial_alphabet=level.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["bytes", "gpt2", "gpt2, prefixed", "gpt4", "not split", "stripped", "prepended", "metaspace"],
+)
+def test_a_document_encoded_in_fragments_has_the_ids_of_the_whole(
+    tmp_path_factory, monkeypatch, kind
+):
+    folder = tmp_path_factory.mktemp("fragments")
+    tokenizer = byte_tokenizer() if kind == "bytes" else a_tokenizer(folder, kind)
+    monkeypatch.setattr(indexing, "_FRAGMENT", 3)
+    fragments_seen = []
+
+    @given(running_text)
+    def ids_are_the_same(text):
+        fragments = list(indexing._cut_for_encoding(text, tokenizer))
+        fragments_seen.append(len(fragments))
+        assert "".join(fragments) == text
+        ids = np.concatenate([tokenizer.encode(fragment) for fragment in fragments])
+        assert ids.tolist() == tokenizer.encode(text).tolist()
+
+    ids_are_the_same()
+    if kind in ("bytes", "gpt2", "gpt4"):
+        assert max(fragments_seen) > 3
+
+
+@pytest.mark.parametrize("split_sentences", [False, True])
+def test_an_index_does_not_depend_on_fragments_or_batches(
+    tmp_path, monkeypatch, hugging_face, split_sentences
+):
+    documents = ["the first document, né. It " * 9, "a second one. " * 7, "x", "hello world " * 50]
+    (tmp_path / "a.txt").write_text("\f".join(documents))
+    contents = {}
+    for tokenizer in ("bytes", hugging_face("<|endoftext|>")):
+        for fragment, batch in ((2**15, 2**20), (8, 20), (8, 1)):
+            monkeypatch.setattr(indexing, "_FRAGMENT", fragment)
+            monkeypatch.setattr(indexing, "_BATCH", batch)
+            made = index_text(
+                tmp_path / "a.txt",
+                tmp_path / "out",
+                tokenizer=tokenizer,
+                split=(5, 1, 2),
+                split_sentences=split_sentences,
+            )
+            files = [f"{prefix}{suffix}" for prefix in made.values() for suffix in (".bin", ".idx")]
+            content = [open(file, "rb").read() for file in files]
+            assert contents.setdefault(tokenizer, content) == content
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_progress_bar_is_drawn_on_a_terminal_only(tmp_path, monkeypatch, terminal):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stderr)
+    (tmp_path / "a.txt").write_text("some words " * 100)
+    index_text(tmp_path / "a.txt", tmp_path / "out")
+    assert ("indexing a.txt" in stderr.getvalue()) == terminal
+
+
+def test_a_text_that_cannot_be_encoded_is_named_whatever_its_batch(tmp_path, hugging_face):
+    lines = [json.dumps({"text": text}) for text in ("fine", "not \ud800 fine", "fine")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="a.jsonl, document 2, .*surrogates"):
+        index_text(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=hugging_face("</s>"))
+
+
 def test_a_text_that_cannot_be_encoded_is_refused_and_leaves_what_was_there(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("fine\fnot\0fine")
     (tmp_path / "out_train.idx").write_text("of an earlier call")
@@ -392,6 +539,39 @@ def test_a_text_is_indexed_once_however_many_ask(tmp_path, monkeypatch):
     assert pieces(ask((1, 0, 0))["train"]) == [source.read_text()]
     left = [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")]
     assert len(left) == 4 and all(name.startswith("a-") for name in left)
+
+
+def test_a_cache_of_another_user_is_read_without_its_lock(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    (tmp_path / "a.txt").write_text("some words to learn " * 50)
+    (tmp_path / "b.txt").write_text("other words " * 50)
+
+    def ask(name):
+        return indexed_text(
+            str(tmp_path / name), tokenizer=byte_tokenizer(), split=(1, 0, 0), cache=str(folder)
+        )
+
+    first = ask("a.txt")
+    # root may open anything: what another user may not do is refused here
+    really_open, refused = os.open, []
+
+    def open_as_another_user(path, flags, *args, **kwargs):
+        if str(path).startswith(str(folder)) and flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+            refused.append(path)
+            raise PermissionError(13, "Permission denied", str(path))
+        return really_open(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", open_as_another_user)
+    monkeypatch.setattr(
+        cache.tempfile, "mkdtemp", lambda dir, **_: open_as_another_user(dir, os.O_RDWR)
+    )
+    assert ask("a.txt") == first and not refused
+    with pytest.raises(ConfigError, match="can't be written to, and does not hold .*b.txt"):
+        ask("b.txt")
+    # the lock that another user left can be held
+    (lock,) = folder.glob(".*.lock")
+    with cache._lock(lock):
+        assert refused[-1] == lock
 
 
 def test_an_index_that_fails_is_not_found_later(tmp_path):

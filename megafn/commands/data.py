@@ -26,6 +26,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="bytes, or the path of a tokenizer.json (default: %(default)s)",
     )
     parser.add_argument(
+        "--eod-token",
+        help="the token of a tokenizer.json that ends a document (default: the first usual name)",
+    )
+    parser.add_argument(
         "--split",
         default=",".join(f"{weight:g}" for weight in fields.split.default),
         help="weights of train, valid and test; each document is divided (default: %(default)s)",
@@ -47,6 +51,7 @@ def run(arguments: Namespace) -> int:
         arguments.text,
         arguments.prefix,
         tokenizer=arguments.tokenizer,
+        eod_token=arguments.eod_token,
         split=_weights(arguments.split),
         split_sentences=arguments.split_sentences,
         json_key=arguments.json_key,

@@ -289,6 +289,8 @@ class DataConfig:
     split: tuple[float, ...] = (949.0, 50.0, 1.0)
     # "bytes", or the path of a Hugging Face tokenizer.json.
     tokenizer: str = "bytes"
+    # The token of a tokenizer.json that ends a document. None: the first usual name that it has.
+    eod_token: str | None = None
     # The key of the text in files of one JSON object a line.
     json_key: str = "text"
     # "single": in order, once; "cyclic": shuffled anew in each epoch, without end.

@@ -141,7 +141,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "must be three finite weights of at least 0, for train (above 0), valid and test",
     ),
     (
-        "data.tokenizer data.json_key data.cache log.tensorboard_dir log.jsonl "
+        "data.tokenizer data.eod_token data.json_key data.cache log.tensorboard_dir log.jsonl "
         "checkpoint.directory",
         bool,
         "must not be empty",
@@ -416,6 +416,15 @@ def evaluations_have_iterations(interval: int | None, iterations: int) -> str | 
     return None
 
 
+@rule("data.eod_token", "data.tokenizer")
+def bytes_have_their_own_eod(eod_token: str | None, tokenizer: str) -> str | None:
+    if eod_token is not None and tokenizer == "bytes":
+        return (
+            'the tokenizer "bytes" ends documents with NUL; leave it out, or name a tokenizer.json'
+        )
+    return None
+
+
 @rule("data.split", "data.valid", "eval_iters")
 def evaluations_have_text(split: tuple[float, ...], valid: Any, iterations: int) -> str | None:
     if valid is None and iterations and not split[1]:
@@ -614,6 +623,7 @@ RULES: tuple[Rule, ...] = (
     something_is_written_during_the_run,
     run_can_continue_after,
     evaluations_have_iterations,
+    bytes_have_their_own_eod,
     evaluations_have_text,
     valid_text_is_read,
     split_divides_something,

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import BinaryIO
@@ -117,7 +118,7 @@ def corpora(
         raise ConfigError("data = None: give a DataConfig, or pass batches")
     if split not in SPLITS:
         raise ConfigError(f"split = {split!r}: choose one of {', '.join(SPLITS)}")
-    tokenizer = tokenizer or load_tokenizer(data.tokenizer)
+    tokenizer = tokenizer or load_tokenizer(data.tokenizer, eod_token=data.eod_token)
     split_source = _split_source(data, split)
     _check_weights(split_source)
     return tuple(
@@ -219,6 +220,8 @@ def _corpus(
         is_read=document_lengths > 0,
     )
     _check_ids(corpus, split_source, ids, config.model.vocab_size)
+    if sentences:
+        _report_left_out(corpus, split_source, index, sentences)
     return corpus
 
 
@@ -384,6 +387,34 @@ def _id_outside(corpus: Corpus, ids: _Ids, vocab_size: int) -> int | None:
     return min(wrong) if min(wrong) < 0 else max(wrong)
 
 
+def _report_left_out(
+    corpus: Corpus, split_source: _SplitSource, index: _Index, sentences: int
+) -> None:
+    """Warn on rank zero of the documents that megatron-core's dataset leaves out."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    part = slice(corpus.begin, corpus.end)
+    counts = np.diff(index.documents)[part]
+    lengths = _sum_per_document(index.lengths, index.documents)[part]
+    left_out = (_document_lengths(index, sentences)[part] == 0) & (lengths > 0)
+    if not left_out.any():
+        return
+    few = left_out & (counts < sentences)
+    reasons = []
+    if few.any():
+        noun = "sentence" if sentences == 1 else "sentences"
+        reasons.append(f"{few.sum()} with fewer than {sentences} {noun}")
+    if (left_out & ~few).any():
+        reasons.append(
+            f"{(left_out & ~few).sum()} with a sentence of more than {LONG_SENTENCE} tokens"
+        )
+    warnings.warn(
+        f"{split_source.field} = {corpus.source!r}: {left_out.sum()} of {len(left_out)} documents "
+        f"for {split_source.split} are left out: {', '.join(reasons)}",
+        stacklevel=3,
+    )
+
+
 # ------------------------------------------------------------- the two files of an indexed dataset
 
 _MAGIC = b"MMIDIDX\0\0" + struct.pack("<Q", 1)  # megatron-core's format, version 1
@@ -479,7 +510,9 @@ def build_dataset(
     parts: the split's corpora, if they were found before. The files stay open, so the dataset is
     the same if they are replaced or removed.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer) if config.data is not None else None
+    tokenizer = None
+    if config.data is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token)
     if parts is None:
         parts = corpora(config, split, tokenizer=tokenizer)
     kind, mcore = _family_data(config).dataset(config, tokenizer)
@@ -530,7 +563,7 @@ def read_samples(
     config: TrainConfig, split: str
 ) -> tuple[type[MegatronDataset], Callable[[Corpus, int | None], MegatronDataset]]:
     """megatron-core's class for a family's corpora, and (corpus, samples or None) -> dataset."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token)
     kind, mcore = _family_data(config).dataset(config, tokenizer)
 
     def read(corpus: Corpus, samples: int | None) -> MegatronDataset:

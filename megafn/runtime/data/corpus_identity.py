@@ -122,7 +122,7 @@ def describe_data(config: TrainConfig, parts: Sequence[Corpus]) -> dict[str, Any
     Of each corpus its identity, weight and how often it is read, which decides its order. For GPT
     that is computed; the datasets of BERT and T5 are built to see it. No communication.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token)
     described = []
     counts = samples_of_each(config, parts, "train")
     for corpus, identity, samples in zip(parts, identify(parts), counts, strict=True):

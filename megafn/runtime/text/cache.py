@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from megafn.pure.config.problems import ConfigError
@@ -61,17 +63,25 @@ def indexed_text(
     key = _key(source, tokenizer, split, split_sentences, json_key)
     folder = cache_folder(cache)
     home = folder / f"{Path(source).stem}-{key}"
-    with _lock(folder / f".{key}.lock"):
-        if not home.is_dir():
-            with _published_folder(home, f".{key}.") as unfinished:
-                index_text(
-                    source,
-                    f"{unfinished}/text",
-                    tokenizer=tokenizer,
-                    split=split,
-                    split_sentences=split_sentences,
-                    json_key=json_key,
-                )
+    if not home.is_dir():  # else it is whole, and may be another user's, who owns the lock
+        write = partial(
+            index_text,
+            source,
+            tokenizer=tokenizer,
+            split=split,
+            split_sentences=split_sentences,
+            json_key=json_key,
+        )
+        try:
+            _write_once(home, folder / f".{key}.lock", f".{key}.", write)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise ConfigError(
+                f"data.cache = {cache!r}: {folder} can't be written to, and does not hold "
+                f"{source} as this config needs it; name a folder that can be written to in "
+                "data.cache or XDG_CACHE_HOME"
+            ) from error
     return {
         name: str(home / f"text_{name}") for name in SPLITS if (home / f"text_{name}.idx").exists()
     }
@@ -103,12 +113,31 @@ def _key(
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
+def _write_once(home: Path, lock: Path, prefix: str, write: Callable[[str], object]) -> None:
+    """Make the folder `home` of the files that `write` writes, given their prefix, if missing."""
+    with _lock(lock):
+        if not home.is_dir():
+            with _published_folder(home, prefix) as unfinished:
+                write(f"{unfinished}/text")
+
+
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold a file's lock, which the processes of this host wait for; it ends with its process."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold a file's lock, which the processes of this host wait for; it ends with its process.
+
+    A lock that another user left is opened for reading, which is enough to hold it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        if not path.exists():
+            raise
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedReader, BytesIO
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -30,26 +30,22 @@ def read_documents(path: str | os.PathLike[str], *, json_key: str = "text") -> I
     Raises ConfigError if the file is missing or holds no text, is not UTF-8 (the error names the
     byte) or not such JSON (the error names the line).
     """
-    return documents_of(path, json_key=json_key)
+    for text, _ in documents_and_positions(path, json_key=json_key):
+        yield text
 
 
-def documents_of(
-    path: str | os.PathLike[str],
-    *,
-    json_key: str,
-    on_read: Callable[[int], None] | None = None,
-) -> Iterator[str]:
-    """As `read_documents`; `on_read` gets the bytes of the file that have been read so far."""
+def documents_and_positions(
+    path: str | os.PathLike[str], *, json_key: str
+) -> Iterator[tuple[str, int]]:
+    """As `read_documents`, each with the bytes of the file that have been read then (0: a pipe)."""
     path = Path(path)
     holds_text = False
     with _open(path) as file:
         try:
             for text in _decode_documents(path, _decompressed(file, path), json_key):
-                if on_read is not None and file.seekable():
-                    on_read(file.tell())
                 if text.strip():
                     holds_text = True
-                    yield text
+                    yield text, file.tell() if file.seekable() else 0
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ConfigError(
                 f"text file {path}: its gzip compression is damaged ({error}); compress it again"

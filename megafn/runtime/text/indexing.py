@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
+from attrs import frozen
+from tqdm import tqdm
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import DataConfig
-from megafn.runtime.text.documents import SPLITS, cut_sentences, read_documents, split_documents
+from megafn.runtime.text.documents import (
+    SPLITS,
+    cut_sentences,
+    documents_and_positions,
+    split_documents,
+)
 from megafn.runtime.text.tokenizer import (
     Tokenizer,
     TokenizerIdentity,
@@ -44,6 +54,7 @@ def index_text(
     prefix: str | os.PathLike,
     *,
     tokenizer: str | Tokenizer = "bytes",
+    eod_token: str | None = None,
     split: Sequence[float] = DEFAULT_SPLIT,
     split_sentences: bool = False,
     json_key: str = DEFAULT_JSON_KEY,
@@ -60,13 +71,20 @@ def index_text(
     Files appear whole under `{prefix}_{split}.bin` and `.idx`, or not at all. Beside them an
     `.ids.json` holds the largest token id, and a `.tokenizer.json` the tokenizer's name and digest.
     Those of an earlier call with this prefix are replaced, or removed if their split is empty now.
-    The longest document is held in memory.
+    The longest document is held in memory; it is encoded in fragments, cut where the ids stay the
+    same, and by a tokenizer.json on all cores.
+    eod_token: as for `load_tokenizer`, if the tokenizer is a name.
 
     Raises ConfigError for a source that cannot be read, ValueError for a text that cannot be
     encoded or a split of other than three weights.
     """
     if isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(tokenizer, eod_token=eod_token)
+    elif eod_token is not None:
+        raise ValueError(
+            f"eod_token = {eod_token!r}: the Tokenizer has its eod already; pass it to "
+            "load_tokenizer"
+        )
     if len(split) != len(SPLITS):
         raise ValueError(f"split = {tuple(split)}: give three weights, of train, valid and test")
     prefix = Path(prefix)
@@ -74,20 +92,16 @@ def index_text(
     with tempfile.TemporaryDirectory(prefix=f".{prefix.name}.", dir=prefix.parent) as folder:
         builders: dict[str, IndexedDatasetBuilder] = {}
         largest: dict[str, int] = {}
-        documents = read_documents(source, json_key=json_key)
-        for number, pieces in enumerate(split_documents(documents, split), start=1):
-            where = f"{source}, document {number}"
-            start = 0
-            for name, piece in zip(SPLITS, pieces, strict=True):
-                sequences = _encode_piece(piece, where, start, tokenizer, split_sentences)
-                start += len(piece)
-                if not sequences:
-                    continue
-                if name not in builders:
-                    builders[name] = _builder(f"{folder}/{name}.bin", tokenizer)
-                ids = np.concatenate(sequences)
-                builders[name].add_document(ids, [len(sequence) for sequence in sequences])
-                largest[name] = max(largest.get(name, 0), int(ids.max()))
+        fragments = _fragments(source, json_key, split, tokenizer, split_sentences)
+        encoded = _with_progress(_encode(fragments, source, tokenizer), source)
+        for name, sequences in _documents(encoded, source, tokenizer, split_sentences):
+            if not sequences:
+                continue
+            if name not in builders:
+                builders[name] = _builder(f"{folder}/{name}.bin", tokenizer)
+            ids = np.concatenate(sequences)
+            builders[name].add_document(ids, [len(sequence) for sequence in sequences])
+            largest[name] = max(largest.get(name, 0), int(ids.max()))
         for name, builder in builders.items():
             builder.finalize(f"{folder}/{name}.idx")
             content = json.dumps({"largest_id": largest[name]}) + "\n"
@@ -103,35 +117,189 @@ def _builder(path: str, tokenizer: Tokenizer) -> IndexedDatasetBuilder:
     return IndexedDatasetBuilder(path, DType.optimal_dtype(tokenizer.vocab_size))
 
 
-def _encode_piece(
-    piece: str, where: str, start: int, tokenizer: Tokenizer, split_sentences: bool
+# ---------------------------------------------------------------- encoded in fragments of documents
+
+# Characters of a fragment, and of those that are encoded at once: a tokenizer.json takes about 200
+# bytes of memory for each.
+_FRAGMENT = 2**15
+_BATCH = 2**20
+
+_CANDIDATES = 16  # places for a cut that are tried
+
+# Where a text may be cut: before white space or a Chinese comma or full stop, between two letters.
+_BETWEEN_WORDS = re.compile(
+    "(?<=[^\\W\\d_])[ \\n\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b](?=[^\\W\\d_])"
+)
+
+
+@frozen(kw_only=True)
+class _Fragment:
+    """A part of a document that is encoded by itself."""
+
+    text: str
+    split: str
+    document: int  # its number, from 1
+    start: int  # character of the document at which the text begins
+    position: int  # bytes of the file up to the end of the text, roughly
+    ends_sequence: bool
+    ends_document: bool  # the document's part in this split
+
+
+def _fragments(
+    source: str | os.PathLike,
+    json_key: str,
+    split: Sequence[float],
+    tokenizer: Tokenizer,
+    split_sentences: bool,
+) -> Iterator[_Fragment]:
+    """All that is to be encoded, in order."""
+    documents, positions = tee(documents_and_positions(source, json_key=json_key))
+    pieces_of_documents = split_documents((text for text, _ in documents), split)
+    before = 0
+    for number, pieces in enumerate(pieces_of_documents, start=1):
+        text, after = next(positions)
+        start = 0
+        for name, piece in zip(SPLITS, pieces, strict=True):
+            parts = _parts(piece, tokenizer, split_sentences)
+            for i, (part, ends_sequence) in enumerate(parts, start=1):
+                end = start + len(part)
+                yield _Fragment(
+                    text=part,
+                    split=name,
+                    document=number,
+                    start=start,
+                    position=before + (after - before) * end // len(text),
+                    ends_sequence=ends_sequence,
+                    ends_document=i == len(parts),
+                )
+                start = end
+        before = after
+
+
+def _parts(piece: str, tokenizer: Tokenizer, split_sentences: bool) -> list[tuple[str, bool]]:
+    """A piece of a document cut for encoding: (text, whether it ends a sequence)."""
+    if not piece:
+        return []
+    parts = []
+    for sequence in cut_sentences(piece) if split_sentences else (piece,):
+        *beginning, end = _cut_for_encoding(sequence, tokenizer)
+        parts += [(part, False) for part in beginning]
+        parts.append((end, True))
+    return parts
+
+
+def _cut_for_encoding(text: str, tokenizer: Tokenizer) -> Iterator[str]:
+    """Cut a long text where the ids stay the same, into fragments of `_FRAGMENT` or more."""
+    start = 0
+    while tokenizer.may_cut is not None and len(text) - start > 2 * _FRAGMENT:
+        candidates = islice(_BETWEEN_WORDS.finditer(text, start + _FRAGMENT), _CANDIDATES)
+        cuts = (match.start() for match in candidates)
+        cut = next((i for i in cuts if tokenizer.may_cut(text, i)), None)
+        if cut is None:
+            break
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _encode(
+    fragments: Iterable[_Fragment], source: str | os.PathLike, tokenizer: Tokenizer
+) -> Iterator[tuple[_Fragment, np.ndarray]]:
+    """The fragments with their ids, encoded in batches."""
+    for batch in _batches(fragments):
+        yield from zip(batch, _encode_batch(batch, source, tokenizer), strict=True)
+
+
+def _encode_batch(
+    batch: list[_Fragment], source: str | os.PathLike, tokenizer: Tokenizer
 ) -> list[np.ndarray]:
-    """The sequences of token ids that one piece of a document becomes; [] for an empty piece.
-
-    where, start: the document, and the character in it at which the piece begins, for errors.
-    """
-    if not split_sentences:
-        ids = _encode(piece, where, start, tokenizer)
-        return [np.append(ids, ids.dtype.type(tokenizer.eod))] if len(ids) else []
-    sequences: list[np.ndarray] = []
-    for sentence in cut_sentences(piece):
-        ids = _encode(sentence, where, start, tokenizer)
-        sequences += [ids[i : i + LONG_SENTENCE] for i in range(0, len(ids), LONG_SENTENCE)]
-        start += len(sentence)
-    return sequences
+    if tokenizer.encode_batch is not None:
+        # after an error the fragments are encoded singly, which tells the place
+        with contextlib.suppress(ValueError):
+            return tokenizer.encode_batch([fragment.text for fragment in batch])
+    return [_encode_fragment(fragment, source, tokenizer) for fragment in batch]
 
 
-def _encode(text: str, where: str, start: int, tokenizer: Tokenizer) -> np.ndarray:
+def _batches(fragments: Iterable[_Fragment]) -> Iterator[list[_Fragment]]:
+    batch: list[_Fragment] = []
+    characters = 0
+    for fragment in fragments:
+        batch.append(fragment)
+        characters += len(fragment.text)
+        if characters >= _BATCH:
+            yield batch
+            batch = []
+            characters = 0
+    if batch:
+        yield batch
+
+
+def _encode_fragment(
+    fragment: _Fragment, source: str | os.PathLike, tokenizer: Tokenizer
+) -> np.ndarray:
     try:
-        ids = tokenizer.encode(text)
+        return tokenizer.encode(fragment.text)
     except ValueError as error:
-        raise ValueError(f"{where}, counted from its character {start}: {error}") from error
+        raise ValueError(
+            f"{source}, document {fragment.document}, counted from its character "
+            f"{fragment.start}: {error}"
+        ) from error
+
+
+def _with_progress(
+    encoded: Iterable[tuple[_Fragment, np.ndarray]], source: str | os.PathLike
+) -> Iterator[tuple[_Fragment, np.ndarray]]:
+    """The same items, with a bar on standard error if that is a terminal."""
+    with tqdm(
+        total=os.path.getsize(source) if os.path.isfile(source) else None,
+        desc=f"indexing {Path(source).name}",
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        disable=None,
+    ) as bar:
+        for fragment, ids in encoded:
+            yield fragment, ids
+            bar.update(fragment.position - bar.n)
+
+
+def _documents(
+    encoded: Iterable[tuple[_Fragment, np.ndarray]],
+    source: str | os.PathLike,
+    tokenizer: Tokenizer,
+    split_sentences: bool,
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """The split and the sequences of token ids of each piece of a document; they may be none."""
+    parts: list[np.ndarray] = []
+    sequences: list[np.ndarray] = []
+    for fragment, part in encoded:
+        parts.append(part)
+        if not fragment.ends_sequence:
+            continue
+        ids = np.concatenate(parts)
+        parts = []
+        _check_ids(ids, f"{source}, document {fragment.document}", tokenizer)
+        if split_sentences:
+            sequences += [ids[i : i + LONG_SENTENCE] for i in range(0, len(ids), LONG_SENTENCE)]
+        elif len(ids):
+            sequences.append(np.append(ids, ids.dtype.type(tokenizer.eod)))
+        if fragment.ends_document:
+            yield fragment.split, sequences
+            sequences = []
+
+
+def _check_ids(ids: np.ndarray, where: str, tokenizer: Tokenizer) -> None:
     if len(ids) >= _LONGEST:
         raise ValueError(
             f"{where}: {len(ids)} tokens in a piece, megatron-core's limit is {_LONGEST}; "
             "separate documents by form feeds"
         )
-    return ids
+    if (ids == tokenizer.eod).any():
+        token = tokenizer.inv_vocab.get(tokenizer.eod, tokenizer.eod)
+        raise ValueError(
+            f"{where}: its text contains the token that ends documents, {token!r}; name another "
+            "in data.eod_token (--eod-token)"
+        )
 
 
 def _publish(folder: str, prefix: Path, written: Collection[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +43,10 @@ class Tokenizer:
     additional_special_tokens_ids: tuple[int, ...] = ()  # T5's sentinels
     # id -> token; a token that continues a word begins with "##"
     inv_vocab: Mapping[int, str] = field(factory=dict, repr=False)
+    # `encode` of several texts at once, on all cores; None: one after another
+    encode_batch: Callable[[Sequence[str]], list[np.ndarray]] | None = None
+    # (text, i) -> whether text[:i] and text[i:] have the ids of the whole text; None: never
+    may_cut: Callable[[str, int], bool] | None = None
 
 
 @frozen(kw_only=True)
@@ -91,7 +95,13 @@ def byte_tokenizer() -> Tokenizer:
         additional_special_tokens_ids=_NEVER_IN_UTF8[len(names) :],
         inv_vocab={i: chr(i) for i in range(256) if i not in _NEVER_IN_UTF8},
         unique_identifiers={"tokenizer": "bytes"},
+        may_cut=_anywhere,
     )
+
+
+def _anywhere(text: str, i: int) -> bool:
+    """Bytes may be cut at any character."""
+    return True
 
 
 def _encode_bytes(text: str) -> np.ndarray:
@@ -126,27 +136,45 @@ _SPECIAL_NAMES = {
 }
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, *, eod_token: str | None = None) -> Tokenizer:
     """`byte_tokenizer()` for "bytes", else the tokenizer in the Hugging Face tokenizer.json `name`.
 
-    Its eod is the first of <|endoftext|>, <|end_of_text|>, </s>, <eos>, [SEP] in the vocabulary;
-    the other special ids follow the usual names of BERT, T5 and Llama. Truncation and padding that
-    the file asks for are off, and a special token spelled out in a text is ordinary text, so that
-    no document can end itself.
+    Its eod is `eod_token`, or the first of <|endoftext|>, <|end_of_text|>, </s>, <eos>, [SEP] in
+    the vocabulary; the other special ids follow the usual names of BERT, T5 and Llama. Truncation
+    and padding that the file asks for are off, and a special token or eod spelled out in a text is
+    ordinary text, so that no document can end itself.
 
-    Raises ConfigError if the file is missing, not a tokenizer or without an eod, or if the library
-    `tokenizers` is not installed.
+    Raises ConfigError if the file is missing, not a tokenizer or without that eod, or if the
+    library `tokenizers` is not installed.
     """
     if name == "bytes":
+        if eod_token is not None:
+            raise ConfigError(
+                f'data.eod_token = {eod_token!r}: the tokenizer "bytes" ends documents with NUL; '
+                "leave eod_token out, or choose a tokenizer.json"
+            )
         return byte_tokenizer()
     content, tokenizer = _read_tokenizer_json(name)
     vocabulary = tokenizer.get_vocab()
-    eod = _first_id(vocabulary, _EOD_NAMES)
-    if eod is None:
+    usual_eod = next((token for token in _EOD_NAMES if token in vocabulary), None)
+    eod_token = usual_eod if eod_token is None else eod_token
+    if eod_token is None:
         raise ConfigError(
-            f"data.tokenizer = {name!r}: it has no token that ends a document; "
-            f"add one of {', '.join(_EOD_NAMES)}"
+            f"data.tokenizer = {name!r}: it has no token that ends a document; name one in "
+            f"data.eod_token, or add one of {', '.join(_EOD_NAMES)}"
         )
+    if eod_token not in vocabulary:
+        raise ConfigError(
+            f"data.eod_token = {eod_token!r}: data.tokenizer = {name!r} has no such token; name "
+            "one of its vocabulary"
+        )
+    _make_special(tokenizer, vocabulary[eod_token])
+    identifiers = {
+        "tokenizer": "tokenizer.json",
+        "sha256": _digest_of_definition(content),
+    }
+    if eod_token != usual_eod:
+        identifiers["eod_token"] = eod_token
     pad = _first_id(vocabulary, _PAD_NAMES)
     special = {key: _first_id(vocabulary, names) for key, names in _SPECIAL_NAMES.items()}
     sentinels = [f"<extra_id_{i}>" for i in range(100)]
@@ -155,17 +183,17 @@ def load_tokenizer(name: str) -> Tokenizer:
         vocab_size=max(vocabulary.values()) + 1,
         encode=partial(_encode_with, tokenizer),
         decode=partial(_decode_with, tokenizer),
-        eod=eod,
+        encode_batch=partial(_encode_batch_with, tokenizer),
+        # without a pre-tokenizer, a token may reach from any word into the next
+        may_cut=None if tokenizer.pre_tokenizer is None else partial(_may_cut, tokenizer),
+        eod=vocabulary[eod_token],
         pad=-1 if pad is None else pad,
         **special,
         additional_special_tokens_ids=tuple(
             vocabulary[sentinel] for sentinel in sentinels if sentinel in vocabulary
         ),
         inv_vocab={i: token for token, i in vocabulary.items()},
-        unique_identifiers={
-            "tokenizer": "tokenizer.json",
-            "sha256": _digest_of_definition(content),
-        },
+        unique_identifiers=identifiers,
     )
 
 
@@ -203,6 +231,14 @@ def _read_tokenizer_json(name: str) -> tuple[bytes, tokenizers.Tokenizer]:
     return content, tokenizer
 
 
+def _make_special(tokenizer: tokenizers.Tokenizer, i: int) -> None:
+    """Make an added token special: as an ordinary one it would be found in texts."""
+    token = tokenizer.get_added_tokens_decoder().get(i)
+    if token is not None and not token.special:
+        token.special = True
+        tokenizer.add_special_tokens([token])
+
+
 def _first_id(vocabulary: Mapping[str, int], names: Iterable[str]) -> int | None:
     return next((vocabulary[name] for name in names if name in vocabulary), None)
 
@@ -211,6 +247,32 @@ def _encode_with(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
     # of a lone surrogate the library says that the text is not a str; this error is clearer
     text.encode("utf-8")
     return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+
+def _encode_batch_with(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    for text in texts:
+        text.encode("utf-8")  # as in _encode_with
+    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+
+_CONTEXT = 64  # characters on either side of a cut that are encoded to check it
+
+
+def _may_cut(tokenizer: tokenizers.Tokenizer, text: str, i: int) -> bool:
+    """Whether the text around a cut has the same ids when it is cut.
+
+    A pre-tokenizer that begins a new word at a cut between words does so whatever stands further
+    away. One that adds something to the beginning of a text, or a normalizer that strips it, shows
+    in the ids.
+    """
+    before = text[max(i - _CONTEXT, 0) : i]
+    after = text[i : i + _CONTEXT]
+    try:
+        whole, *parts = _encode_batch_with(tokenizer, (before + after, before, after))
+    except UnicodeEncodeError:  # reported when the text is encoded
+        return False
+    return np.array_equal(whole, np.concatenate(parts))
 
 
 def _decode_with(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> str:
