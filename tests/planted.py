@@ -60,7 +60,9 @@ def patches(name):
             (finalize, "_allreduce_word_embedding_grads", nothing)
         ],
         "norms not summed over tp": lambda: [
-            (finalize, "_allreduce_non_tensor_model_parallel_grads", nothing)
+            (finalize, "_allreduce_non_tensor_model_parallel_grads", nothing),
+            # the first step compares such gradients itself; here the law is to find them
+            (step, "check_first_gradients", nothing),
         ],
         "gradients times dp": lambda: [(setup, "finalize_grads", times_dp(setup.finalize_grads))],
         "gradients not summed over dp": lambda: [
