@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.checkpoint.disk_format import checkpoint_around, checkpoints
 from megafn.runtime.checkpoint.load import load_verified, verified_manifest
 from megafn.runtime.data.batches import batches as read_batches
-from megafn.runtime.data.corpora import corpora
+from megafn.runtime.data.corpora import Corpus, corpora
 from megafn.runtime.data.corpus_identity import describe_data
 from megafn.runtime.data.same_batches import first_sample
 from megafn.runtime.metrics.sinks import print_on_rank_zero
@@ -63,18 +63,21 @@ def _directory_remedy(settings: CheckpointConfig) -> str | None:
     return None
 
 
-def resume(state: State, batches: MicroBatches = None) -> tuple[State, Iterable[Any] | None]:
+def resume(
+    state: State, batches: MicroBatches = None, parts: Sequence[Corpus] | None = None
+) -> tuple[State, Iterable[Any] | None]:
     """The state of the newest checkpoint in checkpoint.directory, if any, and the batches after it.
 
     With on_damage = "previous" a damaged checkpoint is renamed to damaged-... and the one before it
     is read; one that cannot be read now keeps its name, and is an OSError. If the data is the
     config's, tokenizer and corpora are compared with the checkpoint's, and the last sample read
     before it is read again and compared: other data, or another order, is a ConfigError.
+    parts: the corpora of config.data's training split, if they were found before.
     """
     start = state.iteration
     state, manifest = _load_newest(state)
     if batches is None and state.iteration != start:
-        _check_corpora(state, manifest.get("data") or {})
+        _check_corpora(state, manifest.get("data") or {}, parts)
     return state, remaining_batches(batches, state, start, manifest.get("last_sample"))
 
 
@@ -173,11 +176,11 @@ def remaining_batches(
     return _skip_batches(batches, count, state, last_sample)
 
 
-def _check_corpora(state: State, saved: Mapping[str, Any]) -> None:
+def _check_corpora(state: State, saved: Mapping[str, Any], parts: Sequence[Corpus] | None) -> None:
     """Raises ConfigError, on every rank, if the run's data is not what a manifest says of it."""
     error = None
     if state.pg.is_rank_zero and saved:
-        now = describe_data(state.config, corpora(state.config))
+        now = describe_data(state.config, parts if parts is not None else corpora(state.config))
         problems = data_problems(saved, now, state.config)
         error = config_error(problems) if problems else None
     error = broadcast_from_rank_zero(error, state.pg)

@@ -136,7 +136,7 @@ def _micro_batches(
 def _shape(batch: Batch) -> tuple[int, int]:
     """[batch, sequence] of what stages send each other.
 
-    An encoder-decoder's two sequences lie one behind the other.
+    An encoder-decoder's two sequences follow one another.
     """
     rows, sequence = tokens_of(batch).shape[:2]
     if "decoder_tokens" in batch:

@@ -63,7 +63,7 @@ def train(
         lock_directory(config, pg),
     ):
         state = setup(config, pg, model=model, optimizer=optimizer)
-        state, batches = resume(state, batches)
+        state, batches = resume(state, batches, found.get("train"))
         return fit_in_locked_directory(
             state,
             step,
