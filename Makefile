@@ -20,13 +20,13 @@ lint: $(VENV)/test            ## ruff and mypy, as pyproject.toml configures the
 	$(BIN)/python -m mypy
 
 torture: $(VENV)/test         ## a training run killed 100 times, at random
-	MEGAFN_KILLS=100 $(BIN)/python -m pytest tests/test_checkpoint_kills.py -k killed
+	MEGAFN_KILLS=100 $(BIN)/python -m pytest tests/test_checkpoint_kills.py -k killed -o faulthandler_timeout=0
 
 bench: $(VENV)/bench          ## speed side by side with the peers
 	$(BIN)/python -m pytest bench --benchmark-sort=name -rs
 
 fuzz: $(VENV)/test            ## 200 random products of layout and features held to the single process; planted bugs searched for
-	$(BIN)/python -m pytest tests/test_fuzz.py --cases 200 --planted --timeout 7200
+	$(BIN)/python -m pytest tests/test_fuzz.py --cases 200 --planted --timeout 7200 -o faulthandler_timeout=0
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
