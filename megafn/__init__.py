@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 _HOME = {
     "ModelConfig": "pure.config.records",
+    "RopeScaling": "pure.config.records",
     "ParallelConfig": "pure.config.records",
     "RecomputeConfig": "pure.config.records",
     "PrecisionConfig": "pure.config.records",
@@ -126,6 +127,7 @@ if TYPE_CHECKING:
         ParallelConfig as ParallelConfig,
         PrecisionConfig as PrecisionConfig,
         RecomputeConfig as RecomputeConfig,
+        RopeScaling as RopeScaling,
         ScheduleConfig as ScheduleConfig,
         TrainConfig as TrainConfig,
         num_micro_batches as num_micro_batches,

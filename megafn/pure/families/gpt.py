@@ -25,11 +25,31 @@ def no_relative_positions(embedding: str) -> str | None:
     return None
 
 
+@rule("model.layers_without_rope", "model.num_layers")
+def layers_without_rope_are_there(layers: tuple[int, ...], count: int) -> str | None:
+    in_order = list(layers) == sorted(set(layers))
+    if not in_order or not all(0 <= layer < count for layer in layers):
+        return f"must be numbers of layers in ascending order; give some of 0 to {count - 1}"
+    if len(layers) == count:
+        return (
+            "leaves no layer with rotary positions; leave a layer out, "
+            'or choose position_embedding = "none"'
+        )
+    return None
+
+
 GPT_SPEC = FamilySpec(
     name="gpt",
     stacks=("decoder",),
-    fields=("data.reset_position_ids", "data.reset_attention_mask", "data.eod_mask_loss"),
-    rules=(*ONE_STACK_RULES, no_relative_positions),
+    fields=(
+        "model.layers_without_rope",
+        "model.sliding_window",
+        "model.parallel_residual",
+        "data.reset_position_ids",
+        "data.reset_attention_mask",
+        "data.eod_mask_loss",
+    ),
+    rules=(*ONE_STACK_RULES, no_relative_positions, layers_without_rope_are_there),
     training_flops=gpt_training_flops,
     initial_distribution=initial_distribution,
     sample_tokens=one_sequence_tokens,

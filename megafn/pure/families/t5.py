@@ -239,6 +239,8 @@ T5_SPEC = FamilySpec(
         "model.num_decoder_layers",
         "model.decoder_seq_length",
         "model.decoder_start_token_id",
+        "model.scale_decoder_outputs",
+        "model.output_layer_bias",
         "data.mask_prob",
         "data.short_seq_prob",
         SPLIT,
