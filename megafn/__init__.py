@@ -34,6 +34,7 @@ _HOME = {
     "from_dict": "pure.config.serialization",
     "load_config": "pure.config.serialization",
     "dump_config": "pure.config.serialization",
+    "pretrained_model": "pure.pretrained.architectures",
     "from_plugin": "pure.accelerate.plugin",
     "from_env": "pure.accelerate.plugin_fields",
     "validate": "pure.validation.validate",
@@ -167,6 +168,9 @@ if TYPE_CHECKING:
         peak_activations as peak_activations,
         pipeline_order as pipeline_order,
         timeline as timeline,
+    )
+    from megafn.pure.pretrained.architectures import (
+        pretrained_model as pretrained_model,
     )
     from megafn.pure.sampling import (
         batch_indices as batch_indices,
