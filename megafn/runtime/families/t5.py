@@ -328,6 +328,7 @@ def t5_chunk_forward(
     if chunk.encoder is not None:
         relative = chunk.encoder_relative_pos_emb
         memory = _run_half(chunk, chunk.encoder, tokens, memory, attention_mask, relative)
+    assert memory is not None  # a stage without an encoder received its output
     if chunk.decoder is None:
         if chunk.config.variable_seq_lengths:
             return memory
