@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 
-import numpy
 import torch
 
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
@@ -73,11 +72,11 @@ def _safetensors_header(tensors: Mapping[str, torch.Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _tensor_bytes(tensor: torch.Tensor) -> numpy.ndarray:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _write_blocks(path: Path, blocks: Iterable[bytes | numpy.ndarray]) -> str:
+def _write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
     digest = hashlib.sha256()
     with open(path, "xb") as file:
         for block in blocks:
