@@ -30,7 +30,7 @@ from megafn.runtime.checkpoint.state_boxes import fill_state, set_loss_scale
 from megafn.runtime.model.state import State, donate
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
-    broadcast_from_rank_zero,
+    call_on_rank_zero,
     gather_from_all_ranks,
 )
 
@@ -45,8 +45,7 @@ def load(state: State, directory: str | Path) -> State:
     another model or other data.
     """
     state.pg.check_open()
-    path = _checkpoint_at(Path(directory)) if state.pg.is_rank_zero else None
-    path = broadcast_from_rank_zero(path, state.pg)
+    path = call_on_rank_zero(partial(_checkpoint_at, Path(directory)), state.pg)
     if path is None:
         raise CheckpointError(
             f"{directory} holds no complete checkpoint: name a folder that `save` wrote, or the "

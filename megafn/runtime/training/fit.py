@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -30,6 +31,7 @@ from megafn.runtime.metrics.sinks import open_sinks
 from megafn.runtime.model.state import State, check_usable
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.megatron_context import megatron_context
+from megafn.runtime.parallel.object_collectives import call_on_rank_zero, errors_on_all_ranks
 from megafn.runtime.training.arguments import MicroBatches, Sinks
 from megafn.runtime.training.step import evaluate, train_step
 
@@ -81,12 +83,14 @@ def fit_in_locked_directory(
     """`fit`, by a caller that holds the lock of checkpoint.directory."""
     config = state.config
     pg = state.pg
-    data = _open_data(state, step, batches, valid_batches, corpora or {})
+    compared = _same_corpora(state, corpora or {}, valid_batches) if batches is None else {}
+    description = _description(compared, config, pg)
 
-    with (
-        open_sinks(config, pg, state.iteration) as sinks,
-        open_autosave(state, data.description) as autosave,
-    ):
+    with contextlib.ExitStack() as stack:
+        with errors_on_all_ranks(pg):
+            data = _open_data(state, step, batches, valid_batches, compared)
+            sinks = stack.enter_context(open_sinks(config, pg, state.iteration))
+            autosave = stack.enter_context(open_autosave(state, description))
         for batch in data.training:
             state, metrics = train_step(state, batch, step)
             # before everything that can fail: what was trained is not lost
@@ -120,7 +124,32 @@ class Data:
 
     training: GlobalBatches
     held_out: Callable[[], GlobalBatches] | None  # for each evaluation; None: there is none
-    description: Mapping[str, Any] | None  # of the corpora, for checkpoints, see `describe_data`
+
+
+def _same_corpora(
+    state: State, found: Mapping[str, Sequence[Corpus]], valid_batches: MicroBatches | None
+) -> dict[str, Sequence[Corpus]]:
+    """The corpora of each split that is read, found now if they were not before.
+
+    They are compared over all ranks.
+    """
+    config = state.config
+    corpora = {}
+    with errors_on_all_ranks(state.pg):
+        for split in splits_read(config, state.iteration, valid_batches):
+            corpora[split] = found[split] if split in found else find_corpora(config, split)
+        identities = {split: identify(parts) for split, parts in corpora.items()}
+    check_same_corpora(identities, state.pg)
+    return corpora
+
+
+def _description(
+    corpora: Mapping[str, Sequence[Corpus]], config: TrainConfig, pg: ProcessGroups
+) -> Mapping[str, Any] | None:
+    """What checkpoints say of the corpora; None if there are none of either."""
+    if not corpora or config.checkpoint.directory is None:
+        return None
+    return call_on_rank_zero(partial(describe_data, config, corpora["train"]), pg)
 
 
 def _open_data(
@@ -134,28 +163,20 @@ def _open_data(
     pg = state.pg
     held_out = None
     evaluations = count_evaluations(state.iteration, config)
-    description = None
-    if batches is None:
-        splits = ("train", "valid") if evaluations > 0 and valid_batches is None else ("train",)
-        corpora = {
-            split: corpora[split] if split in corpora else find_corpora(config, split)
-            for split in splits
-        }
-        description = _check_corpora(corpora, config, pg)
     if valid_batches is not None and evaluations > 0:
         check_valid_batches(valid_batches, config, pg.dp_size, evaluations)
         # the random numbers that an evaluation has
         with megatron_context(pg, config.seed, "evaluate"):
             passes = passes_over(valid_batches)
         held_out = partial(_next_pass, passes, step, config, pg)
-    elif batches is None and evaluations > 0:
+    elif "valid" in corpora:
         held_out = partial(
             read_batches,
             config,
             pg,
             split="valid",
             count=config.eval_iters,
-            dataset=build_dataset(config, "valid", corpora.get("valid")),
+            dataset=build_dataset(config, "valid", corpora["valid"]),
         )
     training = global_batches(
         batches,
@@ -166,21 +187,7 @@ def _open_data(
         count=config.iterations - state.iteration,
         corpora=corpora.get("train"),
     )
-    return Data(training=training, held_out=held_out, description=description)
-
-
-def _check_corpora(
-    corpora: Mapping[str, Sequence[Corpus]], config: TrainConfig, pg: ProcessGroups
-) -> Mapping[str, Any] | None:
-    """Compare the corpora over all ranks. Returns what checkpoints say of them, on rank zero.
-
-    None if no checkpoint is written, and on other ranks.
-    """
-    identities = {split: identify(parts) for split, parts in corpora.items()}
-    check_same_corpora(identities, pg)
-    if config.checkpoint.directory is None or not pg.is_rank_zero:
-        return None
-    return describe_data(config, corpora["train"])
+    return Data(training=training, held_out=held_out)
 
 
 def global_batches(
@@ -228,6 +235,15 @@ def count_evaluations(iteration: int, config: TrainConfig) -> int:
         return 1
     at_intervals = last // interval - iteration // interval
     return at_intervals + (last % interval > 0)
+
+
+def splits_read(
+    config: TrainConfig, iteration: int, valid_batches: MicroBatches | None
+) -> tuple[str, ...]:
+    """The splits of config.data that a run without `batches` reads after an iteration."""
+    if valid_batches is None and count_evaluations(iteration, config) > 0:
+        return ("train", "valid")
+    return ("train",)
 
 
 def _evaluation_is_due(iteration: int, config: TrainConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 from megafn.pure.checkpoint.compatibility import schedule_changes
@@ -21,7 +22,7 @@ from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel import cpu
 from megafn.runtime.parallel.groups import ProcessGroups, init_groups, world_size
-from megafn.runtime.parallel.object_collectives import broadcast_from_rank_zero
+from megafn.runtime.parallel.object_collectives import call_on_rank_zero
 from megafn.runtime.training.arguments import Batches, ModelFunction, OptimizerFunction
 from megafn.runtime.training.fit import global_batches
 from megafn.runtime.training.setup import setup
@@ -93,7 +94,7 @@ def _newest_before(state: State, iteration: int) -> tuple[State, int | None]:
     """
     config = state.config
     pg = state.pg
-    path = broadcast_from_rank_zero(_path_before(config, iteration), pg)
+    path = call_on_rank_zero(partial(_path_before, config, iteration), pg)
     last_sample = None
     if path is not None:
         state, manifest = read_checkpoint(state, path)
