@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 
 from megafn.pure.checkpoint.write_plan import Holding, WritePlan, plan_writes
 from megafn.runtime.checkpoint.atomic_files import (
@@ -80,6 +80,7 @@ class Saving:
     hidden: Path  # where it is written
     manifest: Mapping[str, Any]
     written: Future[WrittenFile]
+    ended: threading.Event = field(factory=threading.Event)  # `finish_save` was called
 
 
 def begin_save(
@@ -127,6 +128,7 @@ def finish_save(saving: Saving) -> Path:
 
     Every rank calls it.
     """
+    saving.ended.set()
     pg = saving.pg
     during = _in_words(saving.folder)
     results = gather_from_all_ranks(_wait_for_own_file(saving), pg, during=during)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Generic, TypeVar
@@ -103,6 +104,29 @@ def errors_on_all_ranks(pg: ProcessGroups, *, during: str | None = None) -> Iter
     for error_of_rank in gather_from_all_ranks(None, pg, during=during):
         if error_of_rank is not None:
             raise error_of_rank
+
+
+def all_ranks_arrive(meeting: str, pg: ProcessGroups, *, seconds: float) -> bool:
+    """Whether every rank calls this for the same meeting, each within that time of the first.
+
+    Unlike a collective it may be called by a rank that does not know whether the others come, for
+    instance after an exception. meeting: a name that is used once. Communicates through the store
+    where the processes met, not through `pg`.
+    """
+    end = time.monotonic() + seconds
+    key = f"megafn/meeting/{meeting}"
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        arrived = store.add(key, 1)
+        while arrived < pg.world_size and time.monotonic() < end:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            arrived = store.add(key, 0)
+    except (dist.DistError, RuntimeError):  # the process that holds the store is gone
+        return False
+    return arrived == pg.world_size
+
+
+_SECONDS_BETWEEN_LOOKS = 0.05
 
 
 def _picklable(error: Exception) -> Exception:

@@ -14,6 +14,7 @@ from attrs import frozen
 from megafn.pure.config.records import TrainConfig, num_micro_batches
 from megafn.runtime.checkpoint.autosave import (
     open_autosave,
+    save_before_error,
     save_if_due,
     save_on_signal,
 )
@@ -26,8 +27,8 @@ from megafn.runtime.data.corpus_identity import check_same_corpora, describe_dat
 from megafn.runtime.data.given_batches import check_valid_batches, passes_over, without_short_end
 from megafn.runtime.data.same_batches import check_same_batches
 from megafn.runtime.families.step import Step, tokens_of
-from megafn.runtime.metrics.records import Report
-from megafn.runtime.metrics.sinks import open_sinks
+from megafn.runtime.metrics.records import Metrics, Report
+from megafn.runtime.metrics.sinks import Sink, open_sinks
 from megafn.runtime.model.state import State, check_usable
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.megatron_context import megatron_context
@@ -91,20 +92,25 @@ def fit_in_locked_directory(
             data = _open_data(state, step, batches, valid_batches, compared)
             sinks = stack.enter_context(open_sinks(config, pg, state.iteration))
             autosave = stack.enter_context(open_autosave(state, description))
-        for batch in data.training:
-            state, metrics = train_step(state, batch, step)
-            # before everything that can fail: what was trained is not lost
-            ended = state.iteration == config.iterations
-            autosave = save_if_due(autosave, state, batch, ended=ended)
-            if data.held_out is not None and _evaluation_is_due(state.iteration, config):
-                metrics = attrs.evolve(metrics, valid=_validate(state, step, data.held_out()))
-            for sink in (*sinks, *on_metrics):
-                sink(metrics)
-            autosave = save_on_signal(autosave, state)
-            _stop_if_skipped_too_often(state)
-        if state.iteration < config.iterations:  # the batches ended early
-            autosave = save_if_due(autosave, state, ended=True)
-            save_on_signal(autosave, state)
+        try:
+            for batch in data.training:
+                state, metrics = train_step(state, batch, step)
+                # before everything that can fail: what was trained is not lost
+                ended = state.iteration == config.iterations
+                autosave = save_if_due(autosave, state, batch, ended=ended)
+                if data.held_out is not None and _evaluation_is_due(state.iteration, config):
+                    metrics = attrs.evolve(metrics, valid=_validate(state, step, data.held_out()))
+                error = _error_of_sinks((*sinks, *on_metrics), metrics)
+                autosave = save_on_signal(autosave, state, failed=error is not None)
+                if autosave.has_failed:
+                    _raise_error_of_sinks(error, config, pg)
+                _stop_if_skipped_too_often(state)
+            if state.iteration < config.iterations:  # the batches ended early
+                autosave = save_if_due(autosave, state, ended=True)
+                save_on_signal(autosave, state)
+        except Exception:
+            save_before_error(autosave)
+            raise
 
     if state.iteration < config.iterations:
         warnings.warn(
@@ -250,6 +256,25 @@ def _evaluation_is_due(iteration: int, config: TrainConfig) -> bool:
     if iteration == config.iterations:
         return True
     return config.eval_interval is not None and iteration % config.eval_interval == 0
+
+
+def _error_of_sinks(sinks: Sequence[Sink], metrics: Metrics) -> Exception | None:
+    """Call the sinks. Returns what one of them raises, after which the rest are not called."""
+    try:
+        for sink in sinks:
+            sink(metrics)
+    except Exception as error:
+        return error
+    return None
+
+
+def _raise_error_of_sinks(error: Exception | None, config: TrainConfig, pg: ProcessGroups) -> None:
+    """Raise the error of this rank's sinks, or that of another rank."""
+    if config.checkpoint.directory is None and error is not None:
+        raise error  # the other ranks do not know of it
+    with errors_on_all_ranks(pg):
+        if error is not None:
+            raise error
 
 
 def _validate(state: State, step: Step, held_out: GlobalBatches) -> Report:
