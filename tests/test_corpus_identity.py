@@ -106,6 +106,33 @@ def test_a_run_that_would_read_another_text_or_order_is_refused(family, tmp_path
     assert [iteration for iteration, *_ in run(4, ((7.0, big), (3.0, moved))).curve] == [4]
 
 
+def test_replay_and_a_custom_loop_refuse_another_text_as_a_resumed_run_does(tmp_path):
+    text = write_text(tmp_path / "a.txt", 40, seed=1)
+    other = write_text(tmp_path / "b.txt", 40, seed=2)
+    cache = str(tmp_path / "cache")
+    config = text_config(tmp_path / "runs", steps=4)
+    here = with_data(config, train=text, sampler="cyclic", cache=cache)
+    elsewhere = with_data(config, train=other, sampler="cyclic", cache=cache)
+
+    def loop(config, use):
+        with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg:
+            return use(mf.setup(config, pg))
+
+    data = mf.describe_data(here)
+    path = loop(here, lambda state: mf.save(state, tmp_path / "saved", data=data))
+    assert json.loads((path / "manifest.json").read_bytes())["data"] == data
+    loop(here, lambda state: mf.load(state, path, data=data))
+    loop(elsewhere, lambda state: mf.load(state, path))
+    train(here)
+    problem = "data.train = .*b.txt': it holds .* but the checkpoint was written with .*a.txt' of"
+    data = mf.describe_data(elsewhere)
+    with pytest.raises(mf.ConfigError, match=problem):
+        loop(elsewhere, lambda state: mf.load(state, path, data=data))
+    assert mf.replay(here, 4).iteration == 4
+    with pytest.raises(mf.ConfigError, match=problem):
+        mf.replay(elsewhere, 4)
+
+
 def without_data(path):
     """Take out what the manifest says of the data, as an older megafn wrote it."""
     file = path / "manifest.json"

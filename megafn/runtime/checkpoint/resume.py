@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megafn.pure.checkpoint.compatibility import data_problems
 from megafn.pure.config.problems import Problem, config_error
-from megafn.pure.config.records import CheckpointConfig, TrainConfig, num_micro_batches
+from megafn.pure.config.records import CheckpointConfig, num_micro_batches
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.checkpoint.disk_format import checkpoint_around, checkpoints
-from megafn.runtime.checkpoint.load import load_verified, verified_manifest
+from megafn.runtime.checkpoint.load import check_data, load_verified, verified_manifest
 from megafn.runtime.data.batches import batches as read_batches
-from megafn.runtime.data.corpora import Corpus, corpora
+from megafn.runtime.data.corpora import Corpus
 from megafn.runtime.data.corpus_identity import describe_data
 from megafn.runtime.data.same_batches import first_sample
 from megafn.runtime.metrics.sinks import print_on_rank_zero
@@ -78,7 +77,7 @@ def resume(
     start = state.iteration
     state, manifest = _load_newest(state)
     if batches is None and state.iteration != start:
-        _check_corpora(state, manifest.get("data") or {}, parts)
+        check_data(manifest, partial(describe_data, state.config, parts), state)
     return state, remaining_batches(batches, state, start, manifest.get("last_sample"))
 
 
@@ -177,21 +176,6 @@ def remaining_batches(
     iterations = state.iteration - start
     count = iterations * num_micro_batches(state.config, state.pg.dp_size)
     return _skip_batches(batches, count, state, last_sample)
-
-
-def _check_corpora(state: State, saved: Mapping[str, Any], parts: Sequence[Corpus] | None) -> None:
-    """Raises ConfigError, on every rank, if the run's data is not what a manifest says of it."""
-    if saved:
-        call_on_rank_zero(partial(_compare_corpora, state.config, saved, parts), state.pg)
-
-
-def _compare_corpora(
-    config: TrainConfig, saved: Mapping[str, Any], parts: Sequence[Corpus] | None
-) -> None:
-    now = describe_data(config, parts if parts is not None else corpora(config))
-    problems = data_problems(saved, now, config)
-    if problems:
-        raise config_error(problems)
 
 
 def _check_last_sample(state: State, last_sample: int | None) -> None:

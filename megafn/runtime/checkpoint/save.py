@@ -50,14 +50,16 @@ from megafn.runtime.parallel.object_collectives import (
 )
 
 
-def save(state: State, directory: str | Path) -> Path:
+def save(state: State, directory: str | Path, *, data: Mapping[str, Any] | None = None) -> Path:
     """Write a checkpoint of a state below `directory`, which all hosts share; returns its folder.
 
-    Every rank calls it. Raises CheckpointError, on every rank, if it cannot be written or this
-    iteration already has one; checkpoints that were there before are unchanged. RuntimeError for a
-    state that was donated, or whose process groups are closed.
+    Every rank calls it. data: what the run reads, see `describe_data`; rank zero's is stored, and
+    compared when a run resumes from the checkpoint.
+    Raises CheckpointError, on every rank, if it cannot be written or this iteration already has
+    one; checkpoints that were there before are unchanged. RuntimeError for a state that was
+    donated, or whose process groups are closed.
     """
-    return finish_save(begin_save(state, directory))
+    return finish_save(begin_save(state, directory, data=data))
 
 
 # -------------------------------------------------------------------------------- the two halves

@@ -84,7 +84,10 @@ def fit_in_locked_directory(
     """`fit`, by a caller that holds the lock of checkpoint.directory."""
     config = state.config
     pg = state.pg
-    compared = _same_corpora(state, corpora or {}, valid_batches) if batches is None else {}
+    compared: Mapping[str, Sequence[Corpus]] = {}
+    if batches is None:
+        splits = splits_read(config, state.iteration, valid_batches)
+        compared = same_corpora(config, splits, pg, corpora)
     description = _description(compared, config, pg)
 
     with contextlib.ExitStack() as stack:
@@ -132,20 +135,23 @@ class Data:
     held_out: Callable[[], GlobalBatches] | None  # for each evaluation; None: there is none
 
 
-def _same_corpora(
-    state: State, found: Mapping[str, Sequence[Corpus]], valid_batches: MicroBatches | None
+def same_corpora(
+    config: TrainConfig,
+    splits: Sequence[str],
+    pg: ProcessGroups,
+    found: Mapping[str, Sequence[Corpus]] | None = None,
 ) -> dict[str, Sequence[Corpus]]:
-    """The corpora of each split that is read, found now if they were not before.
+    """The corpora of each of the splits, compared over all ranks.
 
-    They are compared over all ranks.
+    found: of some splits those that were found before; the others are found now.
     """
-    config = state.config
+    found = found or {}
     corpora = {}
-    with errors_on_all_ranks(state.pg):
-        for split in splits_read(config, state.iteration, valid_batches):
+    with errors_on_all_ranks(pg):
+        for split in splits:
             corpora[split] = found[split] if split in found else find_corpora(config, split)
         identities = {split: identify(parts) for split, parts in corpora.items()}
-    check_same_corpora(identities, state.pg)
+    check_same_corpora(identities, pg)
     return corpora
 
 
