@@ -200,11 +200,16 @@ def test_data_indexed_with_another_tokenizer_is_refused(family, tmp_path):
     problem = "data.train = .*indexed with the tokenizer 'other.json' .* data.tokenizer = 'bytes'"
     with pytest.raises(mf.ConfigError, match=problem):
         train(with_data(config, train=of_other))
-    identity = Path(f"{of_other}.tokenizer.json")
-    identity.write_text("{}")
-    with pytest.raises(mf.ConfigError, match="indexed1_train.tokenizer.json is damaged"):
-        corpora(with_data(config, train=of_other))
-    identity.unlink()
+    today = Path(f"{of_other}.tokens.json")
+    older = Path(f"{of_other}.tokenizer.json")
+    older.write_text(json.dumps(json.loads(today.read_bytes())["tokenizer"]))
+    for identity in (today, older):
+        with pytest.raises(mf.ConfigError, match=problem):
+            corpora(with_data(config, train=of_other))
+        identity.write_text("{}")
+        with pytest.raises(mf.ConfigError, match=f"{identity.name} is damaged"):
+            corpora(with_data(config, train=of_other))
+        identity.unlink()
     assert len(corpora(with_data(config, train=of_other))) == 1, "as other tools write it"
 
 

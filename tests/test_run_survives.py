@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import resource
 import subprocess
@@ -29,6 +30,7 @@ from megafn.runtime.checkpoint import save
 from megafn.runtime.data.corpora import corpora
 from megafn.runtime.parallel.object_collectives import all_ranks_arrive
 from megafn.runtime.text.indexing import largest_id
+from megafn.runtime.text.tokenizer import byte_tokenizer, identity_of
 from pool import ROOT
 from t5_rows import pairs
 
@@ -353,14 +355,23 @@ def test_only_the_documents_that_are_read_count(tmp_path):
     data = mf.DataConfig(train=prefix, split=(0.8, 0.2, 0.0))
     made = config(data=data, model=dict(vocab_size=128))
     assert largest_id(prefix) is None
-    for written in (None, '{"largest_id": 200}', "damaged"):
-        if written is not None:
-            (tmp_path / "data.ids.json").write_text(written)
-        assert corpora(made, "train")
-        with pytest.raises(mf.ConfigError, match="token id 200 for valid"):
-            corpora(made, "valid")
-    (tmp_path / "data.ids.json").write_text('{"largest_id": 100}')
-    assert corpora(made, "valid")  # believed: batches are checked as they are read
+    written_by = attrs.asdict(identity_of(byte_tokenizer()))
+    # an older megafn's file, and today's
+    for name, others in (("data.ids.json", {}), ("data.tokens.json", {"tokenizer": written_by})):
+        assert_valid_is_refused(made)
+        (tmp_path / name).write_text(json.dumps({"largest_id": 200} | others))
+        assert_valid_is_refused(made)
+        (tmp_path / name).write_text(json.dumps({"largest_id": 100} | others))
+        assert corpora(made, "valid")  # believed: batches are checked as they are read
+        (tmp_path / name).unlink()
+    (tmp_path / "data.ids.json").write_text("damaged")
+    assert_valid_is_refused(made)
+
+
+def assert_valid_is_refused(made):
+    assert corpora(made, "train")
+    with pytest.raises(mf.ConfigError, match="token id 200 for valid"):
+        corpora(made, "valid")
 
 
 def test_indexing_writes_down_the_largest_id(tmp_path):
