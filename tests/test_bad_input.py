@@ -1,6 +1,6 @@
-"""Bad input ends in one clear sentence that names field, value and remedy.
+"""Bad input is reported in one sentence that names field, value and remedy.
 
-On every rank, within seconds and never in a hang.
+On every rank, within seconds; no rank hangs.
 """
 
 import os
