@@ -22,7 +22,7 @@ from pool import PoolError, run_script
 
 REMEDY = re.compile(
     r"\b(give|choose|start|set|name|write|remove|convert|raise|shorten|pad|pass|correct|leave|change|"
-    r"did you mean|must|expected|is wanted|are wanted|seed and shard|tokenise|mend|keep|lower)\b"
+    r"did you mean|must|expected|seed and shard|tokenise|keep|lower)\b"
 )
 
 
