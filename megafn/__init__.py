@@ -83,6 +83,7 @@ _HOME = {
     "read_documents": "runtime.text.documents",
     "batches": "runtime.data.batches",
     "group_batches": "runtime.data.batches",
+    "describe_data": "runtime.data.corpus_identity",
     "Step": "runtime.families.step",
     "Family": "runtime.families.family",
     "FamilyData": "runtime.families.family",
@@ -198,6 +199,7 @@ if TYPE_CHECKING:
         batches as batches,
         group_batches as group_batches,
     )
+    from megafn.runtime.data.corpus_identity import describe_data as describe_data
     from megafn.runtime.families.build import build_chunk as build_chunk
     from megafn.runtime.families.built_in import (
         family_of as family_of,

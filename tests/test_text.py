@@ -371,13 +371,14 @@ def test_an_indexed_text_holds_the_pieces_that_the_split_makes(tmp_path, hugging
             expected = [parts[SPLITS.index(part)] for parts in cut if parts[SPLITS.index(part)]]
             assert pieces(prefix, byte_tokenizer() if one == "bytes" else one) == expected
             assert IndexedDataset(prefix).index.dtype is np.uint16
-    # a second call replaces all that the first one left
+    # a second call replaces all that the first one left, and what an older megafn did
+    for suffix in ("train.ids.json", "train.tokenizer.json", "test.tokenizer.json"):
+        (tmp_path / f"new/0_{suffix}").write_text("{}")
     index_text(tmp_path / "a.txt", tmp_path / "new/0", split=(1, 0, 0))
     assert sorted(p.name for p in (tmp_path / "new").glob("0*")) == [
         "0_train.bin",
-        "0_train.ids.json",
         "0_train.idx",
-        "0_train.tokenizer.json",
+        "0_train.tokens.json",
     ]
     assert pieces(str(tmp_path / "new/0_train")) == documents
 

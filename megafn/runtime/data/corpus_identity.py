@@ -14,7 +14,13 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.sampling import epochs_in_words
-from megafn.runtime.data.corpora import Corpus, read_samples, samples_of_each, tokenizer_of
+from megafn.runtime.data.corpora import (
+    Corpus,
+    corpora,
+    read_samples,
+    samples_of_each,
+    tokenizer_of,
+)
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
 from megafn.runtime.text.tokenizer import identity_of
@@ -116,12 +122,17 @@ def _in_words(identity: CorpusIdentity | None) -> str:
 # ------------------------------------------------------------------- what a checkpoint says of them
 
 
-def describe_data(config: TrainConfig, parts: Sequence[Corpus]) -> dict[str, Any]:
+def describe_data(config: TrainConfig, parts: Sequence[Corpus] | None = None) -> dict[str, Any]:
     """The tokenizer and the corpora of a training run, as a checkpoint's manifest holds them.
 
     Of each corpus its identity, weight and how often it is read, which decides its order. For GPT
-    that is computed; the datasets of BERT and T5 are built to see it. No communication.
+    that is computed; the datasets of BERT and T5 are built to see it. No communication. A custom
+    loop calls it once, when it opens the data, and passes the result to `save` and `load`.
+    parts: the corpora of config.data's training split, if they were found before.
+    Raises ConfigError as `batches` does.
     """
+    if parts is None:
+        parts = corpora(config)
     described = []
     counts = samples_of_each(config, parts, "train")
     for corpus, identity, samples in zip(parts, identify(parts), counts, strict=True):

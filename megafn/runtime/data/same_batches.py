@@ -12,11 +12,14 @@ import torch
 
 from megafn.pure.layout import Groups, coordinates
 from megafn.runtime.parallel.groups import ProcessGroups
+from megafn.runtime.parallel.object_collectives import errors_on_all_ranks
 from megafn.runtime.parallel.tensor_collectives import gather_rows
 
 T = TypeVar("T")
 
-_ENDED = -1  # instead of a fingerprint, which is 0 or more
+# instead of a fingerprint, which is 0 or more
+_ENDED = -1
+_FAILED = -2
 
 
 def fingerprint(value: Any, start: int = 0) -> int:
@@ -76,20 +79,35 @@ def check_same_batches(
     Each batch costs one all-gather of a number over all ranks. If data-parallel ranks read the same
     first batch for training, rank zero warns.
     Raises ValueError, on every rank, if ranks that differ only in tp, cp or pp read different
-    batches.
+    batches. An exception of one rank's batches is raised on every rank.
     """
     iterator = iter(batches)
     first_ranks = _first_rank_of_each_position(pg.groups)
     for i in range(count):
-        batch = next(iterator, None)
-        mark = _ENDED if batch is None else fingerprint(batch)
+        batch = None
+        failure = None
+        try:
+            batch = next(iterator, None)
+            mark = _ENDED if batch is None else fingerprint(batch)
+        except Exception as error:
+            failure = error
+            mark = _FAILED
         marks = gather_rows(torch.tensor([mark], device=pg.device), pg.world).flatten().cpu()
+        if (marks == _FAILED).any():
+            _raise_failure(failure, pg)
         if batch is None or (marks == _ENDED).any():
             return
         _check_same_marks(marks, first_ranks, pg.groups)
         if i == 0 and for_training and pg.is_rank_zero and _is_visible(batch):
             _warn_of_equal_shares(marks, first_ranks, pg.groups)
         yield batch
+
+
+def _raise_failure(failure: Exception | None, pg: ProcessGroups) -> None:
+    """Raise the exception of this rank's batches, or that of another rank's."""
+    with errors_on_all_ranks(pg):
+        if failure is not None:
+            raise failure
 
 
 def _first_rank_of_each_position(groups: Groups) -> torch.Tensor:

@@ -192,8 +192,10 @@ class _HidePadding(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         first = gradient.size(-1) - context.count
-        if gradient[..., first:].any():
-            # never from a softmax; a copy, for another function may read this gradient
-            gradient = gradient.clone()
-            gradient[..., first:] = 0
+        # A softmax gives zeros there. On a CPU it is cheap to see that; on a GPU the look would
+        # wait until the device has done everything before it, so the copy is always made.
+        if gradient.device.type == "cpu" and not gradient[..., first:].any():
+            return gradient, None
+        gradient = gradient.clone()  # another function may read the one that was given
+        gradient[..., first:] = 0
         return gradient, None

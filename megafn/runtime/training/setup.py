@@ -20,6 +20,7 @@ from megafn.runtime.model.optimizer import build_optimizer, complete_groups
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.megatron_context import megatron_context
+from megafn.runtime.parallel.object_collectives import errors_on_all_ranks
 from megafn.runtime.training.arguments import ModelFunction, OptimizerFunction
 from megafn.runtime.training.gradients import finalize_grads
 from megafn.runtime.training.model_checks import (
@@ -43,13 +44,15 @@ def setup(
     optimizer, the chunks wrapped in DistributedDataParallel; None: the one that
     config.optimizer.name names.
     Raises ConfigError if the config does not fit the layout, the groups are of another one, nothing
-    is trainable, or only some copies of a shared table are frozen.
+    is trainable, or only some copies of a shared table are frozen. What the model function or
+    prepare_model raises on one rank is raised on every rank.
     """
     check(config, pg.world_size, cuda=pg.device.type == "cuda")
     _check_groups(config, pg)
     build = model or config.model_function or build_chunk
     with megatron_context(pg, config.seed, "setup"):
-        modules = [_build_chunk(build, config, pg, i) for i in range(config.parallel.vpp)]
+        with errors_on_all_ranks(pg):
+            modules = [_build_chunk(build, config, pg, i) for i in range(config.parallel.vpp)]
         check_frozen(modules, config, pg)
         for i, module in enumerate(modules):
             start_alike(module, config, pg)
