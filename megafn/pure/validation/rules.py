@@ -14,10 +14,10 @@ from math import inf
 from typing import Any
 
 from megafn.pure.config.field_types import default_of
-from megafn.pure.config.records import DataConfig, ParameterCondition
+from megafn.pure.config.records import CheckpointConfig, DataConfig, ParameterCondition
 from megafn.pure.config.rule import Rule, rule
 from megafn.pure.config.sequence_unit import sequence_unit
-from megafn.pure.layout import order_problem
+from megafn.pure.layout import order_problem, world_size_problem
 from megafn.pure.optimizers import OPTIMIZERS, readers, refusal, refused_fields
 from megafn.pure.schedule import DECAYS, WEIGHT_DECAY_INCR_STYLES, WSD_DECAY_STYLES
 
@@ -160,9 +160,9 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 # ----------------------------------------------------------------------- fields without effect
 
-# (fields, the one that decides whether they are read, its values for which they are); for its other
-# values they must be left at their defaults. Likewise for the fields that only some families read.
-DEAD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+# (fields, the field that decides whether they are read, its values for which they are). For its
+# other values they must be left at their defaults, as must fields that the family does not read.
+CONDITIONAL_FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("model.rotary_base model.rotary_percent", "model.position_embedding", ("rope",)),
     (
         "model.relative_attention_num_buckets model.relative_attention_max_distance",
@@ -191,19 +191,9 @@ DEAD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 # ------------------------------------------------------------------------- rules: the layout
 
 
-def _world_size_problem(world_size: int, tp: int, pp: int, cp: int) -> str | None:
-    size = tp * pp * cp
-    if world_size % size == 0:
-        return None
-    return (
-        f"tp * pp * cp = {size} must divide it; "
-        f"start a multiple of {size} processes or change tp, pp or cp"
-    )
-
-
 world_size_fits = Rule(
     fields=("world_size", "parallel.tp", "parallel.pp", "parallel.cp"),
-    remedy=_world_size_problem,
+    remedy=world_size_problem,
 )
 
 
@@ -366,7 +356,7 @@ def rotary_width_is_even(
 def batch_can_be_cut(
     batch: int, micro: int, world_size: int, tp: int, pp: int, cp: int, vpp: int
 ) -> str | None:
-    if _world_size_problem(world_size, tp, pp, cp):
+    if world_size_problem(world_size, tp, pp, cp):
         # dp is unknown; micro_batch_size must divide the batch whatever it is
         dp = 1
         factors = f"micro_batch_size = {micro}"
@@ -545,16 +535,9 @@ def _without_directory(default: Any) -> Callable[[Any, str | None], str | None]:
 checkpoint_fields_need_a_directory = tuple(
     Rule(
         fields=(f"checkpoint.{name}", "checkpoint.directory"),
-        remedy=_without_directory(default),
+        remedy=_without_directory(default_of(CheckpointConfig, name)),
     )
-    for name, default in (
-        ("interval", None),
-        ("keep_last", 2),
-        ("keep_every", None),
-        ("resume", True),
-        ("asynchronous", False),
-        ("on_damage", "raise"),
-    )
+    for name in ("interval", "keep_last", "keep_every", "resume", "asynchronous", "on_damage")
 )
 
 
