@@ -32,6 +32,9 @@ ModelFunction = Callable[..., Any]
 # layers frozen, or with adapters.
 PrepareModel = Callable[[Callable[[], Any]], Any]
 
+# Of corpora: a source, several, or (weight, source) pairs.
+Sources = str | tuple[str, ...] | tuple[tuple[float, str], ...]
+
 
 @frozen(kw_only=True)
 class ModelConfig:
@@ -283,9 +286,9 @@ class DataConfig:
     document of `train` is divided by the weights of `split`.
     """
 
-    train: str | tuple[str, ...] | tuple[tuple[float, str], ...]
-    valid: str | tuple[str, ...] | tuple[tuple[float, str], ...] | None = None
-    test: str | tuple[str, ...] | tuple[tuple[float, str], ...] | None = None
+    train: Sources
+    valid: Sources | None = None
+    test: Sources | None = None
     # Weights of train, valid and test.
     split: tuple[float, ...] = (949.0, 50.0, 1.0)
     # "bytes", or the path of a Hugging Face tokenizer.json.

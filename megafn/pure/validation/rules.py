@@ -14,7 +14,7 @@ from math import inf
 from typing import Any
 
 from megafn.pure.config.field_types import default_of
-from megafn.pure.config.records import CheckpointConfig, DataConfig, ParameterCondition
+from megafn.pure.config.records import CheckpointConfig, DataConfig, ParameterCondition, Sources
 from megafn.pure.config.rule import Rule, rule
 from megafn.pure.config.sequence_unit import sequence_unit
 from megafn.pure.layout import order_problem, world_size_problem
@@ -49,7 +49,7 @@ CHOICES = {
 # ------------------------------------------------------------------------------------- ranges
 
 
-def _sources_are_named(sources: Any) -> bool:
+def _sources_are_named(sources: Sources) -> bool:
     blend = sources if isinstance(sources, tuple) else (sources,)
     pairs = [source if isinstance(source, tuple) else (1.0, source) for source in blend]
     return bool(pairs) and all(source and 0 < weight < inf for weight, source in pairs)
@@ -415,7 +415,9 @@ def bytes_have_their_own_eod(eod_token: str | None, tokenizer: str) -> str | Non
 
 
 @rule("data.split", "data.valid", "eval_iters")
-def evaluations_have_text(split: tuple[float, ...], valid: Any, iterations: int) -> str | None:
+def evaluations_have_text(
+    split: tuple[float, ...], valid: Sources | None, iterations: int
+) -> str | None:
     if valid is None and iterations and not split[1]:
         return (
             "no text is left for evaluations; "
@@ -425,14 +427,16 @@ def evaluations_have_text(split: tuple[float, ...], valid: Any, iterations: int)
 
 
 @rule("data.valid", "eval_iters")
-def valid_text_is_read(valid: Any, iterations: int) -> str | None:
+def valid_text_is_read(valid: Sources | None, iterations: int) -> str | None:
     if valid is not None and not iterations:
         return "has no effect with eval_iters = 0; leave it out or raise eval_iters"
     return None
 
 
 @rule("data.split", "data.valid", "data.test")
-def split_divides_something(split: tuple[float, ...], valid: Any, test: Any) -> str | None:
+def split_divides_something(
+    split: tuple[float, ...], valid: Sources | None, test: Sources | None
+) -> str | None:
     if split != _DEFAULT_SPLIT and valid is not None and test is not None:
         return "has no effect beside data.valid and data.test; leave it or one of them out"
     return None
@@ -559,7 +563,7 @@ def some_checkpoints_are_deleted(every: int | None, last: int) -> str | None:
 
 
 @rule("checkpoint.on_damage", "checkpoint.resume", "checkpoint.directory")
-def damage_is_met(on_damage: str, resume: Any, directory: str | None) -> str | None:
+def damage_is_met(on_damage: str, resume: bool | str, directory: str | None) -> str | None:
     if on_damage != "raise" and not resume and directory is not None:
         return "has no effect with resume = False; leave it out or resume"
     return None

@@ -15,7 +15,7 @@ from attrs import field, frozen
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig, data_of
 from megafn.pure.sampling import batch_indices
-from megafn.runtime.data.corpora import build_dataset
+from megafn.runtime.data.datasets import build_dataset
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.text.documents import SPLITS
 

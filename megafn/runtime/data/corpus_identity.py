@@ -14,7 +14,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.sampling import epochs_in_words
-from megafn.runtime.data.corpora import Corpus, read_samples, samples_of_each, tokenizer_of
+from megafn.runtime.data.corpora import Corpus, tokenizer_of
+from megafn.runtime.data.datasets import read_samples, samples_of_each
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
 from megafn.runtime.text.tokenizer import identity_of
@@ -82,15 +83,18 @@ def check_same_corpora(
     for split, corpora_of_rank_zero in identities_by_rank[0].items():
         for i, expected in enumerate(corpora_of_rank_zero):
             others = {}
-            for rank, of_rank in enumerate(identities_by_rank):
-                corpora_of_split = of_rank.get(split, ())
-                identity = corpora_of_split[i] if i < len(corpora_of_split) else None
+            for rank, identities_of_rank in enumerate(identities_by_rank):
+                identity = _nth_or_none(identities_of_rank.get(split, ()), i)
                 if identity is None or identity.content != expected.content:
                     others[rank] = identity
             if others:
                 problems.append(_difference(split, expected, others))
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def _nth_or_none(identities: Sequence[CorpusIdentity], n: int) -> CorpusIdentity | None:
+    return identities[n] if n < len(identities) else None
 
 
 def _difference(
@@ -119,7 +123,7 @@ def _in_words(identity: CorpusIdentity | None) -> str:
 def describe_data(config: TrainConfig, parts: Sequence[Corpus]) -> dict[str, Any]:
     """The tokenizer and the corpora of a training run, as a checkpoint's manifest holds them.
 
-    Of each corpus its identity, weight and how often it is read, which decides its order. For GPT
+    For each corpus its identity, weight and how often it is read, which decides its order. For GPT
     that is computed; the datasets of BERT and T5 are built to see it. No communication.
     """
     described = []
