@@ -125,9 +125,10 @@ def _read_micro_batch(
     pin: bool,
 ) -> dict[str, torch.Tensor]:
     rows = [dataset[index % len(dataset)] for index in indices]
-    micro_batch = {
-        key: _stack([row[key] for row in rows], pin) for key in rows[0] if key != "dataset_id"
-    }
+    micro_batch = {}
+    for key in rows[0]:
+        if key != "dataset_id":  # the number of the corpus in its blend
+            micro_batch[key] = _stack([row[key] for row in rows], pin)
     _check_token_ids(micro_batch, indices, split, vocab_size)
     return micro_batch
 

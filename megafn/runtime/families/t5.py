@@ -326,7 +326,8 @@ def t5_chunk_forward(
     """
     cut = chunk.tp_group.size() if chunk.config.sequence_parallel else 1
     length = tokens.size(1) // cut
-    memory = received = None
+    memory = None
+    received = None
     if chunk.received is not None:
         memory = chunk.received[:length]
         received = chunk.received[length:]
