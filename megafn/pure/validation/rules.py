@@ -160,9 +160,9 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 # ----------------------------------------------------------------------- fields without effect
 
-# (fields, the field that decides whether they are read, its values for which they are). For its
-# other values they must be left at their defaults, as must fields that the family does not read.
-CONDITIONAL_FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+# (fields, the one that decides whether they are read, its values for which they are); for its other
+# values they must be left at their defaults. Likewise for the fields that only some families read.
+DEAD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("model.rotary_base model.rotary_percent", "model.position_embedding", ("rope",)),
     (
         "model.relative_attention_num_buckets model.relative_attention_max_distance",

@@ -12,7 +12,7 @@ from megafn.pure.config.rule import Rule
 from megafn.pure.families.built_in import BUILT_IN_SPECS, find_spec, own_fields
 from megafn.pure.families.family_spec import FamilySpec
 from megafn.pure.schedule import schedule_problems
-from megafn.pure.validation.rules import CHOICES, CONDITIONAL_FIELDS, RANGES, RULES
+from megafn.pure.validation.rules import CHOICES, DEAD, RANGES, RULES
 
 Values = Mapping[str, Any]  # by dotted path
 
@@ -125,7 +125,7 @@ def _rule_problems(rules: tuple[Rule, ...], sound: Values) -> Iterator[Problem]:
 
 def _effect_problems(config: TrainConfig, sound: Values) -> Iterator[Problem]:
     """Fields that are set although the value of another one leaves them without effect."""
-    for paths, decider, needed in CONDITIONAL_FIELDS:
+    for paths, decider, needed in DEAD:
         if decider not in sound or sound[decider] in needed:
             continue
         for path in paths.split():
