@@ -14,11 +14,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.sampling import epochs_in_words
-from megafn.runtime.data.corpora import Corpus, tokenizer_of
+from megafn.runtime.data.corpora import Corpus
 from megafn.runtime.data.datasets import read_samples, samples_of_each
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
-from megafn.runtime.text.tokenizer import identity_of
+from megafn.runtime.text.tokenizer import identity_of, load_tokenizer
 
 # Bytes of a file that its fingerprint looks at: whole files up to this size, else blocks of it.
 _BYTES_READ = 4 * 2**20
@@ -123,15 +123,16 @@ def _in_words(identity: CorpusIdentity | None) -> str:
 def describe_data(config: TrainConfig, parts: Sequence[Corpus]) -> dict[str, Any]:
     """The tokenizer and the corpora of a training run, as a checkpoint's manifest holds them.
 
-    For each corpus its identity, weight and how often it is read, which decides its order. For GPT
+    Of each corpus its identity, weight and how often it is read, which decides its order. For GPT
     that is computed; the datasets of BERT and T5 are built to see it. No communication.
     """
+    tokenizer = load_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token)
     described = []
     counts = samples_of_each(config, parts, "train")
     for corpus, identity, samples in zip(parts, identify(parts), counts, strict=True):
         epochs = _epochs(config, corpus, samples)
         described.append({**attrs.asdict(identity), "weight": corpus.weight, "epochs": epochs})
-    return {"tokenizer": attrs.asdict(identity_of(tokenizer_of(config))), "corpora": described}
+    return {"tokenizer": attrs.asdict(identity_of(tokenizer)), "corpora": described}
 
 
 def _epochs(config: TrainConfig, corpus: Corpus, samples: int | None) -> str:
