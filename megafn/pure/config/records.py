@@ -224,7 +224,7 @@ class OptimizerConfig:
     # Gradients are scaled down to this global L2 norm; 0: off.
     clip_grad: float = 1.0
     # An update is left out if its norm is more than this many times the median of the last 32.
-    # None: no update is left out.
+    # None: off.
     spike_factor: float | None = None
     # Optimizer state is cut over the data-parallel ranks (ZeRO 1, arXiv 1910.02054).
     use_distributed_optimizer: bool = False
