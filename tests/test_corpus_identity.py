@@ -16,7 +16,8 @@ import megafn as mf
 from checkpoint_runs import text_config, train
 from megafn.pure.checkpoint.compatibility import data_problems
 from megafn.pure.sampling import epochs_in_words
-from megafn.runtime.data.corpora import corpora, read_samples
+from megafn.runtime.data.corpora import corpora
+from megafn.runtime.data.datasets import read_samples
 from megafn.runtime.text.tokenizer import byte_tokenizer, identity_of, load_tokenizer
 
 FAMILIES = {

@@ -58,8 +58,8 @@ def _fingerprint_of_tensor(tensor: torch.Tensor, start: int) -> int:
 def first_sample(batch: Iterable[Any]) -> int:
     """The fingerprint of the first row of the first micro-batch of this rank's share.
 
-    On rank zero this is the first sample of the global batch, whatever the layout. Checkpoints
-    store it, so that a resumed run recognises whether its data are those read before.
+    On rank zero this is the first sample of the global batch, in every layout. Checkpoints store
+    it, so that a resumed run recognises whether its data are those read before.
     """
     micro_batch = next(iter(batch))
     if isinstance(micro_batch, Mapping):
@@ -113,10 +113,11 @@ def _raise_failure(failure: Exception | None, pg: ProcessGroups) -> None:
 def _first_rank_of_each_position(groups: Groups) -> torch.Tensor:
     """For each rank the first rank of its data-parallel position, which reads the same, [ranks]."""
     first_of_position: dict[int, int] = {}
-    first_ranks = [
-        first_of_position.setdefault(coordinates(groups, rank).dp, rank)
-        for rank in range(groups.world_size)
-    ]
+    first_ranks = []
+    for rank in range(groups.world_size):
+        position = coordinates(groups, rank).dp
+        first_of_position.setdefault(position, rank)
+        first_ranks.append(first_of_position[position])
     return torch.tensor(first_ranks)
 
 

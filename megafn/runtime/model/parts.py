@@ -162,7 +162,7 @@ def one_stack_hidden(
 def vocabulary_logits(chunk: Chunk, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [sequence / cp, batch, padded vocabulary / tp] of the last hidden state.
 
-    Those of padding, which is no token, are the dtype's minimum.
+    The logits of padding are the dtype's minimum.
     """
     shared = chunk.shared_embedding_or_output_weight() if chunk.plan.ties_output else None
     logits, _ = chunk.output_layer(hidden, weight=shared)

@@ -21,9 +21,10 @@ from megafn.runtime.checkpoint.autosave import (
 from megafn.runtime.checkpoint.directory_lock import lock_directory
 from megafn.runtime.data.batches import batches as read_batches
 from megafn.runtime.data.batches import group_batches
-from megafn.runtime.data.corpora import Corpus, build_dataset
+from megafn.runtime.data.corpora import Corpus
 from megafn.runtime.data.corpora import corpora as find_corpora
 from megafn.runtime.data.corpus_identity import check_same_corpora, describe_data, identify
+from megafn.runtime.data.datasets import build_dataset
 from megafn.runtime.data.given_batches import check_valid_batches, passes_over, without_short_end
 from megafn.runtime.data.same_batches import check_same_batches
 from megafn.runtime.families.step import Step, tokens_of

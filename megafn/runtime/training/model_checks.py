@@ -52,7 +52,7 @@ def _broadcast_from_first(tensor: torch.Tensor, group: dist.ProcessGroup) -> Non
 
 @frozen(kw_only=True)
 class _Trainable:
-    """What one rank has to say about what it trains."""
+    """What one rank trains."""
 
     stage: int
     count: int
@@ -90,7 +90,7 @@ def check_frozen(chunks: Sequence[torch.nn.Module], config: TrainConfig, pg: Pro
 
 
 def _half_frozen_table(trained: dict[tuple[str, int], bool], pg: ProcessGroups) -> str | None:
-    """Of a table that several stages hold and that only some of them train."""
+    """The problem of a table that several stages hold and only some of them train, or None."""
     if pg.pp.size() == 1:
         return None
     stages = [trained] * pg.pp.size()
