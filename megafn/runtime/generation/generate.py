@@ -25,6 +25,7 @@ from megafn.runtime.generation.sampling import next_tokens
 from megafn.runtime.model.eval_mode import eval_mode
 from megafn.runtime.model.key_value_cache import KeyValueCache
 from megafn.runtime.model.state import State, check_usable
+from megafn.runtime.parallel import cpu
 from megafn.runtime.parallel.megatron_context import derive_seed, megatron_context
 from megafn.runtime.parallel.object_collectives import broadcast_from_rank_zero
 
@@ -71,7 +72,8 @@ def generate(
         output.on_token = on_token
     with megatron_context(state.pg, state.config.seed, "generate"), eval_mode(state.chunks):
         if can_use_a_cache(state):
-            _decode(state, ids, output)
+            with cpu.device_requests_not_answered():
+                _decode(state, ids, output)
         else:
             _decode_without_cache(state, ids, output)
     _raise_error_of_on_token(output, state)
