@@ -27,7 +27,8 @@ LLAMA = GPT_2 | dict(
     add_bias_linear=False,
     num_query_groups=2,
 )
-MODELS = {"gpt2": GPT_2, "llama": LLAMA}
+WINDOW = LLAMA | dict(sliding_window=4, layers_without_rope=(1, 2), parallel_residual=True)
+MODELS = {"gpt2": GPT_2, "llama": LLAMA, "window": WINDOW}
 
 
 def made(config):
