@@ -44,7 +44,7 @@ def _fields(reader: ConfigReader) -> dict[str, Any]:
         True,
         "half a T5 is not built; choose a model with encoder and decoder",
     )
-    layers = reader.integer("num_layers")
+    layers = reader.layers("num_layers")
     heads = reader.integer("num_heads")
     positions = reader.integer("n_positions", _DEFAULT_POSITIONS)
     dropout = reader.number("dropout_rate", 0.1)
@@ -53,7 +53,7 @@ def _fields(reader: ConfigReader) -> dict[str, Any]:
     return {
         "family": "t5",
         "num_layers": layers,
-        "num_decoder_layers": reader.integer("num_decoder_layers", layers),
+        "num_decoder_layers": reader.layers("num_decoder_layers", layers),
         "hidden_size": reader.integer("d_model"),
         "num_attention_heads": heads,
         "num_query_groups": heads,
