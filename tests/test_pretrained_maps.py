@@ -69,7 +69,6 @@ FAMILIES = {
     "bert-labels": dict(family="bert", num_labels=3),
     "bert-untied": dict(family="bert", tie_word_embeddings=False),
     "t5": dict(family="t5", num_decoder_layers=3),
-    "t5-plain": dict(family="t5", output_layer_bias=False),
     "t5-relative": dict(
         family="t5",
         position_embedding="relative",
@@ -88,7 +87,7 @@ def shapes_of_chunks(models):
     for changes in models:
         config = tiny(**changes)
         with mf.init_groups(mf.build_groups(config.parallel, 1, model=config.model)) as pg:
-            chunk = mf.build_chunk(config, pg, pre_process=True, post_process=True)
+            (chunk,) = mf.setup(config, pg).chunks
             parts = local_parameters(chunk, config.model, pg)
             shapes.append({part.name: tuple(part.shape) for part in parts})
     return shapes
