@@ -37,7 +37,8 @@ class Architecture:
     slice_function(name, shape, model): where a parameter of the whole model lies; () if nowhere.
     heads: prefixes of stored tensors that make predictions of the last hidden state. A file may
         lack them or have others, as a base model does.
-    buffers: regular expressions for stored tensors that are no parameters, found in old files.
+    buffers: regular expressions for stored tensors that no parameter may be made of, and that are
+        no loss: masks and angles in old files.
     copies(model): stored tensors that a file may have as well -> the one whose content they repeat,
         as a tied output layer does.
     spellings: other names of stored tensors -> the name here.
@@ -141,7 +142,7 @@ class Architecture:
         return tensor.startswith(self.heads)
 
     def is_buffer(self, tensor: str) -> bool:
-        """Whether a stored tensor is known to be no parameter, such as a causal mask."""
+        """Whether a stored tensor may be left unread, such as a causal mask."""
         return any(re.search(pattern, tensor) for pattern in self.buffers)
 
     def copy_of(self, tensor: str, model: ModelConfig) -> str | None:

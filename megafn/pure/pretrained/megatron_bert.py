@@ -153,15 +153,12 @@ def _slices(name: str, shape: Shape, model: ModelConfig) -> Slices:
 
 
 def _copies(model: ModelConfig) -> dict[str, str]:
-    if model.num_labels is not None:
+    if model.num_labels is not None or not model.tie_word_embeddings:
         return {}
-    if model.tie_word_embeddings:
-        return {
-            f"{_DECODER}.weight": "bert.embeddings.word_embeddings.weight",
-            f"{_DECODER}.bias": "cls.predictions.bias",
-        }
-    # transformers 5 has it and never reads it; before, it was the layer's own bias
-    return {"cls.predictions.bias": f"{_DECODER}.bias"}
+    return {
+        f"{_DECODER}.weight": "bert.embeddings.word_embeddings.weight",
+        f"{_DECODER}.bias": "cls.predictions.bias",
+    }
 
 
 def _architecture(
@@ -179,7 +176,8 @@ def _architecture(
         config=config,
         slice_function=_slices,
         heads=("cls.", "classifier.", "bert.pooler."),
-        buffers=(r"\.embeddings\.position_ids$",),
+        # the second beside a layer that is not tied, whose bias is its own: nothing reads it then
+        buffers=(r"\.embeddings\.position_ids$", r"^cls\.predictions\.bias$"),
         copies=_copies,
     )
 
