@@ -23,6 +23,7 @@ from megafn.pure.pretrained.architectures import (
     simplest_architecture,
 )
 from megafn.runtime.model.weights import local_parameters
+from megafn.runtime.pretrained.hugging_face import open_hugging_face
 from pretrained_configs import NO_IDS, TINY, VARIANTS, WELL_KNOWN, random_configs
 
 NAMES = ["-".join([kind, *([head] if head else []), *changes]) for kind, head, changes in VARIANTS]
@@ -288,6 +289,21 @@ def test_names_in_files(kind, stored, full, what):
         "head": architecture.is_head(name) and architecture.copy_of(name, model) is None,
     }
     assert [key for key, value in found.items() if value] == ([what] if what else [])
+
+
+def test_a_t5_without_the_output_layer_of_its_config_has_the_word_table_there(tmp_path):
+    """As transformers 5 saves a T5 1.1 that it made: tied, and its config.json does not say so."""
+    config = transformers.T5Config(**TINY["t5"], tie_word_embeddings=False)
+    saved_model = transformers.T5ForConditionalGeneration(config)
+    saved_model.save_pretrained(tmp_path)
+    model = mf.pretrained_model(tmp_path)
+    assert not model.tie_word_embeddings and not model.scale_decoder_outputs
+    shape = parameter_shapes(model)["output_layer.weight"]
+    target = torch.empty(shape)
+    with open_hugging_face(tmp_path, model) as source:
+        assert list(source.made_of("output_layer.weight", shape)) == ["shared.weight"]
+        source.copy("output_layer.weight", shape, ((0, 0), shape), target)
+    assert torch.equal(target, saved_model.lm_head.weight)
 
 
 # ---------------------------------------------------------------------------------------- refusals

@@ -41,6 +41,7 @@ class Architecture:
         no loss: masks and angles in old files.
     copies(model): stored tensors that a file may have as well -> the one whose content they repeat,
         as a tied output layer does.
+    stand_ins: stored tensors that a file may leave out -> the one whose content they have then.
     spellings: other names of stored tensors -> the name here.
     """
 
@@ -55,6 +56,7 @@ class Architecture:
     heads: tuple[str, ...] = ("lm_head.",)
     buffers: tuple[str, ...] = ()
     copies: Callable[[ModelConfig], dict[str, str]]
+    stand_ins: dict[str, str] = attrs.field(factory=dict)
     spellings: dict[str, str] = attrs.field(factory=dict)
 
     def read_config(self, config: ConfigJson) -> tuple[dict[str, Any], list[Problem]]:

@@ -179,4 +179,6 @@ T5 = Architecture(
     # in the files of the first T5s, and read by nothing
     buffers=(r"EncDecAttention\.relative_attention_bias\.weight$",),
     copies=_copies,
+    # a T5 1.1 that transformers 5 made has a tied layer, though its config.json reads as untied
+    stand_ins={"lm_head.weight": "shared.weight"},
 )
