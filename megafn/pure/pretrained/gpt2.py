@@ -6,7 +6,7 @@ from typing import Any
 
 from megafn.pure.config.records import ModelConfig
 from megafn.pure.pretrained.activations import PLAIN, name_in_transformers
-from megafn.pure.pretrained.architecture import Architecture
+from megafn.pure.pretrained.architecture import Architecture, tied_to
 from megafn.pure.pretrained.config_reader import ConfigReader
 from megafn.pure.pretrained.stored_slice import fused_query_key_value, renamed, slices_by_name
 
@@ -24,17 +24,16 @@ def _fields(reader: ConfigReader) -> dict[str, Any]:
     )
     dropout = reader.number("resid_pdrop", 0.1)
     reader.require_equal("embd_pdrop", 0.1, "resid_pdrop", dropout)
-    hidden = reader.integer("n_embd")
     heads = reader.integer("n_head")
     positions = reader.integer("n_positions")
     return {
         "family": "gpt",
-        "num_layers": reader.integer("n_layer"),
-        "hidden_size": hidden,
+        "num_layers": reader.layers("n_layer"),
+        "hidden_size": reader.integer("n_embd"),
         "num_attention_heads": heads,
         "num_query_groups": heads,
-        "kv_channels": hidden // heads,
-        "ffn_hidden_size": reader.integer("n_inner", 4 * hidden),
+        "kv_channels": reader.head_size("n_embd", "n_head"),
+        "ffn_hidden_size": reader.integer("n_inner", 4 * reader.integer("n_embd")),
         "vocab_size": reader.integer("vocab_size"),
         "seq_length": positions,
         "max_position_embeddings": positions,
@@ -97,5 +96,5 @@ GPT2 = Architecture(
     ),
     # causal masks that transformers once saved
     buffers=(r"\bh\.\d+\.attn\.(masked_)?bias$",),
-    copies={"lm_head.weight": "transformer.wte.weight"},
+    copies=tied_to("transformer.wte.weight", "lm_head.weight"),
 )
