@@ -36,7 +36,6 @@ from megafn.runtime.model.parts import (
     one_stack_block,
     one_stack_hidden,
     output_layer,
-    rotary_embedding,
     tie_word_tables,
     token_embedding,
     vocabulary_logits,
@@ -184,7 +183,6 @@ def gpt_modules(
     modules: dict[str, torch.nn.Module | None] = {}
     if plan.pre_process:
         modules["embedding"] = token_embedding(plan)
-    modules["rotary"] = rotary_embedding(plan)
     modules["decoder"] = one_stack_block(plan, layer)
     if plan.post_process:
         modules["output_layer"] = output_layer(plan, beside_embedding=plan.pre_process)
