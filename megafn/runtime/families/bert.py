@@ -36,7 +36,7 @@ from megafn.runtime.families.batch_checks import (
     unknown_keys,
     zeros_and_ones,
 )
-from megafn.runtime.families.family import Family, FamilyData, TrainStepCalls
+from megafn.runtime.families.family import DatasetAndConfig, Family, FamilyData, TrainStepCalls
 from megafn.runtime.families.masked_data import masked_settings, sample_index
 from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.chunk import Chunk, ChunkFunctions, ChunkPlan
@@ -434,7 +434,7 @@ class BertDataset(BERTMaskedWordPieceDataset):
         return row | {"padding_mask": real, "types": row["types"] * real}
 
 
-def bert_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
+def bert_data(config: TrainConfig, tokenizer: Tokenizer) -> DatasetAndConfig:
     """The dataset class for masked tokens, and its config.
 
     As Megatron-LM's pretrain_bert, runs of up to three tokens or words.

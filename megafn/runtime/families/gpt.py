@@ -10,7 +10,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from megafn.pure.config.records import ModelConfig, TrainConfig
+from megafn.pure.config.records import ModelConfig, TrainConfig, data_of
 from megafn.pure.families.gpt import GPT_SPEC
 from megafn.runtime.families.batch_checks import (
     Raw,
@@ -27,7 +27,7 @@ from megafn.runtime.families.batch_checks import (
     unknown_keys,
     zeros_and_ones,
 )
-from megafn.runtime.families.family import Family, FamilyData
+from megafn.runtime.families.family import DatasetAndConfig, Family, FamilyData
 from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.chunk import Chunk, ChunkFunctions, ChunkPlan
 from megafn.runtime.model.layers import Attention, layer_spec
@@ -211,9 +211,9 @@ def gpt_chunk_forward(
 # ------------------------------------------------------------------------------------ its data
 
 
-def gpt_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
+def gpt_data(config: TrainConfig, tokenizer: Tokenizer) -> DatasetAndConfig:
     """megatron-core's dataset class for next-token prediction, and its config."""
-    data = config.data
+    data = data_of(config)
     return GPTDataset, GPTDatasetConfig(
         random_seed=config.seed,
         sequence_length=config.model.seq_length,

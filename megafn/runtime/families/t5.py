@@ -28,7 +28,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
 from megafn.pure.config.problems import ConfigError
-from megafn.pure.config.records import ModelConfig, TrainConfig
+from megafn.pure.config.records import ModelConfig, TrainConfig, data_of
 from megafn.pure.families.t5 import T5_SPEC, decoder_stage
 from megafn.runtime.families.batch_checks import (
     Raw,
@@ -44,7 +44,7 @@ from megafn.runtime.families.batch_checks import (
     unknown_keys,
     zeros_and_ones,
 )
-from megafn.runtime.families.family import Family, FamilyData, TrainStepCalls
+from megafn.runtime.families.family import DatasetAndConfig, Family, FamilyData, TrainStepCalls
 from megafn.runtime.families.masked_data import (
     masked_settings,
     sample_index,
@@ -325,6 +325,7 @@ def t5_chunk_forward(
     if chunk.encoder is not None:
         relative = chunk.encoder_relative_pos_emb
         memory = _run_half(chunk, chunk.encoder, tokens, memory, attention_mask, relative)
+    assert memory is not None  # a stage without an encoder received its output
     if chunk.decoder is None:
         if chunk.config.variable_seq_lengths:
             return memory
@@ -407,7 +408,7 @@ class T5Dataset(T5MaskedWordPieceDataset):
         return {key: torch.as_tensor(value) for key, value in super().__getitem__(index).items()}
 
 
-def t5_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
+def t5_data(config: TrainConfig, tokenizer: Tokenizer) -> DatasetAndConfig:
     """The dataset class for span corruption, and its config.
 
     As Megatron-LM's pretrain_t5, spans of geometric length, at most 10 tokens or words. The encoder
@@ -435,7 +436,7 @@ def t5_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
 
 def _check_spans(config: TrainConfig, sentinels: int) -> None:
     model = config.model
-    data = config.data
+    data = data_of(config)
     spans = int(data.mask_prob * (model.seq_length - 2))
     lower = f"lower model.seq_length = {model.seq_length} or data.mask_prob = {data.mask_prob}"
     if spans > sentinels:
