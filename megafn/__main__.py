@@ -1,4 +1,4 @@
-"""The command line: `python -m megafn train config.toml`, `check`, `data`, `tokenizer`, `demo`.
+"""The command line: `python -m megafn train config.toml`, `check`, `data` and so on.
 
 Each command is a module of `megafn.commands`: its docstring is its help, `add_arguments` its
 arguments, `run` what it does. All share the exit codes: 0 for success, 1 if `check` finds problems,
@@ -13,7 +13,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-from megafn.commands import check, data, demo, tokenizer, train
+from megafn.commands import check, data, demo, export, inspect, tokenizer, train
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
@@ -21,6 +21,8 @@ COMMANDS: dict[str, ModuleType] = {
     "data": data,
     "tokenizer": tokenizer,
     "demo": demo,
+    "export": export,
+    "inspect": inspect,
 }
 
 

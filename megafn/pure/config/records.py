@@ -33,6 +33,22 @@ PrepareModel = Callable[[Callable[[], Any]], Any]
 
 
 @frozen(kw_only=True)
+class RopeScaling:
+    """Rotary frequencies stretched for longer sequences, as Llama 3.1 does (rope_type "llama3").
+
+    A frequency that makes fewer than `low_freq_factor` turns over the original length is divided by
+    `factor`, one that makes more than `high_freq_factor` stays as it is, and between the two the
+    division sets in linearly.
+    """
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    # Tokens: the length that the model was first trained on.
+    original_max_position_embeddings: int = 8192
+
+
+@frozen(kw_only=True)
 class ModelConfig:
     """The architecture. Lengths are in tokens.
 
@@ -66,6 +82,16 @@ class ModelConfig:
     position_embedding: str = "learned_absolute"  # or "rope", "none"; "relative": T5 only
     rotary_base: float = 10_000.0
     rotary_percent: float = 1.0
+    # None: the frequencies that follow from rotary_base.
+    rope_scaling: RopeScaling | None = None
+    # GPT only: numbers, from 0, of layers without rotary positions (SmolLM3).
+    layers_without_rope: tuple[int, ...] = ()
+
+    # ---- Attention
+    # GPT only: a token attends to this many tokens, itself included (Mistral). None: to all before.
+    sliding_window: int | None = None
+    # The scores are multiplied by it. None: head_size ** -0.5.
+    softmax_scale: float | None = None
 
     # ---- Layers
     # "gelu", "gelu_tanh" (GPT-2), "relu", and the gated "swiglu", "geglu", "geglu_tanh" (T5 1.1).
@@ -76,6 +102,8 @@ class ModelConfig:
     add_bias_linear: bool = True
     # A bias on query, key and value, when add_bias_linear is off.
     add_qkv_bias: bool = False
+    # GPT only: x + attention(norm(x)) + MLP(norm(x)), each with its own norm (GPT-NeoX).
+    parallel_residual: bool = False
     # The output layer shares the word embeddings' table.
     tie_word_embeddings: bool = True
 
@@ -104,6 +132,10 @@ class ModelConfig:
     relative_attention_num_buckets: int = 32
     # All longer distances share the last bucket.
     relative_attention_max_distance: int = 128
+    # The decoder's output times hidden_size ** -0.5 enters the output layer (T5 1.0).
+    scale_decoder_outputs: bool = False
+    # A tied output layer has a bias of its own, as in megatron-core; in transformers it has none.
+    output_layer_bias: bool = True
 
     @property
     def ffn_size(self) -> int:
@@ -349,6 +381,9 @@ class CheckpointConfig:
     asynchronous: bool = False
     # "raise", or "previous": resume from the one before a damaged checkpoint.
     on_damage: str = "raise"
+    # Weights to start from, unless `directory` holds a checkpoint to resume from: a Hugging Face
+    # directory, a checkpoint of another run, or one of Megatron-LM. None: random ones.
+    pretrained: str | None = None
 
 
 @frozen(kw_only=True)

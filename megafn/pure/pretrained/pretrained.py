@@ -17,7 +17,7 @@ class Pretrained:
     architecture: "LlamaForCausalLM" and so on, as config.json names it; None: the weights did not
         come from a Hugging Face directory.
     dtype: of the stored weights: "fp32", "bf16" or "fp16".
-    extra: what else config.json says, special token ids above all, which is not about the model.
+    extra: keys of config.json that say nothing about the model, see `not_about_the_model`.
     """
 
     source: str
@@ -25,6 +25,29 @@ class Pretrained:
     architecture: str | None = None
     dtype: str = "fp32"
     extra: Mapping[str, Any] = field(factory=dict)
+
+
+# Keys of config.json that no field of `ModelConfig` says, besides token ids.
+_KEPT_KEYS = (
+    "id2label",
+    "label2id",
+    "task_specific_params",
+    "tokenizer_class",
+    "use_cache",
+)
+
+
+def not_about_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config.json is given back as it is: token ids, names of labels.
+
+    >>> not_about_the_model({"hidden_size": 64, "eos_token_id": [1, 2], "use_cache": True})
+    {'eos_token_id': [1, 2], 'use_cache': True}
+    """
+    return {
+        key: value
+        for key, value in config.items()
+        if key.endswith("_token_id") or key in _KEPT_KEYS
+    }
 
 
 def pretrained_to_dict(pretrained: Pretrained | None) -> dict[str, Any] | None:

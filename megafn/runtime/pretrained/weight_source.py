@@ -25,8 +25,8 @@ class StoredTensor:
     """A tensor as the files hold it."""
 
     shape: Index
-    dtype: torch.dtype
-    file: str  # where it lies, for messages
+    file: str  # name of the file that holds it, or of the first that does
+    dtype: torch.dtype | None = None  # None: not known without opening the file
 
 
 def _no_damage(rank: int, world_size: int) -> list[str]:

@@ -1,0 +1,125 @@
+"""The architectures of transformers that megafn's layers can compute, and which one is whose."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from megafn.pure.config.problems import (
+    ConfigError,
+    Problem,
+    config_error,
+    did_you_mean,
+)
+from megafn.pure.config.records import ModelConfig
+from megafn.pure.pretrained.architecture import Architecture
+from megafn.pure.pretrained.config_reader import ConfigJson
+from megafn.pure.pretrained.gpt2 import GPT2
+from megafn.pure.pretrained.llama import (
+    LLAMA,
+    MISTRAL,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    STARCODER2,
+)
+
+# By name. A model made from scratch is exported as the first one that expresses it.
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        architecture.name: architecture
+        for architecture in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, STARCODER2, SMOLLM3)
+    }
+)
+
+
+def architecture_of(config: ConfigJson) -> Architecture:
+    """The architecture of a parsed config.json, by its `architectures` and its `model_type`.
+
+    Raises ConfigError naming the one that megafn does not have.
+
+    >>> architecture_of({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}).name
+    'LlamaForCausalLM'
+    """
+    names = config.get("architectures") or [None]
+    name = names[0]
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    model_type = config.get("model_type")
+    candidates = [one for one in ARCHITECTURES.values() if one.model_type == model_type]
+    if not candidates:
+        raise config_error([_unknown_type(model_type)])
+    if name is None or name == candidates[0].base_model:
+        return candidates[0]
+    heads = ", ".join(one.name for one in candidates)
+    remedy = f"this head is not built; change it to {heads}"
+    raise config_error([Problem("architectures", names, f"{remedy}, whose head is then new")])
+
+
+def _unknown_type(model_type: Any) -> Problem:
+    known = list(dict.fromkeys(one.model_type for one in ARCHITECTURES.values()))
+    hint = did_you_mean(model_type, known) if isinstance(model_type, str) else ""
+    remedy = f"megafn does not have this architecture; choose one of {', '.join(known)}{hint}"
+    return Problem("model_type", model_type, remedy)
+
+
+def pretrained_model(path: str | os.PathLike[str]) -> ModelConfig:
+    """The model of a Hugging Face directory, from its config.json alone; no weight is read.
+
+    `seq_length` and `max_position_embeddings` are the model's number of positions (512 for a T5
+    that names none), so that a shorter `seq_length` keeps the shape of a learned table:
+    `attrs.evolve(model, seq_length=...)`.
+
+    Raises ConfigError with every problem at once: an unknown architecture, or a field that megafn
+    cannot express.
+
+    >>> pretrained_model("nowhere")
+    Traceback (most recent call last):
+    megafn.pure.config.problems.ConfigError: nowhere/config.json: cannot be read \
+(No such file or directory); give a directory that transformers' save_pretrained wrote
+    """
+    file = Path(path) / "config.json"
+    config = read_json(file)
+    try:
+        architecture = architecture_of(config)
+        fields, problems = architecture.read_config(config)
+        if problems:
+            raise config_error(problems)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return ModelConfig(**fields)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A parsed config.json. Raises ConfigError naming the file if it is not one."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: cannot be read ({error.strerror}); "
+            "give a directory that transformers' save_pretrained wrote"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: is not valid JSON ({error}); correct it there") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file}: must be an object of names and values; correct it there")
+    return config
+
+
+def simplest_architecture(model: ModelConfig) -> Architecture:
+    """The first architecture that expresses a model, for one that was made from scratch.
+
+    Raises ConfigError naming the fields that none expresses.
+    """
+    refusals: list[list[Problem]] = []
+    for architecture in ARCHITECTURES.values():
+        problems = architecture.problems_of(model)
+        if not problems:
+            return architecture
+        refusals.append(problems)
+    raise config_error(min(refusals, key=len))
