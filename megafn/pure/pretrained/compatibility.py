@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import attrs
-
 from megafn.pure.config.family_record import FamilyRecord
 from megafn.pure.config.problems import Problem
 from megafn.pure.config.records import ModelConfig
-from megafn.pure.pretrained.architecture import canonical
+from megafn.pure.pretrained.architecture import canonical, different_fields
 
-# What a run may choose anew: lengths, dropout, the reach of rotary positions and of attention, and
-# the head. Sizes of tables are compared as shapes, a tied table by whether another is stored.
+# What a run may choose anew: lengths, the reach of rotary positions and of attention, and the head.
+# Sizes of tables are compared as shapes, a tied table by whether another is stored.
 FREE_FIELDS = (
     "seq_length",
     "decoder_seq_length",
@@ -24,12 +22,8 @@ FREE_FIELDS = (
     "rotary_base",
     "rope_scaling",
     "sliding_window",
-    "hidden_dropout",
-    "attention_dropout",
-    "init_method_std",
     "bert_binary_head",
     "num_labels",
-    "problem_type",
     "decoder_start_token_id",
     "output_layer_bias",
 )
@@ -42,6 +36,7 @@ _VOCABULARY = ("word_embeddings.weight", "output_layer.weight", "output_layer.bi
 def model_problems(stored: ModelConfig, model: ModelConfig, path: str) -> tuple[Problem, ...]:
     """Why weights of `stored`, at a path, would not mean the same in `model`; () if they do.
 
+    >>> import attrs
     >>> stored = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
     >>> model_problems(stored, attrs.evolve(stored, seq_length=8, ffn_hidden_size=256), "base")
     ()
@@ -50,27 +45,25 @@ def model_problems(stored: ModelConfig, model: ModelConfig, path: str) -> tuple[
     from others
     """
     problems = []
-    for field in attrs.fields(ModelConfig):
-        if field.name in FREE_FIELDS:
-            continue
-        before = _value(canonical(stored), field.name)
-        now = _value(canonical(model), field.name)
-        if before != now:
-            remedy = f"the weights at {path} are of a model with {before!r}"
-            problems.append(
-                Problem(f"model.{field.name}", now, f"{remedy}; set that, or start from others")
+    for name in different_fields(stored, model):
+        if name not in FREE_FIELDS and _value(stored, name) != _value(model, name):
+            remedy = (
+                f"the weights at {path} are of a model with {_value(stored, name)!r}; set that, or "
+                "start from others"
             )
+            problems.append(Problem(f"model.{name}", _value(model, name), remedy))
     return tuple(problems)
 
 
 def _value(model: ModelConfig, name: str) -> Any:
-    value = getattr(model, name)
+    value = getattr(canonical(model), name)
     return value.name if isinstance(value, FamilyRecord) else value
 
 
 def has_another_head(stored: ModelConfig | None, model: ModelConfig) -> bool:
     """Whether a config replaces the head of stored weights, or leaves it out.
 
+    >>> import attrs
     >>> bert = ModelConfig(
     ...     family="bert", num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32
     ... )

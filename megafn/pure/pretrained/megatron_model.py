@@ -55,7 +55,6 @@ _NOT_BUILT = (
 )
 
 _TYPES: dict[type, tuple[type, ...]] = {
-    int: (int,),
     float: (int, float),
     bool: (bool,),
     str: (str,),
@@ -210,6 +209,8 @@ def _is_either_gelu(activation: str, model: ModelConfig | None) -> bool:
 def _value(arguments: Mapping[str, Any], name: str, kind: type) -> Any:
     """An argument of this type, or None. A file may hold anything in its place."""
     value = arguments.get(name)
-    if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind is not bool):
+    if kind is int:
+        return value if type(value) is int and value > 0 else None  # a size
+    if isinstance(value, bool) and kind is not bool:
         return None
-    return None if kind is int and value < 1 else value  # sizes
+    return value if isinstance(value, _TYPES[kind]) else None

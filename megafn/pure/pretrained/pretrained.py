@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import attrs
-from attrs import field, frozen
+from attrs import frozen
 
 
 @frozen(kw_only=True)
@@ -17,37 +17,15 @@ class Pretrained:
     architecture: "LlamaForCausalLM" and so on, as config.json names it; None: the weights did not
         come from a Hugging Face directory.
     dtype: of the stored weights: "fp32", "bf16" or "fp16".
-    extra: keys of config.json that say nothing about the model, see `not_about_the_model`.
+    config: config.json of the directory, of which an export gives back what is not the model's;
+        None as for `architecture`.
     """
 
     source: str
     fingerprint: str
     architecture: str | None = None
     dtype: str = "fp32"
-    extra: Mapping[str, Any] = field(factory=dict)
-
-
-# Keys of config.json that no field of `ModelConfig` says, besides token ids.
-_KEPT_KEYS = (
-    "id2label",
-    "label2id",
-    "task_specific_params",
-    "tokenizer_class",
-    "use_cache",
-)
-
-
-def not_about_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a config.json is given back as it is: token ids, names of labels.
-
-    >>> not_about_the_model({"hidden_size": 64, "eos_token_id": [1, 2], "use_cache": True})
-    {'eos_token_id': [1, 2], 'use_cache': True}
-    """
-    return {
-        key: value
-        for key, value in config.items()
-        if key.endswith("_token_id") or key in _KEPT_KEYS
-    }
+    config: Mapping[str, Any] | None = None
 
 
 def pretrained_to_dict(pretrained: Pretrained | None) -> dict[str, Any] | None:
@@ -58,7 +36,7 @@ def pretrained_to_dict(pretrained: Pretrained | None) -> dict[str, Any] | None:
 def pretrained_from_dict(stored: Mapping[str, Any] | None) -> Pretrained | None:
     """The inverse of `pretrained_to_dict`; keys that this version does not know are left out.
 
-    >>> record = Pretrained(source="/models/tiny", fingerprint="1f", extra={"eos_token_id": 2})
+    >>> record = Pretrained(source="/models/tiny", fingerprint="1f", config={"eos_token_id": 2})
     >>> pretrained_from_dict(pretrained_to_dict(record)) == record
     True
     """

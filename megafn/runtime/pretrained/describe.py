@@ -36,8 +36,9 @@ def _lines_of_record(record: Pretrained) -> list[str]:
     if record.architecture is not None:
         lines.append(f"architecture: {record.architecture}")
     lines.append(f"fingerprint: {record.fingerprint}")
-    for key, value in record.extra.items():
-        lines.append(f"{key}: {value}")
+    for key, value in (record.config or {}).items():
+        if key.endswith("_token_id"):
+            lines.append(f"{key}: {value}")
     return lines
 
 

@@ -24,7 +24,7 @@ from megafn.pure.config.records import ModelConfig
 from megafn.pure.pretrained.architecture import Architecture
 from megafn.pure.pretrained.architectures import architecture_of, pretrained_model
 from megafn.pure.pretrained.compatibility import is_head, shape_problem
-from megafn.pure.pretrained.pretrained import Pretrained, not_about_the_model
+from megafn.pure.pretrained.pretrained import Pretrained
 from megafn.pure.pretrained.stored_slice import StoredSlice
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.data.corpus_identity import fingerprint_of
@@ -51,8 +51,8 @@ class HuggingFaceWeights:
     model: ModelConfig  # that is read into
     files: Mapping[str, Any]  # open files by name
     tensors: Mapping[str, StoredTensor]
-    names: frozenset[str]  # of the stored tensors
-    expected: Mapping[str, Index]  # shapes of the stored tensors of `model`
+    places: Mapping[str, str]  # the architecture's name of each tensor -> the one in the files
+    expected: Mapping[str, Index]  # shapes of the tensors of `model`, by the architecture's names
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def open_hugging_face(path: Path, model: ModelConfig | None = None) -> Iterator[
             model=described if model is None else model,
             files=files,
             tensors=tensors,
-            names=frozenset(tensors),
+            places=_places(architecture, tensors, described if model is None else model),
             expected=architecture.tensors(described if model is None else model),
         )
         yield WeightSource(
@@ -82,7 +82,7 @@ def open_hugging_face(path: Path, model: ModelConfig | None = None) -> Iterator[
             copy=partial(_copy, weights),
             damage=partial(_differing_copies, weights),
             is_known_buffer=partial(_is_known_buffer, weights),
-            is_head=architecture.is_head,
+            is_head=partial(_is_head, architecture),
         )
 
 
@@ -171,15 +171,26 @@ def _slices(weights: HuggingFaceWeights, name: str, shape: Index) -> Sequence[St
     return weights.architecture.slices(name, shape, weights.model)
 
 
-def _stored_name(weights: HuggingFaceWeights, tensor: str) -> str | None:
-    return weights.architecture.name_in(tensor, weights.names)
+def _places(
+    architecture: Architecture, tensors: Mapping[str, StoredTensor], model: ModelConfig
+) -> dict[str, str]:
+    """The name in the files of each tensor that the architecture knows.
+
+    Of a tensor and its copies, a file may hold one copy only.
+    """
+    places = {architecture.full_name(stored_name): stored_name for stored_name in tensors}
+    for tensor, stored_name in list(places.items()):
+        original = architecture.copy_of(tensor, model)
+        if original is not None:
+            places.setdefault(original, stored_name)
+    return places
 
 
 def _made_of(weights: HuggingFaceWeights, name: str, shape: Index) -> Sequence[str]:
     stored_names = {}
     missing = []
     for tensor in dict.fromkeys(piece.tensor for piece in _slices(weights, name, shape)):
-        stored_name = _stored_name(weights, tensor)
+        stored_name = weights.places.get(tensor)
         if stored_name is None:
             missing.append(tensor)
         else:
@@ -242,8 +253,7 @@ def _read(
 ) -> torch.Tensor:
     """A box of a stored tensor, in the parameter's order of dimensions."""
     place = tuple(slice(first, first + count) for first, count in zip(offset, size, strict=True))
-    stored_name = _stored_name(weights, piece.tensor)
-    assert stored_name is not None  # `made_of` has looked
+    stored_name = weights.places[piece.tensor]
     stored = weights.tensors[stored_name]
     source = weights.files[stored.file].get_slice(stored_name)
     try:
@@ -258,23 +268,21 @@ def _read(
 
 
 def _is_known_buffer(weights: HuggingFaceWeights, stored_name: str) -> bool:
-    architecture = weights.architecture
+    tensor = weights.architecture.full_name(stored_name)
     return (
-        architecture.is_buffer(stored_name)
-        or architecture.copy_of(stored_name, weights.model) is not None
+        weights.architecture.is_buffer(tensor)
+        or weights.architecture.copy_of(tensor, weights.model) is not None
     )
+
+
+def _is_head(architecture: Architecture, stored_name: str) -> bool:
+    return architecture.is_head(architecture.full_name(stored_name))
 
 
 def _differing_copies(weights: HuggingFaceWeights, rank: int, world_size: int) -> list[str]:
     """Tensors that a tied model has once and old files twice, if the second is another."""
     problems = []
-    names = sorted(weights.tensors)
-    copies = [name for name in names if weights.architecture.copy_of(name, weights.model)]
-    for name in copies[rank::world_size]:
-        original = weights.architecture.copy_of(name, weights.model)
-        stored_original = _stored_name(weights, original or "")
-        if stored_original is None or stored_original == name:
-            continue
+    for name, stored_original in _copies(weights)[rank::world_size]:
         if not _same_content(weights, name, stored_original):
             problem = Problem(
                 "model.tie_word_embeddings",
@@ -283,6 +291,16 @@ def _differing_copies(weights: HuggingFaceWeights, rank: int, world_size: int) -
             )
             problems.append(str(problem))
     return problems
+
+
+def _copies(weights: HuggingFaceWeights) -> list[tuple[str, str]]:
+    """Each stored tensor that repeats another, and that other."""
+    copies = []
+    for tensor, stored_name in sorted(weights.places.items()):
+        original = weights.architecture.copy_of(tensor, weights.model)
+        if original is not None and weights.places[original] != stored_name:
+            copies.append((stored_name, weights.places[original]))
+    return copies
 
 
 def _same_content(weights: HuggingFaceWeights, one: str, other: str) -> bool:
@@ -310,7 +328,7 @@ def _remember(weights: HuggingFaceWeights) -> Pretrained:
         fingerprint=fingerprint_of(files),
         architecture=weights.architecture.name,
         dtype=_commonest_dtype(weights),
-        extra=not_about_the_model(weights.config),
+        config=weights.config,
     )
 
 

@@ -21,7 +21,11 @@ from megafn.pure.checkpoint.boxes import Index
 from megafn.pure.config.problems import Problem, choice_problem, config_error
 from megafn.pure.config.records import ModelConfig, TrainConfig
 from megafn.pure.pretrained.architecture import Architecture
-from megafn.pure.pretrained.architectures import ARCHITECTURES, simplest_architecture
+from megafn.pure.pretrained.architectures import (
+    ARCHITECTURES,
+    architecture_for,
+    exported_config,
+)
 from megafn.pure.pretrained.pretrained import Pretrained
 from megafn.pure.pretrained.stored_slice import StoredSlice
 from megafn.runtime.checkpoint.atomic_files import (
@@ -121,13 +125,8 @@ def plan_directory(
 
 
 def _architecture(model: ModelConfig, pretrained: Pretrained | None) -> Architecture:
-    """The architecture that the weights came from, if it still expresses the model."""
     name = None if pretrained is None else pretrained.architecture
-    if name is not None:
-        architecture = ARCHITECTURES.get(name)
-        if architecture is not None and not architecture.problems_of(model):
-            return architecture
-    return simplest_architecture(model)
+    return architecture_for(model, None if name is None else ARCHITECTURES.get(name))
 
 
 def _dtype(dtype: str | None, config: TrainConfig, pretrained: Pretrained | None) -> str:
@@ -167,15 +166,11 @@ def _pieces_of_tensors(
 def _config_json(
     architecture: Architecture, model: ModelConfig, pretrained: Pretrained | None, dtype: str
 ) -> dict[str, Any]:
-    extra = {} if pretrained is None else dict(pretrained.extra)
-    if len(extra.get("id2label") or ()) != (model.num_labels or 0):
+    config = exported_config(architecture, model, None if pretrained is None else pretrained.config)
+    if len(config.get("id2label") or ()) != (model.num_labels or 0):
         # names of the labels of a head that was replaced
-        extra.pop("id2label", None)
-        extra.pop("label2id", None)
-    config = architecture.write_config(model)
-    for key, value in extra.items():
-        if config.get(key) is None:
-            config[key] = value
+        config.pop("id2label", None)
+        config.pop("label2id", None)
     # transformers 5 reads `dtype`, and those before `torch_dtype`
     for key in ("dtype", "torch_dtype"):
         config[key] = _NAMES_IN_CONFIG[dtype]
