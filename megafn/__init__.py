@@ -79,6 +79,7 @@ _HOME = {
     "Tokenizer": "runtime.text.tokenizer",
     "byte_tokenizer": "runtime.text.tokenizer",
     "load_tokenizer": "runtime.text.tokenizer",
+    "train_tokenizer": "runtime.text.train_tokenizer",
     "demo_text": "runtime.text.demo_text",
     "index_text": "runtime.text.indexing",
     "read_documents": "runtime.text.documents",
@@ -273,6 +274,7 @@ if TYPE_CHECKING:
         byte_tokenizer as byte_tokenizer,
         load_tokenizer as load_tokenizer,
     )
+    from megafn.runtime.text.train_tokenizer import train_tokenizer as train_tokenizer
     from megafn.runtime.training.fit import fit as fit
     from megafn.runtime.training.replay import replay as replay
     from megafn.runtime.training.setup import setup as setup

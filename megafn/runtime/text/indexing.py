@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice, tee
@@ -21,6 +20,7 @@ from megafn.pure.config.field_types import default_of
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import DataConfig
 from megafn.runtime.text.documents import (
+    BETWEEN_WORDS,
     SPLITS,
     cut_sentences,
     documents_and_positions,
@@ -126,11 +126,6 @@ _BATCH = 2**20
 
 _CANDIDATES = 16  # places for a cut that are tried
 
-# Where a text may be cut: before white space or a Chinese comma or full stop, between two letters.
-_BETWEEN_WORDS = re.compile(
-    "(?<=[^\\W\\d_])[ \\n\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b](?=[^\\W\\d_])"
-)
-
 
 @frozen(kw_only=True)
 class _Fragment:
@@ -192,7 +187,7 @@ def _cut_for_encoding(text: str, tokenizer: Tokenizer) -> Iterator[str]:
     """Cut a long text where the ids stay the same, into fragments of `_FRAGMENT` or more."""
     start = 0
     while tokenizer.may_cut is not None and len(text) - start > 2 * _FRAGMENT:
-        candidates = islice(_BETWEEN_WORDS.finditer(text, start + _FRAGMENT), _CANDIDATES)
+        candidates = islice(BETWEEN_WORDS.finditer(text, start + _FRAGMENT), _CANDIDATES)
         cuts = (match.start() for match in candidates)
         cut = next((i for i in cuts if tokenizer.may_cut(text, i)), None)
         if cut is None:
