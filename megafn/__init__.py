@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 _HOME = {
     "ModelConfig": "pure.config.records",
+    "RopeScaling": "pure.config.records",
     "ParallelConfig": "pure.config.records",
     "RecomputeConfig": "pure.config.records",
     "PrecisionConfig": "pure.config.records",
@@ -33,6 +34,7 @@ _HOME = {
     "from_dict": "pure.config.serialization",
     "load_config": "pure.config.serialization",
     "dump_config": "pure.config.serialization",
+    "pretrained_model": "pure.pretrained.architectures",
     "from_plugin": "pure.accelerate.plugin",
     "from_env": "pure.accelerate.plugin_fields",
     "validate": "pure.validation.validate",
@@ -58,6 +60,7 @@ _HOME = {
     "ProcessGroups": "runtime.parallel.groups",
     "init_groups": "runtime.parallel.groups",
     "world_size": "runtime.parallel.groups",
+    "is_rank_zero": "runtime.parallel.groups",
     "Loss": "runtime.model.losses",
     "cross_entropy": "runtime.model.losses",
     "logsumexp": "runtime.model.losses",
@@ -107,6 +110,10 @@ _HOME = {
     "load": "runtime.checkpoint.load",
     "latest": "runtime.checkpoint.disk_format",
     "CheckpointError": "runtime.checkpoint.atomic_files",
+    "from_pretrained": "runtime.pretrained.start",
+    "to_pretrained": "runtime.pretrained.export",
+    "export": "runtime.pretrained.export",
+    "describe_weights": "runtime.pretrained.describe",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"
@@ -128,6 +135,7 @@ if TYPE_CHECKING:
         ParallelConfig as ParallelConfig,
         PrecisionConfig as PrecisionConfig,
         RecomputeConfig as RecomputeConfig,
+        RopeScaling as RopeScaling,
         ScheduleConfig as ScheduleConfig,
         TrainConfig as TrainConfig,
         num_micro_batches as num_micro_batches,
@@ -167,6 +175,9 @@ if TYPE_CHECKING:
         peak_activations as peak_activations,
         pipeline_order as pipeline_order,
         timeline as timeline,
+    )
+    from megafn.pure.pretrained.architectures import (
+        pretrained_model as pretrained_model,
     )
     from megafn.pure.sampling import (
         batch_indices as batch_indices,
@@ -245,8 +256,15 @@ if TYPE_CHECKING:
     from megafn.runtime.parallel.groups import (
         ProcessGroups as ProcessGroups,
         init_groups as init_groups,
+        is_rank_zero as is_rank_zero,
         world_size as world_size,
     )
+    from megafn.runtime.pretrained.describe import describe_weights as describe_weights
+    from megafn.runtime.pretrained.export import (
+        export as export,
+        to_pretrained as to_pretrained,
+    )
+    from megafn.runtime.pretrained.start import from_pretrained as from_pretrained
     from megafn.runtime.text.demo_text import demo_text as demo_text
     from megafn.runtime.text.documents import read_documents as read_documents
     from megafn.runtime.text.indexing import index_text as index_text

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import megafn as mf
+from megafn.pure.checkpoint.compatibility import resume_problems
 from megafn.runtime.checkpoint.state_boxes import adam_step, state_boxes
 
 DATA = Path(__file__).parent / "data"
@@ -107,3 +108,15 @@ def test_a_field_that_the_stored_config_lacks_is_not_compared(tmp_path):
             mf.load(state, directory)
         without_field(mf.latest(directory), "model", "norm_epsilon")
         assert mf.load(state, directory).iteration == 2
+
+
+def test_a_changed_field_of_a_record_in_the_model_is_one_problem():
+    def scaled(factor):
+        scaling = None if factor is None else mf.RopeScaling(factor=factor)
+        return attrs.evolve(CONFIG, model=attrs.evolve(CONFIG.model, rope_scaling=scaling))
+
+    assert resume_problems(scaled(8.0), scaled(8.0), 2) == ()
+    (other,) = resume_problems(scaled(8.0), scaled(32.0), 2)
+    assert str(other).startswith("model.rope_scaling.factor = 32.0: the checkpoint was")
+    (new,) = resume_problems(scaled(None), scaled(8.0), 2)
+    assert str(new).startswith("model.rope_scaling = RopeScaling(factor=8.0,")

@@ -16,6 +16,7 @@ from megafn.pure.config.records import (
     LogConfig,
     ModelConfig,
     ParallelConfig,
+    RopeScaling,
     ScheduleConfig,
     TrainConfig,
 )
@@ -54,6 +55,18 @@ def test_a_dict_is_plain_and_without_none():
         "split": [1, 0, 0],
     }
     assert "kv_channels" not in to_dict(config)["model"] and "train_samples" not in to_dict(config)
+
+
+def test_a_record_in_a_section_is_a_table_of_its_own(tmp_path):
+    scaling = RopeScaling(factor=8.0)
+    config = from_dict({**RUN, "model": {**MODEL, "rope_scaling": {"factor": 8}}})
+    assert config.model.rope_scaling == scaling
+    dump_config(config, tmp_path / "config.toml")
+    assert "[model.rope_scaling]\nfactor = 8" in (tmp_path / "config.toml").read_text()
+    with pytest.raises(
+        ConfigError, match=r'model.rope_scaling.factr = 8: .* did you mean "factor"'
+    ):
+        from_dict({**RUN, "model": {**MODEL, "rope_scaling": {"factr": 8}}})
 
 
 @pytest.mark.parametrize("train", ["a.txt", ["a", "b"], [[0.3, "a"], [1, "b"]], []])

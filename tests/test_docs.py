@@ -128,7 +128,11 @@ def shown(attribute):
     return "defaults" if attrs.has(type(attribute.default)) else f"`{attribute.default!r}`"
 
 
-CONFIGS = {name: getattr(mf, name) for name in mf.__all__ if name.endswith("Config")}
+CONFIGS = {
+    name: getattr(mf, name)
+    for name in mf.__all__
+    if name.endswith("Config") or name == "RopeScaling"
+}
 
 
 def test_the_configuration_page_has_every_config():

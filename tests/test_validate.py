@@ -19,6 +19,7 @@ from megafn.pure.config.records import (
     ParallelConfig,
     PrecisionConfig,
     RecomputeConfig,
+    RopeScaling,
     ScheduleConfig,
     TrainConfig,
 )
@@ -150,6 +151,7 @@ RAMP = {
     "schedule.start_weight_decay": 0.0,
     "schedule.end_weight_decay": 0.1,
 }
+ROPE = {"model.position_embedding": "rope"}
 SAVED = {"checkpoint.directory": "a", "checkpoint.interval": 5}
 
 BAD = [
@@ -158,6 +160,32 @@ BAD = [
     ({"model.bert_binary_head": True}, "model.bert_binary_head"),
     ({"model.num_labels": 2}, "model.num_labels"),
     ({"model.problem_type": "regression"}, "model.problem_type"),
+    ({"model.scale_decoder_outputs": True}, "model.scale_decoder_outputs"),
+    ({"model.output_layer_bias": False}, "model.output_layer_bias"),
+    ({"model.rope_scaling": RopeScaling(factor=8.0)}, "model.rope_scaling"),
+    ({"model.layers_without_rope": (0,)}, "model.layers_without_rope"),
+    *(
+        ({**ROPE, "model.layers_without_rope": layers}, "model.layers_without_rope")
+        for layers in ((8,), (-1,), (1, 1), (2, 1), tuple(range(8)))
+    ),
+    *(
+        (
+            {**ROPE, "model.rope_scaling": RopeScaling(**{"factor": 8.0, name: value})},
+            f"model.rope_scaling.{name}",
+        )
+        for name, value in (
+            ("factor", 0.9),
+            ("factor", float("nan")),
+            ("low_freq_factor", 0.0),
+            ("high_freq_factor", float("inf")),
+            ("high_freq_factor", 1.0),
+            ("original_max_position_embeddings", 0),
+        )
+    ),
+    (
+        {"model.family": "bert", "model.sliding_window": 8, "model.parallel_residual": True},
+        "model.parallel_residual model.sliding_window",
+    ),
     ({"data.mask_prob": 0.2}, "data.mask_prob"),
     ({"data.short_seq_prob": 0.0}, "data.short_seq_prob"),
     ({"model.family": "bert", "model.num_labels": 0, "data": None}, "model.num_labels"),
@@ -430,6 +458,14 @@ GOOD = [  # the last that is not refused
     {"eval_interval": 5},
     {"model.add_bias_linear": True, "model.add_qkv_bias": True},
     {"model.vocab_size": 1},
+    {"model.sliding_window": 1},
+    {"model.sliding_window": 4096},
+    {"model.parallel_residual": True, "model.softmax_scale": 1.0},
+    {
+        **ROPE,
+        "model.layers_without_rope": tuple(range(1, 8)),
+        "model.rope_scaling": RopeScaling(factor=1.0, high_freq_factor=1.5),
+    },
     {"parallel.cp": 2, "data.reset_attention_mask": True, "data.reset_position_ids": True},
 ]
 
@@ -508,6 +544,9 @@ GOOD_T5 = [
     {"model.decoder_seq_length": 7, "model.max_position_embeddings": 32},
     {"model.num_query_groups": 8},
     {"model.decoder_start_token_id": 255},
+    {"model.scale_decoder_outputs": True, "model.output_layer_bias": False},
+    {"model.tie_word_embeddings": False, "model.output_layer_bias": False},
+    {**ROPE, "model.rope_scaling": RopeScaling(factor=8.0), "model.softmax_scale": 1.0},
     {
         "model.position_embedding": "relative",
         "model.relative_attention_num_buckets": 4,
@@ -561,6 +600,7 @@ OUT_OF_RANGE = {
             model.max_position_embeddings model.num_decoder_layers model.decoder_seq_length
             parallel.tp parallel.pp parallel.vpp parallel.cp parallel.ep
             parallel.num_layers_in_first_pipeline_stage parallel.num_layers_in_last_pipeline_stage
+            model.sliding_window
             recompute.num_layers precision.loss_scale_window precision.hysteresis log.interval
             micro_batch_size global_batch_size train_iters train_samples eval_interval
         """.split()
@@ -573,7 +613,7 @@ OUT_OF_RANGE = {
     },
     **{
         path: ([0, 0.0, -1, INF, NAN], [1, 1e-9])
-        for path in """model.rotary_base model.norm_epsilon optimizer.eps
+        for path in """model.rotary_base model.softmax_scale model.norm_epsilon optimizer.eps
        precision.initial_loss_scale precision.min_loss_scale timeout_seconds""".split()
     },
     **{

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import isclose
 from typing import Any
 
+import attrs
+
 from megafn.pure.config.family_record import FamilyRecord
 from megafn.pure.config.field_types import all_fields
 from megafn.pure.config.problems import Problem
@@ -84,11 +86,13 @@ def schedule_changes(saved: TrainConfig, config: TrainConfig) -> tuple[Problem, 
 def _changed_fields(saved: TrainConfig, config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
     """(dotted path, saved value, new value) of each field that both have and that differs.
 
-    In the order of `config`.
+    In the order of `config`. Of a section that both have, its fields are compared.
     """
     before = _values_by_path(saved)
     for path, now in _values_by_path(config).items():
-        if path in before and now != before[path]:
+        if path not in before or now == before[path]:
+            continue
+        if not (attrs.has(type(now)) and attrs.has(type(before[path]))):
             yield path, before[path], now
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from attrs import frozen
 
 from megafn.pure.config.family_record import FamilyRecord
+from megafn.pure.config.problems import ConfigError
 
 # Types of the fields that hold functions. No file holds a function: set these fields in code.
 # `Any` stands for types of torch and of `megafn.runtime`, which `megafn.pure` does not import.
@@ -30,6 +31,22 @@ ModelFunction = Callable[..., Any]
 # (a function without arguments that builds the chunk) -> the chunk, prepared: say with some layers
 # frozen, or with adapters.
 PrepareModel = Callable[[Callable[[], Any]], Any]
+
+
+@frozen(kw_only=True)
+class RopeScaling:
+    """Rotary frequencies stretched for longer sequences, as Llama 3.1 does (rope_type "llama3").
+
+    A frequency that makes fewer than `low_freq_factor` turns over the original length is divided by
+    `factor`, one that makes more than `high_freq_factor` stays as it is, and between the two the
+    division sets in linearly.
+    """
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    # Tokens: the length that the model was first trained on.
+    original_max_position_embeddings: int = 8192
 
 
 @frozen(kw_only=True)
@@ -66,6 +83,16 @@ class ModelConfig:
     position_embedding: str = "learned_absolute"  # or "rope", "none"; "relative": T5 only
     rotary_base: float = 10_000.0
     rotary_percent: float = 1.0
+    # None: the frequencies that follow from rotary_base.
+    rope_scaling: RopeScaling | None = None
+    # GPT only: numbers, from 0, of layers without rotary positions (SmolLM3).
+    layers_without_rope: tuple[int, ...] = ()
+
+    # ---- Attention
+    # GPT only: a token attends to this many tokens, itself included (Mistral). None: to all before.
+    sliding_window: int | None = None
+    # The scores are multiplied by it. None: head_size ** -0.5.
+    softmax_scale: float | None = None
 
     # ---- Layers
     # "gelu", "gelu_tanh" (GPT-2), "relu", and the gated "swiglu", "geglu", "geglu_tanh" (T5 1.1).
@@ -76,6 +103,8 @@ class ModelConfig:
     add_bias_linear: bool = True
     # A bias on query, key and value, when add_bias_linear is off.
     add_qkv_bias: bool = False
+    # GPT only: x + attention(norm(x)) + MLP(norm(x)), each with its own norm (GPT-NeoX).
+    parallel_residual: bool = False
     # The output layer shares the word embeddings' table.
     tie_word_embeddings: bool = True
 
@@ -104,6 +133,10 @@ class ModelConfig:
     relative_attention_num_buckets: int = 32
     # All longer distances share the last bucket.
     relative_attention_max_distance: int = 128
+    # The decoder's output times hidden_size ** -0.5 enters the output layer (T5 1.0).
+    scale_decoder_outputs: bool = False
+    # A tied output layer has a bias of its own, as in megatron-core; in transformers it has none.
+    output_layer_bias: bool = True
 
     @property
     def ffn_size(self) -> int:
@@ -349,6 +382,9 @@ class CheckpointConfig:
     asynchronous: bool = False
     # "raise", or "previous": resume from the one before a damaged checkpoint.
     on_damage: str = "raise"
+    # Weights to start from, unless `directory` holds a checkpoint to resume from: a Hugging Face
+    # directory, a checkpoint of another run, or one of Megatron-LM. None: random ones.
+    pretrained: str | None = None
 
 
 @frozen(kw_only=True)
@@ -405,6 +441,20 @@ class TrainConfig:
         if self.train_iters is not None:
             return self.train_iters
         return (self.train_samples or 0) // self.global_batch_size
+
+
+def data_of(config: TrainConfig) -> DataConfig:
+    """The corpora of a config. Raises ConfigError if it has none.
+
+    >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> config = TrainConfig(model=model, micro_batch_size=2, global_batch_size=16, train_iters=9)
+    >>> data_of(config)
+    Traceback (most recent call last):
+    megafn.pure.config.problems.ConfigError: data = None: give a DataConfig, or pass batches
+    """
+    if config.data is None:
+        raise ConfigError("data = None: give a DataConfig, or pass batches")
+    return config.data
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

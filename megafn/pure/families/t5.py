@@ -6,6 +6,7 @@ from megafn.pure.config.records import DataConfig, ModelConfig, ParallelConfig
 from megafn.pure.config.rule import Rule, rule
 from megafn.pure.config.sequence_unit import sequence_unit
 from megafn.pure.families.family_spec import FamilySpec, StageLayout
+from megafn.pure.families.parameter_shapes import t5_parameter_shapes
 from megafn.pure.families.stages import RECOMPUTE, one_stack_layout, recompute_problem
 from megafn.pure.families.transformer import initial_distribution, layer_flops
 
@@ -239,6 +240,8 @@ T5_SPEC = FamilySpec(
         "model.num_decoder_layers",
         "model.decoder_seq_length",
         "model.decoder_start_token_id",
+        "model.scale_decoder_outputs",
+        "model.output_layer_bias",
         "data.mask_prob",
         "data.short_seq_prob",
         SPLIT,
@@ -261,4 +264,5 @@ T5_SPEC = FamilySpec(
     initial_distribution=initial_distribution,
     sample_tokens=t5_sample_tokens,
     stage_layout=t5_stage_layout,
+    parameter_shapes=t5_parameter_shapes,
 )

@@ -13,16 +13,15 @@ from functools import partial
 from math import inf
 from typing import Any
 
-import attrs
-
-from megafn.pure.config.records import DataConfig
+from megafn.pure.config.field_types import default_of
+from megafn.pure.config.records import DataConfig, ParameterCondition
 from megafn.pure.config.rule import Rule, rule
 from megafn.pure.config.sequence_unit import sequence_unit
 from megafn.pure.layout import order_problem
 from megafn.pure.optimizers import OPTIMIZERS, readers, refusal, refused_fields
 from megafn.pure.schedule import DECAYS, WEIGHT_DECAY_INCR_STYLES, WSD_DECAY_STYLES
 
-_DEFAULT_SPLIT: tuple[float, ...] = attrs.fields(DataConfig).split.default
+_DEFAULT_SPLIT: tuple[float, ...] = default_of(DataConfig, "split")
 
 # What a string may be.
 CHOICES = {
@@ -71,7 +70,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "model.num_layers model.hidden_size model.num_attention_heads model.seq_length "
         "model.vocab_size model.num_query_groups model.kv_channels model.ffn_hidden_size "
         "model.max_position_embeddings model.num_decoder_layers model.decoder_seq_length "
-        "model.num_labels "
+        "model.num_labels model.sliding_window "
+        "model.rope_scaling.original_max_position_embeddings "
         "parallel.tp parallel.pp parallel.vpp parallel.cp parallel.ep "
         "parallel.num_layers_in_first_pipeline_stage parallel.num_layers_in_last_pipeline_stage "
         "recompute.num_layers precision.loss_scale_window precision.hysteresis log.interval "
@@ -89,7 +89,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "must be at least 0",
     ),
     (
-        "model.rotary_base model.norm_epsilon optimizer.eps log.peak_tflops "
+        "model.rotary_base model.softmax_scale model.rope_scaling.low_freq_factor "
+        "model.rope_scaling.high_freq_factor model.norm_epsilon optimizer.eps log.peak_tflops "
         "precision.initial_loss_scale precision.min_loss_scale timeout_seconds",
         lambda value: 0 < value < inf,
         "must be finite and above 0",
@@ -125,6 +126,11 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "must be at least 4, two for each direction",
     ),
     ("model.rotary_percent", lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
+    (
+        "model.rope_scaling.factor",
+        lambda value: 1 <= value < inf,
+        "must be finite and at least 1",
+    ),
     (
         "seed",
         lambda value: 0 <= value < 2**32,
@@ -164,7 +170,11 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 # (fields, the one that decides whether they are read, its values for which they are); for its other
 # values they must be left at their defaults. Likewise for the fields that only some families read.
 DEAD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("model.rotary_base model.rotary_percent", "model.position_embedding", ("rope",)),
+    (
+        "model.rotary_base model.rotary_percent model.rope_scaling model.layers_without_rope",
+        "model.position_embedding",
+        ("rope",),
+    ),
     (
         "model.relative_attention_num_buckets model.relative_attention_max_distance",
         "model.position_embedding",
@@ -352,6 +362,13 @@ def rotary_width_is_even(
     )
 
 
+@rule("model.rope_scaling.high_freq_factor", "model.rope_scaling.low_freq_factor")
+def scaled_frequencies_lie_between(high: float, low: float) -> str | None:
+    if high <= low:
+        return f"must be above low_freq_factor = {low}; raise it or lower that"
+    return None
+
+
 # ------------------------------------------------------- rules: batches, data and the run
 
 
@@ -509,14 +526,14 @@ optimizers_refuse_fields = tuple(
 
 
 @rule("optimizer.lr_mult", "optimizer.lr_scale_cond")
-def lr_mult_has_parameters(mult: float, condition: Callable | None) -> str | None:
+def lr_mult_has_parameters(mult: float, condition: ParameterCondition | None) -> str | None:
     if mult != 1 and condition is None:
         return "nothing says which parameters it is for; give lr_scale_cond or leave it out"
     return None
 
 
 @rule("optimizer.lr_scale_cond", "optimizer.lr_mult")
-def lr_scale_cond_has_a_factor(condition: Callable | None, mult: float) -> str | None:
+def lr_scale_cond_has_a_factor(condition: ParameterCondition | None, mult: float) -> str | None:
     if condition is not None and mult == 1:
         return "it has no effect with lr_mult = 1; give another lr_mult or leave it out"
     return None
@@ -608,6 +625,7 @@ RULES: tuple[Rule, ...] = (
     position_table_reaches,
     rotary_heads_are_even,
     rotary_width_is_even,
+    scaled_frequencies_lie_between,
     batch_can_be_cut,
     samples_fill_a_batch,
     fp16_needs_cuda,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -14,10 +15,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.sampling import epochs_in_words
-from megafn.runtime.data.corpora import Corpus, read_samples, samples_of_each
+from megafn.runtime.data.corpora import Corpus, read_samples, samples_of_each, tokenizer_of
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
-from megafn.runtime.text.tokenizer import identity_of, load_tokenizer
+from megafn.runtime.text.tokenizer import identity_of
 
 # Bytes of a file that its fingerprint looks at: whole files up to this size, else blocks of it.
 _BYTES_READ = 4 * 2**20
@@ -54,11 +55,15 @@ def identify(parts: Sequence[Corpus]) -> tuple[CorpusIdentity, ...]:
 
 def _fingerprint(prefix: str) -> str:
     """A digest of the sizes of an indexed dataset's two files, and of blocks all over them."""
+    return fingerprint_of({suffix: prefix + suffix for suffix in (".idx", ".bin")})
+
+
+def fingerprint_of(files: Mapping[str, str | Path]) -> str:
+    """A digest of files, given by what each is called in it: sizes, and blocks all over them."""
     digest = hashlib.sha256()
-    for suffix in (".idx", ".bin"):
-        path = prefix + suffix
+    for name, path in files.items():
         size = os.path.getsize(path)
-        digest.update(f"{suffix} {size} ".encode())
+        digest.update(f"{name} {size} ".encode())
         with open(path, "rb") as file:
             if size <= _BYTES_READ:
                 digest.update(file.read())
@@ -122,13 +127,12 @@ def describe_data(config: TrainConfig, parts: Sequence[Corpus]) -> dict[str, Any
     Of each corpus its identity, weight and how often it is read, which decides its order. For GPT
     that is computed; the datasets of BERT and T5 are built to see it. No communication.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token)
     described = []
     counts = samples_of_each(config, parts, "train")
     for corpus, identity, samples in zip(parts, identify(parts), counts, strict=True):
         epochs = _epochs(config, corpus, samples)
         described.append({**attrs.asdict(identity), "weight": corpus.weight, "epochs": epochs})
-    return {"tokenizer": attrs.asdict(identity_of(tokenizer)), "corpora": described}
+    return {"tokenizer": attrs.asdict(identity_of(tokenizer_of(config))), "corpora": described}
 
 
 def _epochs(config: TrainConfig, corpus: Corpus, samples: int | None) -> str:
