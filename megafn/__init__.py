@@ -99,6 +99,8 @@ _HOME = {
     "progress": "runtime.metrics.sinks",
     "tensorboard": "runtime.metrics.sinks",
     "jsonl": "runtime.metrics.sinks",
+    "Lora": "runtime.model.lora",
+    "lora": "runtime.model.lora",
     "State": "runtime.model.state",
     "Metrics": "runtime.metrics.records",
     "Report": "runtime.metrics.records",
@@ -241,6 +243,10 @@ if TYPE_CHECKING:
     from megafn.runtime.model.layers import (
         layer_spec as layer_spec,
         transformer_config as transformer_config,
+    )
+    from megafn.runtime.model.lora import (
+        Lora as Lora,
+        lora as lora,
     )
     from megafn.runtime.model.losses import (
         Loss as Loss,

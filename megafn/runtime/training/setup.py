@@ -18,6 +18,7 @@ from megafn.runtime.families.build import build_chunk
 from megafn.runtime.model.layers import check_parallel_layers
 from megafn.runtime.model.optimizer import build_optimizer, complete_groups
 from megafn.runtime.model.state import State
+from megafn.runtime.model.weights import initialize_added_weights
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.megatron_context import megatron_context
 from megafn.runtime.parallel.object_collectives import errors_on_all_ranks
@@ -74,6 +75,7 @@ def build_state(
             modules = [_build_chunk(build, config, pg, i) for i in range(config.parallel.vpp)]
         check_frozen(modules, config, pg)
         for i, module in enumerate(modules):
+            initialize_added_weights(module, config.model, pg, config.seed)
             start_alike(module, config, pg)
             is_last = pg.is_last_stage and i == config.parallel.vpp - 1
             connect_frozen_parts(module, config, is_last=is_last)
