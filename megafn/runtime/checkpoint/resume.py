@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megafn.pure.config.problems import Problem, config_error
-from megafn.pure.config.records import CheckpointConfig, num_micro_batches
+from megafn.pure.config.records import CheckpointConfig, data_of, num_micro_batches
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.checkpoint.disk_format import checkpoint_around, checkpoints
 from megafn.runtime.checkpoint.load import check_data, load_verified, verified_manifest
@@ -34,13 +34,12 @@ def check_directory(settings: CheckpointConfig) -> None:
     """Raises ConfigError if the run cannot save there, or must not resume from what is there."""
     if settings.directory is None:
         return
-    remedy = _directory_remedy(settings)
+    remedy = _directory_remedy(Path(settings.directory), settings)
     if remedy is not None:
         raise config_error([Problem("checkpoint.directory", settings.directory, remedy)])
 
 
-def _directory_remedy(settings: CheckpointConfig) -> str | None:
-    directory = Path(settings.directory)
+def _directory_remedy(directory: Path, settings: CheckpointConfig) -> str | None:
     checkpoint = checkpoint_around(directory)
     if checkpoint is not None:
         return f"{checkpoint} is a checkpoint; name the run's folder, the one above it"
@@ -195,7 +194,7 @@ def _compare_last_sample(state: State, last_sample: int) -> None:
         "order is another (the order of a text read more than once depends on the run's length); "
         "give the data that the run began with"
     )
-    raise config_error([Problem("data.train", config.data.train, remedy)])
+    raise config_error([Problem("data.train", data_of(config).train, remedy)])
 
 
 def _skip_batches(

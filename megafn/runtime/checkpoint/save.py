@@ -113,6 +113,7 @@ def begin_save(
         )
     listings = gather_from_all_ranks(listing, pg)
     hidden = listings[0].hidden
+    assert hidden is not None  # rank zero made it, or every rank raised
 
     plan = plan_writes([(listing.stage, listing.holdings) for listing in listings])
     tensors = _tensors_to_write(plan, boxes, pg.rank)
@@ -164,7 +165,7 @@ class Listing:
 
 def _boxes_by_key(state: State) -> dict[str, StateBox]:
     """What this rank holds, once: chunks of one stage may share a table."""
-    boxes = {}
+    boxes: dict[str, StateBox] = {}
     for box in state_boxes(state):
         boxes.setdefault(tensor_key(box.tensor, box.box[0]), box)
     return boxes

@@ -15,10 +15,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.sampling import epochs_in_words
-from megafn.runtime.data.corpora import Corpus, corpora, read_samples, samples_of_each
+from megafn.runtime.data.corpora import Corpus, corpora, tokenizer_of
+from megafn.runtime.data.datasets import read_samples, samples_of_each
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
-from megafn.runtime.text.tokenizer import identity_of, load_tokenizer
+from megafn.runtime.text.tokenizer import identity_of
 
 # Bytes of a file that its fingerprint looks at: whole files up to this size, else blocks of it.
 _BYTES_READ = 4 * 2**20
@@ -87,15 +88,18 @@ def check_same_corpora(
     for split, corpora_of_rank_zero in identities_by_rank[0].items():
         for i, expected in enumerate(corpora_of_rank_zero):
             others = {}
-            for rank, of_rank in enumerate(identities_by_rank):
-                corpora_of_split = of_rank.get(split, ())
-                identity = corpora_of_split[i] if i < len(corpora_of_split) else None
+            for rank, identities_of_rank in enumerate(identities_by_rank):
+                identity = _nth_or_none(identities_of_rank.get(split, ()), i)
                 if identity is None or identity.content != expected.content:
                     others[rank] = identity
             if others:
                 problems.append(_difference(split, expected, others))
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def _nth_or_none(identities: Sequence[CorpusIdentity], n: int) -> CorpusIdentity | None:
+    return identities[n] if n < len(identities) else None
 
 
 def _difference(
@@ -132,7 +136,7 @@ def describe_data(config: TrainConfig, parts: Sequence[Corpus] | None = None) ->
     """
     if parts is None:
         parts = corpora(config)
-    tokenizer = load_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token)
+    tokenizer = tokenizer_of(config)
     described = []
     counts = samples_of_each(config, parts, "train")
     for corpus, identity, samples in zip(parts, identify(parts), counts, strict=True):
