@@ -34,6 +34,7 @@ _HOME = {
     "from_dict": "pure.config.serialization",
     "load_config": "pure.config.serialization",
     "dump_config": "pure.config.serialization",
+    "pretrained_model": "pure.pretrained.architectures",
     "from_plugin": "pure.accelerate.plugin",
     "from_env": "pure.accelerate.plugin_fields",
     "validate": "pure.validation.validate",
@@ -59,6 +60,7 @@ _HOME = {
     "ProcessGroups": "runtime.parallel.groups",
     "init_groups": "runtime.parallel.groups",
     "world_size": "runtime.parallel.groups",
+    "is_rank_zero": "runtime.parallel.groups",
     "Loss": "runtime.model.losses",
     "cross_entropy": "runtime.model.losses",
     "logsumexp": "runtime.model.losses",
@@ -77,22 +79,28 @@ _HOME = {
     "Tokenizer": "runtime.text.tokenizer",
     "byte_tokenizer": "runtime.text.tokenizer",
     "load_tokenizer": "runtime.text.tokenizer",
+    "train_tokenizer": "runtime.text.train_tokenizer",
     "demo_text": "runtime.text.demo_text",
     "index_text": "runtime.text.indexing",
     "read_documents": "runtime.text.documents",
     "batches": "runtime.data.batches",
     "group_batches": "runtime.data.batches",
+    "describe_data": "runtime.data.corpus_identity",
     "Step": "runtime.families.step",
     "Family": "runtime.families.family",
     "FamilyData": "runtime.families.family",
     "family_of": "runtime.families.built_in",
     "step_fn": "runtime.families.built_in",
     "step_of": "runtime.accelerate.train_steps",
-    "logits": "runtime.generation.generate",
+    "logits": "runtime.generation.logits",
     "generate": "runtime.generation.generate",
+    "Generated": "runtime.generation.generate",
+    "GenerationConfig": "pure.generation",
     "progress": "runtime.metrics.sinks",
     "tensorboard": "runtime.metrics.sinks",
     "jsonl": "runtime.metrics.sinks",
+    "Lora": "runtime.model.lora",
+    "lora": "runtime.model.lora",
     "State": "runtime.model.state",
     "Metrics": "runtime.metrics.records",
     "Report": "runtime.metrics.records",
@@ -106,6 +114,10 @@ _HOME = {
     "load": "runtime.checkpoint.load",
     "latest": "runtime.checkpoint.disk_format",
     "CheckpointError": "runtime.checkpoint.atomic_files",
+    "from_pretrained": "runtime.pretrained.start",
+    "to_pretrained": "runtime.pretrained.export",
+    "export": "runtime.pretrained.export",
+    "describe_weights": "runtime.pretrained.describe",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"
@@ -151,6 +163,7 @@ if TYPE_CHECKING:
         StageLayout as StageLayout,
     )
     from megafn.pure.flops import training_flops as training_flops
+    from megafn.pure.generation import GenerationConfig as GenerationConfig
     from megafn.pure.layout import (
         Coordinates as Coordinates,
         Groups as Groups,
@@ -167,6 +180,9 @@ if TYPE_CHECKING:
         peak_activations as peak_activations,
         pipeline_order as pipeline_order,
         timeline as timeline,
+    )
+    from megafn.pure.pretrained.architectures import (
+        pretrained_model as pretrained_model,
     )
     from megafn.pure.sampling import (
         batch_indices as batch_indices,
@@ -194,6 +210,7 @@ if TYPE_CHECKING:
         batches as batches,
         group_batches as group_batches,
     )
+    from megafn.runtime.data.corpus_identity import describe_data as describe_data
     from megafn.runtime.families.build import build_chunk as build_chunk
     from megafn.runtime.families.built_in import (
         family_of as family_of,
@@ -205,9 +222,10 @@ if TYPE_CHECKING:
     )
     from megafn.runtime.families.step import Step as Step
     from megafn.runtime.generation.generate import (
+        Generated as Generated,
         generate as generate,
-        logits as logits,
     )
+    from megafn.runtime.generation.logits import logits as logits
     from megafn.runtime.metrics.records import (
         Metrics as Metrics,
         Report as Report,
@@ -226,6 +244,10 @@ if TYPE_CHECKING:
         layer_spec as layer_spec,
         transformer_config as transformer_config,
     )
+    from megafn.runtime.model.lora import (
+        Lora as Lora,
+        lora as lora,
+    )
     from megafn.runtime.model.losses import (
         Loss as Loss,
         argmax as argmax,
@@ -241,8 +263,15 @@ if TYPE_CHECKING:
     from megafn.runtime.parallel.groups import (
         ProcessGroups as ProcessGroups,
         init_groups as init_groups,
+        is_rank_zero as is_rank_zero,
         world_size as world_size,
     )
+    from megafn.runtime.pretrained.describe import describe_weights as describe_weights
+    from megafn.runtime.pretrained.export import (
+        export as export,
+        to_pretrained as to_pretrained,
+    )
+    from megafn.runtime.pretrained.start import from_pretrained as from_pretrained
     from megafn.runtime.text.demo_text import demo_text as demo_text
     from megafn.runtime.text.documents import read_documents as read_documents
     from megafn.runtime.text.indexing import index_text as index_text
@@ -251,6 +280,7 @@ if TYPE_CHECKING:
         byte_tokenizer as byte_tokenizer,
         load_tokenizer as load_tokenizer,
     )
+    from megafn.runtime.text.train_tokenizer import train_tokenizer as train_tokenizer
     from megafn.runtime.training.fit import fit as fit
     from megafn.runtime.training.replay import replay as replay
     from megafn.runtime.training.setup import setup as setup

@@ -12,6 +12,7 @@ from typing import Any
 from attrs import frozen
 
 from megafn.pure.config.family_record import FamilyRecord
+from megafn.pure.config.problems import ConfigError
 
 # Types of the fields that hold functions. No file holds a function: set these fields in code.
 # `Any` stands for types of torch and of `megafn.runtime`, which `megafn.pure` does not import.
@@ -27,9 +28,12 @@ StepFunction = Callable[["TrainConfig"], Any]
 # `megafn.build_chunk`.
 ModelFunction = Callable[..., Any]
 
-# (a function without arguments that builds the chunk) -> the chunk, prepared: say with some layers
-# frozen, or with adapters.
+# (a function without arguments that builds the chunk) -> the chunk, prepared: for example with some
+# layers frozen, or with adapters.
 PrepareModel = Callable[[Callable[[], Any]], Any]
+
+# Of corpora: a source, several, or (weight, source) pairs.
+Sources = str | tuple[str, ...] | tuple[tuple[float, str], ...]
 
 
 @frozen(kw_only=True)
@@ -62,7 +66,7 @@ class ModelConfig:
 
     family: str | FamilyRecord = "gpt"
 
-    # ---- Sizes. Of T5, num_layers and seq_length are those of the encoder.
+    # ---- Sizes. For T5, num_layers and seq_length are those of the encoder.
     num_layers: int
     hidden_size: int
     num_attention_heads: int
@@ -252,7 +256,7 @@ class OptimizerConfig:
     # Gradients are scaled down to this global L2 norm; 0: off.
     clip_grad: float = 1.0
     # An update is left out if its norm is more than this many times the median of the last 32.
-    # None: no update is.
+    # None: off.
     spike_factor: float | None = None
     # Optimizer state is cut over the data-parallel ranks (ZeRO 1, arXiv 1910.02054).
     use_distributed_optimizer: bool = False
@@ -260,7 +264,7 @@ class OptimizerConfig:
     # ---- Groups of parameters
     # Those without weight decay. None: biases and other vectors.
     no_weight_decay_cond: ParameterCondition | None = None
-    # Those that learn at lr * lr_mult. None: none do.
+    # Those that learn at lr * lr_mult. None: none of them.
     lr_scale_cond: ParameterCondition | None = None
     lr_mult: float = 1.0
 
@@ -314,9 +318,9 @@ class DataConfig:
     document of `train` is divided by the weights of `split`.
     """
 
-    train: str | tuple[str, ...] | tuple[tuple[float, str], ...]
-    valid: str | tuple[str, ...] | tuple[tuple[float, str], ...] | None = None
-    test: str | tuple[str, ...] | tuple[tuple[float, str], ...] | None = None
+    train: Sources
+    valid: Sources | None = None
+    test: Sources | None = None
     # Weights of train, valid and test.
     split: tuple[float, ...] = (949.0, 50.0, 1.0)
     # "bytes", or the path of a Hugging Face tokenizer.json.
@@ -372,7 +376,7 @@ class CheckpointConfig:
     interval: int | None = None
     # How many of the newest to keep; 0: all.
     keep_last: int = 2
-    # Checkpoints at multiples of this many iterations are kept for ever. None: none are.
+    # Checkpoints at multiples of this many iterations are kept for ever. None: off.
     keep_every: int | None = None
     # Resume from the newest, or start fresh if there is none. "must": an error if there is none.
     # False: an error if the folder holds checkpoints.
@@ -381,6 +385,9 @@ class CheckpointConfig:
     asynchronous: bool = False
     # "raise", or "previous": resume from the one before a damaged checkpoint.
     on_damage: str = "raise"
+    # Weights to start from, unless `directory` holds a checkpoint to resume from: a Hugging Face
+    # directory, a checkpoint of another run, or one of Megatron-LM. None: random ones.
+    pretrained: str | None = None
 
 
 @frozen(kw_only=True)
@@ -437,6 +444,20 @@ class TrainConfig:
         if self.train_iters is not None:
             return self.train_iters
         return (self.train_samples or 0) // self.global_batch_size
+
+
+def data_of(config: TrainConfig) -> DataConfig:
+    """The corpora of a config. Raises ConfigError if it has none.
+
+    >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> config = TrainConfig(model=model, micro_batch_size=2, global_batch_size=16, train_iters=9)
+    >>> data_of(config)
+    Traceback (most recent call last):
+    megafn.pure.config.problems.ConfigError: data = None: give a DataConfig, or pass batches
+    """
+    if config.data is None:
+        raise ConfigError("data = None: give a DataConfig, or pass batches")
+    return config.data
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

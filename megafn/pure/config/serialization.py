@@ -50,6 +50,8 @@ def _plain_section(config: attrs.AttrsInstance, prefix: str) -> dict[str, Any]:
 def _plain(value: Any, path: str) -> Any:
     if isinstance(value, FamilyRecord):
         return value.name
+    if callable(value):
+        raise _not_for_a_file(path, value, "function")
     if attrs.has(type(value)):
         return _plain_section(value, f"{path}.")
     if isinstance(value, (list, tuple)):
@@ -58,8 +60,6 @@ def _plain(value: Any, path: str) -> Any:
         raise _not_for_a_file(path, value, "string that is not Unicode")
     if isinstance(value, (bool, int, float, str)):
         return value
-    if callable(value):
-        raise _not_for_a_file(path, value, "function")
     raise _not_for_a_file(path, value, f"value of type {type(value).__name__}")
 
 
@@ -88,11 +88,12 @@ def without_functions(config: Config) -> Config:
         value = getattr(config, attribute.name)
         if isinstance(value, FamilyRecord):
             changes[attribute.name] = value.name
-        elif attrs.has(type(value)):
-            changes[attribute.name] = without_functions(value)
         elif callable(value):
             changes[attribute.name] = None
-    return attrs.evolve(config, **changes)
+        elif attrs.has(type(value)):
+            changes[attribute.name] = without_functions(value)
+    # mypy cannot see that a subtype of AttrsInstance is an attrs class
+    return attrs.evolve(config, **changes)  # type: ignore[misc]
 
 
 # ---- From a dict
@@ -143,13 +144,17 @@ def _converter() -> Converter:
     return converter
 
 
-def _section_hook(cls: type, converter: Converter) -> Callable[[Any, FieldType], Any]:
+# (value, the type that it should have) -> the value with that type
+Structure = Callable[[Any, FieldType], Any]
+
+
+def _section_hook(cls: type, converter: Converter) -> Structure:
     """How a mapping becomes a config of class `cls`."""
-    structure = make_dict_structure_fn(cls, converter)
+    structure: Structure = make_dict_structure_fn(cls, converter)
     return functools.partial(_structured, structure=structure)
 
 
-def _structured(value: Any, kind: FieldType, structure: Callable[[Any, FieldType], Any]) -> Any:
+def _structured(value: Any, kind: FieldType, structure: Structure) -> Any:
     if not isinstance(value, Mapping):
         raise WrongType(value, kind)
     return structure(value, kind)

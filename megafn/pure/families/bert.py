@@ -6,6 +6,7 @@ from megafn.pure.config.records import DataConfig, ModelConfig
 from megafn.pure.config.rule import rule
 from megafn.pure.families.family_spec import FamilySpec
 from megafn.pure.families.gpt import no_relative_positions
+from megafn.pure.families.parameter_shapes import bert_parameter_shapes
 from megafn.pure.families.stages import ONE_STACK_RULES, one_stack_layout
 from megafn.pure.families.transformer import (
     initial_distribution,
@@ -96,4 +97,5 @@ BERT_SPEC = FamilySpec(
     initial_distribution=initial_distribution,
     sample_tokens=one_sequence_tokens,
     stage_layout=one_stack_layout,
+    parameter_shapes=bert_parameter_shapes,
 )

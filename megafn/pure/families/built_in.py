@@ -1,4 +1,4 @@
-"""The families that come with megafn, and what is asked of a config's family, whichever it is."""
+"""The built-in families, and functions that ask the family of a config."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def spec_of(model: ModelConfig) -> FamilySpec:
 
 
 def sample_tokens(model: ModelConfig) -> int:
-    """Tokens of one sample: of T5, those of encoder and decoder.
+    """Tokens of one sample; for T5, of encoder and decoder together.
 
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
     >>> sample_tokens(model)
@@ -60,6 +60,25 @@ def stage_layout(parallel: ParallelConfig, model: ModelConfig | None) -> StageLa
     if model is None:
         return one_stack_layout(parallel)
     return spec_of(model).stage_layout(parallel, model)
+
+
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the whole model, without padding of the vocabulary.
+
+    A tied output layer has none: it is the word table. Raises ConfigError if the family's spec does
+    not know them.
+
+    >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> parameter_shapes(model)["decoder.layers.1.mlp.linear_fc1.weight"]
+    (256, 64)
+    """
+    spec = spec_of(model)
+    if spec.parameter_shapes is None:
+        raise ConfigError(
+            f"model.family = {spec.name!r}: its FamilySpec does not say what parameters it has; "
+            "give it parameter_shapes"
+        )
+    return spec.parameter_shapes(model)
 
 
 def own_fields() -> dict[str, tuple[str, ...]]:

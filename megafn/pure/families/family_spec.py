@@ -51,6 +51,8 @@ class FamilySpec:
     sample_tokens(model): tokens of one sample.
     stage_layout(parallel, model): which pipeline stages hold what. Raises ValueError if there is
         none for this layout.
+    parameter_shapes(model): name and shape of every parameter of the whole model. None: not known,
+        and such a model cannot be planned or exported.
     """
 
     name: str
@@ -61,8 +63,9 @@ class FamilySpec:
     initial_distribution: Callable[[str, tuple[int, ...], ModelConfig], Constant | Normal | None]
     sample_tokens: Callable[[ModelConfig], int]
     stage_layout: Callable[[ParallelConfig, ModelConfig], StageLayout]
+    parameter_shapes: Callable[[ModelConfig], dict[str, tuple[int, ...]]] | None = None
 
     @property
     def spec(self) -> FamilySpec:
-        """Itself, so that a spec may stand wherever a family may."""
+        """Itself, so that a config accepts a spec in place of a family."""
         return self

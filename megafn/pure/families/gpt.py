@@ -5,6 +5,7 @@ from __future__ import annotations
 from megafn.pure.config.records import ModelConfig
 from megafn.pure.config.rule import rule
 from megafn.pure.families.family_spec import FamilySpec
+from megafn.pure.families.parameter_shapes import gpt_parameter_shapes
 from megafn.pure.families.stages import ONE_STACK_RULES, one_stack_layout
 from megafn.pure.families.transformer import (
     initial_distribution,
@@ -54,4 +55,5 @@ GPT_SPEC = FamilySpec(
     initial_distribution=initial_distribution,
     sample_tokens=one_sequence_tokens,
     stage_layout=one_stack_layout,
+    parameter_shapes=gpt_parameter_shapes,
 )

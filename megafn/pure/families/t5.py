@@ -6,6 +6,7 @@ from megafn.pure.config.records import DataConfig, ModelConfig, ParallelConfig
 from megafn.pure.config.rule import Rule, rule
 from megafn.pure.config.sequence_unit import sequence_unit
 from megafn.pure.families.family_spec import Constant, FamilySpec, Normal, StageLayout
+from megafn.pure.families.parameter_shapes import t5_parameter_shapes
 from megafn.pure.families.stages import RECOMPUTE, one_stack_layout, recompute_problem
 from megafn.pure.families.transformer import initial_distribution, layer_flops
 
@@ -92,7 +93,7 @@ def _half_problem(half: str, layers: int, pp: int, given: int | None) -> str | N
 def layers_fit_into_stages(
     layers: int, pp: int, split: int | None, decoder_layers: int | None
 ) -> str | None:
-    """Of the encoder; and of the decoder if it has as many because no number is given."""
+    """The encoder's layers, and the decoder's if it has as many because no number is given."""
     problem = _half_problem("encoder", layers, pp, split)
     if problem is None and decoder_layers is None:
         problem = _half_problem("decoder", layers, pp, split)
@@ -279,4 +280,5 @@ T5_SPEC = FamilySpec(
     initial_distribution=t5_initial_distribution,
     sample_tokens=t5_sample_tokens,
     stage_layout=t5_stage_layout,
+    parameter_shapes=t5_parameter_shapes,
 )

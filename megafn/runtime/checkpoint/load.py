@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -20,46 +20,42 @@ from attrs import frozen
 from safetensors import SafetensorError, safe_open
 
 from megafn.pure.checkpoint.boxes import Box, Index, overlap
-from megafn.pure.checkpoint.compatibility import resume_problems
+from megafn.pure.checkpoint.compatibility import data_problems, resume_problems
 from megafn.pure.config.problems import config_error
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.config.serialization import from_dict
+from megafn.pure.pretrained.pretrained import pretrained_from_dict
 from megafn.runtime.checkpoint.atomic_files import CheckpointError, find_damage, read_checksums
 from megafn.runtime.checkpoint.disk_format import FOLDER, FORMAT, MANIFEST, latest, tensor_key
 from megafn.runtime.checkpoint.state_boxes import fill_state, set_loss_scale
 from megafn.runtime.model.state import State, donate
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
-    broadcast_from_rank_zero,
+    call_on_rank_zero,
     gather_from_all_ranks,
 )
 
 
-def load(state: State, directory: str | Path) -> State:
+def load(state: State, directory: str | Path, *, data: Mapping[str, Any] | None = None) -> State:
     """The state of a checkpoint, in the layout of `state`, whose buffers are donated.
 
     Every rank calls it. directory: a checkpoint, or a folder of them, of which the newest complete
     one is read. It may have been written in any layout. Nothing in it is executed.
+    data: what the run reads, see `describe_data`; rank zero's is compared with the checkpoint's.
     Raises CheckpointError naming the file that is missing or altered, before the state is touched,
     OSError naming one that cannot be read, and ConfigError naming the field if the config is of
     another model or other data.
     """
     state.pg.check_open()
-    path = _checkpoint_at(Path(directory)) if state.pg.is_rank_zero else None
-    path = broadcast_from_rank_zero(path, state.pg)
+    path = call_on_rank_zero(partial(checkpoint_at, Path(directory)), state.pg)
     if path is None:
         raise CheckpointError(
             f"{directory} holds no complete checkpoint: name a folder that `save` wrote, or the "
             "one above it"
         )
-    loaded, _ = read_checkpoint(state, path)
-    return loaded
-
-
-def read_checkpoint(state: State, path: Path) -> tuple[State, dict[str, Any]]:
-    """`load` of the checkpoint at a path that every rank knows. Returns its manifest too."""
     manifest = verified_manifest(path, state.pg)
-    return load_verified(state, path, manifest), manifest
+    check_data(manifest, lambda: data, state)
+    return load_verified(state, path, manifest)
 
 
 def load_verified(state: State, path: Path, manifest: Mapping[str, Any]) -> State:
@@ -77,10 +73,12 @@ def load_verified(state: State, path: Path, manifest: Mapping[str, Any]) -> Stat
         consumed_samples=manifest["consumed_samples"],
         skipped_samples=manifest["skipped_samples"],
         grad_norms=tuple(manifest["grad_norms"]),
+        pretrained=pretrained_from_dict(manifest.get("pretrained")),  # older ones say nothing
     )
 
 
-def _checkpoint_at(directory: Path) -> Path | None:
+def checkpoint_at(directory: Path) -> Path | None:
+    """The checkpoint that a directory is, or the newest in it, or None if it holds none."""
     if FOLDER.fullmatch(directory.name) or (directory / MANIFEST).exists():
         return directory
     return latest(directory)
@@ -120,19 +118,56 @@ def verified_manifest(path: Path, pg: ProcessGroups) -> dict[str, Any]:
 def _verify_own_share(path: Path, pg: ProcessGroups) -> tuple[dict[str, Any], list[str]]:
     """The manifest, empty if damaged, and the problems of the files that this rank looks at."""
     try:
-        checksums = read_checksums(path)
+        manifest = read_manifest(path)
     except CheckpointError as error:
         return {}, [str(error)]
-    problem = find_damage(path / MANIFEST, checksums.get(MANIFEST))
+    return manifest, damaged_files(path, manifest, pg.rank, pg.world_size)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises CheckpointError if damaged, OSError as `find_damage`."""
+    problem = find_damage(path / MANIFEST, read_checksums(path).get(MANIFEST))
     if problem is not None:
-        return {}, [problem]
-    manifest = json.loads((path / MANIFEST).read_bytes())
-    names = sorted(manifest["files"])[pg.rank :: pg.world_size]
+        raise CheckpointError(problem)
+    return json.loads((path / MANIFEST).read_bytes())
+
+
+def damaged_files(path: Path, manifest: Mapping[str, Any], rank: int, world_size: int) -> list[str]:
+    """What is wrong with the files of tensors that are this rank's to verify.
+
+    Raises OSError as `find_damage`.
+    """
+    checksums = read_checksums(path)
+    names = sorted(manifest["files"])[rank::world_size]
     problems = [find_damage(path / name, checksums.get(name)) for name in names]
-    return manifest, [problem for problem in problems if problem is not None]
+    return [problem for problem in problems if problem is not None]
 
 
 # --------------------------------------------------------------------------------------- compare
+
+
+def check_data(
+    manifest: Mapping[str, Any], describe: Callable[[], Mapping[str, Any] | None], state: State
+) -> None:
+    """Raises ConfigError, on every rank, if a run's data is not what a manifest says of it.
+
+    describe: gives tokenizer and corpora of the run, see `describe_data`; None: not known. Rank
+    zero calls it, if the manifest says anything.
+    """
+    saved = manifest.get("data")
+    if saved:
+        call_on_rank_zero(partial(_compare_data, saved, describe, state.config), state.pg)
+
+
+def _compare_data(
+    saved: Mapping[str, Any],
+    describe: Callable[[], Mapping[str, Any] | None],
+    config: TrainConfig,
+) -> None:
+    now = describe()
+    problems = data_problems(saved, now, config) if now is not None else ()
+    if problems:
+        raise config_error(problems)
 
 
 def _check_config(manifest: Mapping[str, Any], config: TrainConfig) -> None:
@@ -179,10 +214,10 @@ def _fill(state: State, path: Path, manifest: Mapping[str, Any]) -> None:
     """Copy the checkpoint into the state. Raises CheckpointError, on every rank, if one fails."""
     problem = None
     try:
-        with _open_boxes(path, manifest["tensors"]) as reader:
+        with open_boxes(path, manifest["tensors"]) as reader:
             fill_state(
                 state,
-                partial(_copy_box, reader),
+                partial(copy_box, reader),
                 _kinds_by_name(manifest),
                 manifest["optimizer_step"],
             )
@@ -207,12 +242,13 @@ def _kinds_by_name(manifest: Mapping[str, Any]) -> Mapping[str, list[str]]:
 
 
 @contextlib.contextmanager
-def _open_boxes(path: Path, tensors: Mapping[str, Any]) -> Iterator[BoxReader]:
+def open_boxes(path: Path, tensors: Mapping[str, Any]) -> Iterator[BoxReader]:
+    """A reader of the tensors that a manifest lists, for the length of the `with`."""
     with contextlib.ExitStack() as closing:
         yield BoxReader(path=path, tensors=tensors, files={}, closing=closing)
 
 
-def _copy_box(reader: BoxReader, tensor: str, shape: Index, box: Box, target: torch.Tensor) -> None:
+def copy_box(reader: BoxReader, tensor: str, shape: Index, box: Box, target: torch.Tensor) -> None:
     """Copy a box of a whole tensor into `target`, from every stored box that overlaps it."""
     missing = prod(box[1])
     for file, *stored_box in _stored_boxes(reader, tensor, shape):
@@ -230,8 +266,8 @@ def _copy_box(reader: BoxReader, tensor: str, shape: Index, box: Box, target: to
 def _stored_boxes(reader: BoxReader, tensor: str, shape: Index) -> list[Any]:
     """[file, offset, size] of each stored box of a tensor, which must have the model's shape."""
     stored = reader.tensors.get(tensor)
-    stored_shape = "none" if stored is None else stored["shape"]
-    if stored_shape != list(shape):
+    if stored is None or stored["shape"] != list(shape):
+        stored_shape = "none" if stored is None else stored["shape"]
         raise CheckpointError(
             f"the model has {tensor} of shape {list(shape)}, the checkpoint {stored_shape}"
         )

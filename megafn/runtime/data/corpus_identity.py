@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -14,10 +15,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.sampling import epochs_in_words
-from megafn.runtime.data.corpora import Corpus, read_samples, samples_of_each
+from megafn.runtime.data.corpora import Corpus, corpora, tokenizer_of
+from megafn.runtime.data.datasets import read_samples, samples_of_each
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
-from megafn.runtime.text.tokenizer import identity_of, load_tokenizer
+from megafn.runtime.text.tokenizer import identity_of
 
 # Bytes of a file that its fingerprint looks at: whole files up to this size, else blocks of it.
 _BYTES_READ = 4 * 2**20
@@ -54,11 +56,15 @@ def identify(parts: Sequence[Corpus]) -> tuple[CorpusIdentity, ...]:
 
 def _fingerprint(prefix: str) -> str:
     """A digest of the sizes of an indexed dataset's two files, and of blocks all over them."""
+    return fingerprint_of({suffix: prefix + suffix for suffix in (".idx", ".bin")})
+
+
+def fingerprint_of(files: Mapping[str, str | Path]) -> str:
+    """A digest of files, given by what each is called in it: sizes, and blocks all over them."""
     digest = hashlib.sha256()
-    for suffix in (".idx", ".bin"):
-        path = prefix + suffix
+    for name, path in files.items():
         size = os.path.getsize(path)
-        digest.update(f"{suffix} {size} ".encode())
+        digest.update(f"{name} {size} ".encode())
         with open(path, "rb") as file:
             if size <= _BYTES_READ:
                 digest.update(file.read())
@@ -82,15 +88,18 @@ def check_same_corpora(
     for split, corpora_of_rank_zero in identities_by_rank[0].items():
         for i, expected in enumerate(corpora_of_rank_zero):
             others = {}
-            for rank, of_rank in enumerate(identities_by_rank):
-                corpora_of_split = of_rank.get(split, ())
-                identity = corpora_of_split[i] if i < len(corpora_of_split) else None
+            for rank, identities_of_rank in enumerate(identities_by_rank):
+                identity = _nth_or_none(identities_of_rank.get(split, ()), i)
                 if identity is None or identity.content != expected.content:
                     others[rank] = identity
             if others:
                 problems.append(_difference(split, expected, others))
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def _nth_or_none(identities: Sequence[CorpusIdentity], n: int) -> CorpusIdentity | None:
+    return identities[n] if n < len(identities) else None
 
 
 def _difference(
@@ -116,13 +125,18 @@ def _in_words(identity: CorpusIdentity | None) -> str:
 # ------------------------------------------------------------------- what a checkpoint says of them
 
 
-def describe_data(config: TrainConfig, parts: Sequence[Corpus]) -> dict[str, Any]:
+def describe_data(config: TrainConfig, parts: Sequence[Corpus] | None = None) -> dict[str, Any]:
     """The tokenizer and the corpora of a training run, as a checkpoint's manifest holds them.
 
     Of each corpus its identity, weight and how often it is read, which decides its order. For GPT
-    that is computed; the datasets of BERT and T5 are built to see it. No communication.
+    that is computed; the datasets of BERT and T5 are built to see it. No communication. A custom
+    loop calls it once, when it opens the data, and passes the result to `save` and `load`.
+    parts: the corpora of config.data's training split, if they were found before.
+    Raises ConfigError as `batches` does.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token)
+    if parts is None:
+        parts = corpora(config)
+    tokenizer = tokenizer_of(config)
     described = []
     counts = samples_of_each(config, parts, "train")
     for corpus, identity, samples in zip(parts, identify(parts), counts, strict=True):

@@ -11,7 +11,8 @@ from megatron.core.datasets.masked_dataset import MaskedWordPieceDataset
 
 from megafn.pure.config.family_record import family_name
 from megafn.pure.config.problems import ConfigError
-from megafn.pure.config.records import TrainConfig
+from megafn.pure.config.records import TrainConfig, data_of
+from megafn.runtime.families.family import dataset_settings
 from megafn.runtime.text.tokenizer import Tokenizer
 
 _ALL = 2**62  # samples: as many as one epoch has
@@ -55,7 +56,7 @@ def masked_settings(
     Raises ConfigError if the tokenizer lacks one of the special tokens, or the model's vocabulary
     does.
     """
-    data = config.data
+    data = data_of(config)
     missing = [name for name in special_tokens if getattr(tokenizer, name) in (None, ())]
     if missing:
         raise ConfigError(
@@ -66,8 +67,7 @@ def masked_settings(
     vocab_size = config.model.vocab_size
     _check_special_ids(config, tokenizer, special_tokens)
     return dict(
-        random_seed=config.seed,
-        sequence_length=config.model.seq_length,
+        **dataset_settings(config),
         # megatron-core marks padding by the pad id, in masks and token types too, which is right
         # only if that is 0; here it is -1, which no token has
         tokenizer=attrs.evolve(
@@ -77,9 +77,6 @@ def masked_settings(
             inv_vocab={i: token for i, token in tokenizer.inv_vocab.items() if i < vocab_size},
             additional_special_tokens_ids=sentinels_in_vocabulary(config, tokenizer),
         ),
-        blend=(["megafn"], None),
-        split="1",
-        path_to_cache="",  # as `gpt_data`
         masking_probability=data.mask_prob,
         short_sequence_probability=data.short_seq_prob,
         masking_do_full_word=True,
@@ -103,6 +100,6 @@ def _check_special_ids(
         if isinstance(token_id, int) and token_id >= vocab_size:
             raise ConfigError(
                 f"model.vocab_size = {vocab_size}: the {name} of data.tokenizer = "
-                f"{config.data.tokenizer!r} is id {token_id}; give {tokenizer.vocab_size}, or "
+                f"{tokenizer.name!r} is id {token_id}; give {tokenizer.vocab_size}, or "
                 "another tokenizer"
             )

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import attrs
 from attrs import define
@@ -38,7 +38,9 @@ def progress(total: int, start: int = 0) -> Iterator[Sink]:
     """
     from tqdm import tqdm
 
-    with tqdm(total=total, initial=start, unit="it", dynamic_ncols=True, bar_format=BAR) as bar:
+    stream = _LateErrors(sys.stderr)
+    options = {"unit": "it", "dynamic_ncols": True, "bar_format": BAR}
+    with tqdm(total=total, initial=start, file=stream, **options) as bar:
 
         def sink(metrics: Metrics) -> None:
             if metrics.valid is not None:
@@ -48,8 +50,49 @@ def progress(total: int, start: int = 0) -> Iterator[Sink]:
                 )
             bar.set_postfix_str(_line(metrics), refresh=False)
             bar.update(metrics.iteration - bar.n)
+            stream.raise_error()
 
         yield sink
+    stream.raise_error()
+
+
+@define(eq=False)
+class _LateErrors:
+    """A stream whose writes raise no OSError; `raise_error` raises the first one.
+
+    A bar whose stream raises keeps tqdm's lock forever, for which every other thread then waits.
+    """
+
+    stream: TextIO
+    error: OSError | None = None
+
+    def write(self, text: str) -> None:
+        self._attempt(lambda: self.stream.write(text))
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except OSError as error:
+            self.error = self.error or error
+
+    def raise_error(self) -> None:
+        error = self.error
+        self.error = None
+        if error is not None:
+            raise error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def __eq__(self, other: object) -> bool:
+        # as tqdm compares streams to know whether its bar stands where it is about to write
+        return other is self or other is self.stream
+
+    def __hash__(self) -> int:
+        return hash(self.stream)
 
 
 def _line(metrics: Metrics) -> str:
@@ -142,7 +185,7 @@ def open_sinks(
     """The sinks of a config, for a run from iteration `start` on; () on ranks other than zero.
 
     They are called every `log.interval` iterations, after the last one, and with each evaluation.
-    One that fails with an OSError, of a full disk say, is reported in a warning and called no more.
+    If one fails with an OSError (a full disk), that is a warning, and it is not called again.
     """
     log = config.log
     if not pg.is_rank_zero:
@@ -151,16 +194,16 @@ def open_sinks(
     opened = []
     if log.progress:
         bar = progress(config.iterations, start)
-        opened.append(_until_it_fails(bar, "log.progress = True: standard error"))
+        opened.append(_guarded(bar, "log.progress = True: standard error"))
     if log.tensorboard_dir is not None:
         where = f"log.tensorboard_dir = {log.tensorboard_dir!r}"
-        opened.append(_until_it_fails(_opened(tensorboard(log.tensorboard_dir), where), where))
+        opened.append(_guarded(_opened(tensorboard(log.tensorboard_dir), where), where))
     if log.jsonl is not None:
         where = f"log.jsonl = {log.jsonl!r}"
-        opened.append(_until_it_fails(_opened(jsonl(log.jsonl), where), where))
+        opened.append(_guarded(_opened(jsonl(log.jsonl), where), where))
     with contextlib.ExitStack() as stack:
         sinks = [stack.enter_context(sink) for sink in opened]
-        yield tuple(_now_and_then(sink, config) for sink in sinks)
+        yield tuple(_at_intervals(sink, config) for sink in sinks)
 
 
 @contextlib.contextmanager
@@ -177,8 +220,8 @@ def _opened(opening: contextlib.AbstractContextManager[Sink], where: str) -> Ite
 
 
 @contextlib.contextmanager
-def _until_it_fails(opening: contextlib.AbstractContextManager[Sink], where: str) -> Iterator[Sink]:
-    """A sink that is skipped from its first OSError on, which is a warning that says where."""
+def _guarded(opening: contextlib.AbstractContextManager[Sink], where: str) -> Iterator[Sink]:
+    """A sink that is not called again after an OSError, which becomes a warning that says where."""
     guard = _Guard(where)
     with _failure_as_warning(guard):
         sink = opening.__enter__()
@@ -219,7 +262,7 @@ def _failure_as_warning(guard: _Guard) -> Iterator[None]:
             )
 
 
-def _now_and_then(sink: Sink, config: TrainConfig) -> Sink:
+def _at_intervals(sink: Sink, config: TrainConfig) -> Sink:
     """A sink that leaves out the records between two intervals."""
 
     def thinned(metrics: Metrics) -> None:

@@ -6,9 +6,10 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,14 +102,23 @@ def world_size() -> int:
     """Number of processes of this run.
 
     That of torch's default process group, else WORLD_SIZE as torchrun sets it, else 1. Warns if
-    this process is one of several tasks of Slurm that were not told their ranks: each of them would
-    run alone.
+    this process is one of several tasks of Slurm without ranks: each of them would run alone.
     """
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     if "WORLD_SIZE" not in os.environ:
         _warn_of_tasks_without_ranks()
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is rank 0 of the run, also outside of process groups.
+
+    By torch's default process group, else by RANK as torchrun sets it; True without either.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _warn_of_tasks_without_ranks() -> None:
@@ -139,7 +149,8 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
     with _default_group(timeout), _every_group(groups, timeout) as group_of_ranks:
         cpu.hold_gloo_back()
         rank = dist.get_rank()
-        own_groups = {
+        # None for embd and pos_embd on the stages between; this rank is in one group of the rest.
+        own_groups: dict[str, Any] = {
             kind.name: group_of_ranks.get(group_of(groups, kind.name, rank)) for kind in GROUP_KINDS
         }
         lifetime = Lifetime()
@@ -202,7 +213,7 @@ def _every_group(
 
 
 def _megatron_collection(
-    own_groups: dict[str, dist.ProcessGroup | None],
+    own_groups: Mapping[str, dist.ProcessGroup | None],
 ) -> ProcessGroupCollection:
     """The same groups under the names that megatron-core reads."""
     collection = ProcessGroupCollection()

@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import get_model_config
 
-from megafn.pure.config.problems import ConfigError
+from megafn.pure.config.problems import ConfigError, Problem, config_error
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.layout import build_groups
 from megafn.pure.schedule import make_schedule
@@ -18,8 +18,10 @@ from megafn.runtime.families.build import build_chunk
 from megafn.runtime.model.layers import check_parallel_layers
 from megafn.runtime.model.optimizer import build_optimizer, complete_groups
 from megafn.runtime.model.state import State
+from megafn.runtime.model.weights import initialize_added_weights
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.megatron_context import megatron_context
+from megafn.runtime.parallel.object_collectives import errors_on_all_ranks
 from megafn.runtime.training.arguments import ModelFunction, OptimizerFunction
 from megafn.runtime.training.gradients import finalize_grads
 from megafn.runtime.training.model_checks import (
@@ -43,15 +45,37 @@ def setup(
     optimizer, the chunks wrapped in DistributedDataParallel; None: the one that
     config.optimizer.name names.
     Raises ConfigError if the config does not fit the layout, the groups are of another one, nothing
-    is trainable, or only some copies of a shared table are frozen.
+    is trainable, only some copies of a shared table are frozen, or checkpoint.pretrained is set,
+    which `train` reads. What the model function or prepare_model raises on one rank is raised on
+    every rank.
     """
+    pretrained = config.checkpoint.pretrained
+    if pretrained is not None:
+        remedy = (
+            "train reads it, setup does not; set it to None here and call "
+            f"mf.from_pretrained(mf.setup(config, pg), {pretrained!r})"
+        )
+        raise config_error([Problem("checkpoint.pretrained", pretrained, remedy)])
+    return build_state(config, pg, model=model, optimizer=optimizer)
+
+
+def build_state(
+    config: TrainConfig,
+    pg: ProcessGroups,
+    *,
+    model: ModelFunction | None = None,
+    optimizer: OptimizerFunction | None = None,
+) -> State:
+    """`setup` for callers that read checkpoint.pretrained themselves."""
     check(config, pg.world_size, cuda=pg.device.type == "cuda")
     _check_groups(config, pg)
     build = model or config.model_function or build_chunk
     with megatron_context(pg, config.seed, "setup"):
-        modules = [_build_chunk(build, config, pg, i) for i in range(config.parallel.vpp)]
+        with errors_on_all_ranks(pg):
+            modules = [_build_chunk(build, config, pg, i) for i in range(config.parallel.vpp)]
         check_frozen(modules, config, pg)
         for i, module in enumerate(modules):
+            initialize_added_weights(module, config.model, pg, config.seed)
             start_alike(module, config, pg)
             is_last = pg.is_last_stage and i == config.parallel.vpp - 1
             connect_frozen_parts(module, config, is_last=is_last)
