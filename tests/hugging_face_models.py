@@ -24,11 +24,12 @@ _T5 = dict(
     d_model=32,
     d_kv=10,
     d_ff=40,
-    num_layers=2,
+    num_layers=4,
     num_heads=4,
     relative_attention_num_buckets=8,
     relative_attention_max_distance=12,
     dropout_rate=0.0,
+    decoder_start_token_id=0,
 )
 _BERT = dict(
     hidden_size=32,
@@ -47,7 +48,32 @@ MODELS = {
     "qwen3": ("Qwen3ForCausalLM", _LLAMA | dict(head_dim=8)),
     "phi3": ("Phi3ForCausalLM", _LLAMA | dict(pad_token_id=0)),
     "starcoder2": ("Starcoder2ForCausalLM", _LLAMA | dict(sliding_window=None)),
+    "llama31": (
+        "LlamaForCausalLM",
+        _LLAMA
+        | dict(
+            rope_parameters=dict(
+                rope_type="llama3",
+                rope_theta=500.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=16,
+            )
+        ),
+    ),
+    "mistral": ("MistralForCausalLM", _LLAMA | dict(sliding_window=5)),
+    "smollm3": ("SmolLM3ForCausalLM", _LLAMA | dict(pad_token_id=0)),
+    "neox": (
+        "GPTNeoXForCausalLM",
+        _BERT | dict(rotary_pct=0.5, use_parallel_residual=True, tie_word_embeddings=False),
+    ),
     "bert": ("MegatronBertForMaskedLM", _BERT),
+    "t5": ("T5ForConditionalGeneration", _T5 | dict(feed_forward_proj="relu")),
+    "t5-1.1": (
+        "T5ForConditionalGeneration",
+        _T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    ),
 }
 
 
@@ -61,6 +87,9 @@ def make_model(name):
             setattr(config, field, 0.0)
     torch.manual_seed(1)
     model = model_class(config)
+    if name == "t5-1.1":
+        # transformers 5 ties a new one, and unties it if the file has two tables
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))

@@ -38,11 +38,19 @@ LAYOUTS = {
     "single": (1, {}),
     "tp2-sp": (2, dict(tp=2, sequence_parallel=True)),
     "pp2-vpp2": (2, dict(pp=2, vpp=2)),
+    "pp2": (2, dict(pp=2)),
     "cp2": (2, dict(cp=2)),
     "tp2-pp2-sp": (4, dict(tp=2, pp=2, sequence_parallel=True)),
     "tp2-cp2": (4, dict(tp=2, cp=2)),
 }
-EVERYWHERE = ("single", "tp2-sp", "tp2-pp2-sp")
+EVERYWHERE = ("single", "tp2-pp2-sp")
+# Those whose positions, windows or output layers a layout cuts in a way of its own.
+ALSO = {
+    "tp2-sp": ("qwen3", "phi3", "bert", "t5"),
+    "pp2-vpp2": ("smollm3", "llama-tied"),
+    "pp2": ("t5-1.1",),
+    "cp2": ("llama31", "mistral"),
+}
 
 
 # ----------------------------------------------------------------------------------- in the workers
@@ -97,7 +105,8 @@ def import_step_export(folder, jobs):
     results = []
     for name, layout, changes in jobs:
         config = train_config(folder / name, changes)
-        with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
+        groups = mf.build_groups(config.parallel, mf.world_size(), model=config.model)
+        with mf.init_groups(groups) as pg:
             step = mf.step_fn(config.model.family)
             with counted_reads():
                 state = mf.from_pretrained(mf.setup(config, pg), folder / name)
@@ -137,7 +146,8 @@ def test_logits_and_gradients_are_transformers_in_every_layout(n, sources, pool)
         (name, layout, changes)
         for layout, (processes, changes) in LAYOUTS.items()
         for name in MODELS
-        if processes == n and (layout in EVERYWHERE or name in ("llama", "gpt2"))
+        if processes == n
+        and (layout in EVERYWHERE or name in ("llama", "gpt2") or name in ALSO.get(layout, ()))
     ]
     ranks = pool(n, import_step_export, folder, jobs, timeout=240)
     for i, (name, layout, _) in enumerate(jobs):
