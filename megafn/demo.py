@@ -71,10 +71,15 @@ def halves(
 # --------------------------------------------------------------- what a model makes of text
 
 
+def tokenizer_of(config: mf.TrainConfig) -> mf.Tokenizer:
+    assert config.data is not None  # see demo_config
+    return mf.load_tokenizer(config.data.tokenizer)
+
+
 def continued(state: mf.State, count: int = 200) -> str:
     """How a GPT continues PROMPT."""
     config = state.config
-    tokenizer = mf.load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer_of(config)
     prompt = torch.tensor([tokenizer.encode(PROMPT).tolist()])
     tokens = mf.generate(state, prompt, count=count, temperature=0.7, seed=config.seed)
     return tokenizer.decode(tokens[0].numpy())
@@ -82,15 +87,17 @@ def continued(state: mf.State, count: int = 200) -> str:
 
 def filled_in(state: mf.State, count: int = 4) -> str:
     """Held-out rows as a BERT reads them (_ is a mask), what it fills in, and the true text."""
-    tokenizer = mf.load_tokenizer(state.config.data.tokenizer)
+    tokenizer = tokenizer_of(state.config)
     batch = next(of_text(state.config, state.pg, "valid"))
     text = batch["text"]
     is_masked = batch["loss_mask"] == 1
-    guesses = mf.logits(state, text).argmax(-1).cpu()
+    logits = mf.logits(state, text)
+    assert isinstance(logits, torch.Tensor)  # a tuple only with the head for sentence order
+    guesses = logits.argmax(-1).cpu()
     filled = guesses.where(is_masked, text)
     true = batch["labels"].where(is_masked, text)
     rows = zip(text[:count], filled, true, strict=False)
-    return side_by_side(tokenizer, rows, masks=[tokenizer.mask])
+    return side_by_side(tokenizer, rows, mask=tokenizer.mask)
 
 
 def written_on(state: mf.State, count: int = 4) -> str:
@@ -98,10 +105,11 @@ def written_on(state: mf.State, count: int = 4) -> str:
 
     The decoder sees the true bytes before the one that it guesses.
     """
-    tokenizer = mf.load_tokenizer(state.config.data.tokenizer)
+    tokenizer = tokenizer_of(state.config)
     batch = next(halves(state.config, state.pg, "valid"))
     with_logits = attrs.evolve(state.config, return_logits="every_stage")
     report = mf.evaluate(attrs.evolve(state, config=with_logits), [[batch]], mf.step_fn("t5"))
+    assert report.logits is not None  # they are sent to every stage
     (logits,) = report.logits
     guesses = logits.argmax(-1).cpu()
     rows = zip(batch["input_ids"][:count], guesses, batch["labels"], strict=False)
@@ -112,13 +120,14 @@ def side_by_side(
     tokenizer: mf.Tokenizer,
     rows: Iterable[tuple[torch.Tensor, ...]],
     *,
-    masks: Sequence[int] = (),
+    mask: int | None = None,
 ) -> str:
-    """Rows of ids (read, written, true) as three lines of text each; `masks` are shown as _."""
+    """Rows of ids (read, written, true) as three lines of text each; `mask` is shown as _."""
 
     def text(ids: torch.Tensor) -> str:
-        is_mask = torch.isin(ids, torch.tensor(masks))
-        return " ".join(tokenizer.decode(ids.where(~is_mask, ord("_")).numpy()).split())
+        if mask is not None:
+            ids = ids.where(ids != mask, ord("_"))
+        return " ".join(tokenizer.decode(ids.numpy()).split())
 
     return "\n".join(
         f"reads  {text(read)}\nwrites {text(written)}\nof     {text(true)}"
@@ -216,14 +225,11 @@ def draw(history: Sequence[mf.Metrics], baseline: float, path: Path) -> None:
     figure = Figure(figsize=(8, 8), layout="constrained")
     loss, lr, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     steps = [metrics.iteration for metrics in history]
-    evaluated = [metrics for metrics in history if metrics.valid is not None]
+    held_out = {
+        metrics.iteration: metrics.valid.loss for metrics in history if metrics.valid is not None
+    }
     loss.plot(steps, [metrics.loss for metrics in history], linewidth=0.9, label="training loss")
-    loss.plot(
-        [metrics.iteration for metrics in evaluated],
-        [metrics.valid.loss for metrics in evaluated],
-        "o-",
-        label="held-out loss",
-    )
+    loss.plot(list(held_out), list(held_out.values()), "o-", label="held-out loss")
     loss.axhline(
         baseline, color="grey", linestyle="--", linewidth=0.9, label="byte frequencies alone"
     )
@@ -237,12 +243,12 @@ def draw(history: Sequence[mf.Metrics], baseline: float, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def announcement(config: mf.TrainConfig, folder: str, world_size: int) -> str:
+def announcement(config: mf.TrainConfig, family: str, folder: str, world_size: int) -> str:
     model = config.model
     layers = model.num_layers + (model.num_decoder_layers or 0)
     return (
-        f"A {model.family.upper()} of {layers} layers x {model.hidden_size} learns English over "
-        f"{layout_name(config, world_size)}: {config.train_iters} iterations, some minutes.\n"
+        f"A {family.upper()} of {layers} layers x {model.hidden_size} learns English over "
+        f"{layout_name(config, world_size)}: {config.iterations} iterations, some minutes.\n"
         f"Logs and the picture go to {folder}/."
     )
 
@@ -252,23 +258,27 @@ def table(
     history: Sequence[mf.Metrics],
     *,
     untrained: mf.Report,
+    trained: mf.Report,
     baseline: float,
     seconds: float,
     folder: str,
     world_size: int,
 ) -> str:
-    """The run in a few lines; `untrained` is the evaluation before the first step."""
+    """The run in a few lines.
+
+    untrained, trained: the evaluations before the first step and after the last.
+    """
     first = history[0]
     last = history[-1]
     speed = sorted(metrics.tokens_per_second for metrics in history)[len(history) // 2]
-    tokens = config.global_batch_size * mf.sample_tokens(config.model) * config.train_iters
+    tokens = config.iterations * config.global_batch_size * mf.sample_tokens(config.model)
     rows = {
         "layout": layout_name(config, world_size),
         "tokens trained on": f"{tokens:,} ({speed:,.0f} a second, median)",
         "training loss": f"{first.loss:.3f} -> {last.loss:.3f} nats per predicted byte",
         "held-out loss": (
-            f"{untrained.loss:.3f} -> {last.valid.loss:.3f} nats per predicted byte "
-            f"(perplexity {last.valid.perplexity:.2f})"
+            f"{untrained.loss:.3f} -> {trained.loss:.3f} nats per predicted byte "
+            f"(perplexity {trained.perplexity:.2f})"
         ),
         "byte frequencies alone": (
             f"{baseline:.3f} nats per byte (unigram entropy of what is predicted)"
@@ -299,7 +309,7 @@ def demo(*, folder: str | None = None, iterations: int | None = None, family: st
     with mf.init_groups(groups) as pg:
         state = mf.setup(config, pg)
         if pg.is_rank_zero:
-            print(announcement(config, folder, world_size), flush=True)
+            print(announcement(config, family, folder, world_size), flush=True)
         sample_before = chosen.sample(state)
         held_out = tuple(chosen.batches(config, pg, "valid"))
         untrained = mf.evaluate(state, [held_out], step)
@@ -316,10 +326,13 @@ def demo(*, folder: str | None = None, iterations: int | None = None, family: st
         baseline = entropy(labels_of(held_out, config, pg))
 
     draw(history, baseline, Path(folder, "curves.png"))
+    trained = history[-1].valid
+    assert trained is not None  # fit evaluates after the last iteration
     summary = table(
         config,
         history,
         untrained=untrained,
+        trained=trained,
         baseline=baseline,
         seconds=time.perf_counter() - started,
         folder=folder,

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import attrs
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
 
 import megafn as mf
 from bert_rows import bert_rows
@@ -330,6 +332,14 @@ class Full(io.StringIO):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def tqdm_lock_is_free():
+    """Whether this thread could draw a bar: tqdm has one lock for all threads."""
+    acquired = [lock.acquire(True, 5) for lock in tqdm.get_lock().locks]
+    if all(acquired):
+        tqdm.get_lock().release()
+    return all(acquired)
+
+
 def test_a_progress_bar_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
     made = config(tmp_path, log=mf.LogConfig(progress=True))
     with pytest.warns(UserWarning) as caught:
@@ -337,6 +347,8 @@ def test_a_progress_bar_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch
         assert mf.train(made, batches=loader(40)).iteration == 6
     assert mf.latest(tmp_path).name == "iteration-00000006"
     assert sum("standard error" in str(warning.message) for warning in caught) == 1
+    with ThreadPoolExecutor(1) as another_thread:
+        assert another_thread.submit(tqdm_lock_is_free).result()
 
 
 def test_a_log_that_cannot_be_opened_is_refused_before_the_first_step(tmp_path):

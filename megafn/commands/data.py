@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-import attrs
-
 import megafn as mf
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    fields = attrs.fields(mf.DataConfig)
+    defaults = mf.DataConfig(train="")
     parser.add_argument(
         "text", help="documents separated by form feeds, or one JSON object a line; possibly .gz"
     )
@@ -22,7 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokenizer",
-        default=fields.tokenizer.default,
+        default=defaults.tokenizer,
         help="bytes, or the path of a tokenizer.json (default: %(default)s)",
     )
     parser.add_argument(
@@ -31,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--split",
-        default=",".join(f"{weight:g}" for weight in fields.split.default),
+        default=",".join(f"{weight:g}" for weight in defaults.split),
         help="weights of train, valid and test; each document is divided (default: %(default)s)",
     )
     parser.add_argument(
@@ -41,7 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--json-key",
-        default=fields.json_key.default,
+        default=defaults.json_key,
         help="key of the text in each JSON object (default: %(default)s)",
     )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import attrs
-
+from megafn.pure.config.field_types import default_of
 from megafn.pure.config.problems import ConfigError, Problem, config_error
 from megafn.pure.config.records import DataConfig
 
@@ -66,7 +65,7 @@ def _data_config(arguments: Mapping[str, Any]) -> DataConfig:
     return DataConfig(
         train=paths if isinstance(paths, str) else _blend(paths),
         split=weights(split),
-        sampler=arguments.get("dataloader_type") or attrs.fields(DataConfig).sampler.default,
+        sampler=arguments.get("dataloader_type") or default_of(DataConfig, "sampler"),
     )
 
 

@@ -37,12 +37,12 @@ from megafn.pure.accelerate.sources import (
     sequence_lengths,
     with_effect,
 )
-from megafn.pure.config.field_types import has_type, section_types, type_problem
+from megafn.pure.config.field_types import default_of, has_type, section_types, type_problem
 from megafn.pure.config.problems import Problem, choice_problem, config_error, did_you_mean
 from megafn.pure.config.records import DataConfig, TrainConfig
 from megafn.pure.validation.validate import validate
 
-_DEFAULT_SEED: int = attrs.fields(TrainConfig).seed.default
+_DEFAULT_SEED: int = default_of(TrainConfig, "seed")
 
 # Arguments of `from_plugin` that are plain values, with their types.
 _ARGUMENTS: dict[str, type] = {

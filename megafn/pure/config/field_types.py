@@ -1,4 +1,4 @@
-"""The types of config fields: each field with its type, whether a value has it, a type in words."""
+"""The fields of configs and their types: whether a value has a type, a type in words, a default."""
 
 from __future__ import annotations
 
@@ -58,6 +58,16 @@ def section_types(cls: type) -> dict[str, type]:
     """
     kinds = get_type_hints(cls)
     return {name: _sections_in(kind)[0] for name, kind in kinds.items() if is_section(kind)}
+
+
+def default_of(cls: type[attrs.AttrsInstance], field: str) -> Any:
+    """The default of a field of a config class.
+
+    >>> from megafn.pure.config.records import DataConfig
+    >>> default_of(DataConfig, "sampler")
+    'single'
+    """
+    return attrs.fields_dict(cls)[field].default
 
 
 def is_section(kind: FieldType) -> bool:

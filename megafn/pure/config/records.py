@@ -12,6 +12,7 @@ from typing import Any
 from attrs import frozen
 
 from megafn.pure.config.family_record import FamilyRecord
+from megafn.pure.config.problems import ConfigError
 
 # Types of the fields that hold functions. No file holds a function: set these fields in code.
 # `Any` stands for types of torch and of `megafn.runtime`, which `megafn.pure` does not import.
@@ -440,6 +441,20 @@ class TrainConfig:
         if self.train_iters is not None:
             return self.train_iters
         return (self.train_samples or 0) // self.global_batch_size
+
+
+def data_of(config: TrainConfig) -> DataConfig:
+    """The corpora of a config. Raises ConfigError if it has none.
+
+    >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> config = TrainConfig(model=model, micro_batch_size=2, global_batch_size=16, train_iters=9)
+    >>> data_of(config)
+    Traceback (most recent call last):
+    megafn.pure.config.problems.ConfigError: data = None: give a DataConfig, or pass batches
+    """
+    if config.data is None:
+        raise ConfigError("data = None: give a DataConfig, or pass batches")
+    return config.data
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

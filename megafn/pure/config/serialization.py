@@ -92,7 +92,8 @@ def without_functions(config: Config) -> Config:
             changes[attribute.name] = without_functions(value)
         elif callable(value):
             changes[attribute.name] = None
-    return attrs.evolve(config, **changes)
+    # mypy cannot see that a subtype of AttrsInstance is an attrs class
+    return attrs.evolve(config, **changes)  # type: ignore[misc]
 
 
 # ---- From a dict
@@ -143,13 +144,17 @@ def _converter() -> Converter:
     return converter
 
 
-def _section_hook(cls: type, converter: Converter) -> Callable[[Any, FieldType], Any]:
+# (value, the type that it should have) -> the value with that type
+Structure = Callable[[Any, FieldType], Any]
+
+
+def _section_hook(cls: type, converter: Converter) -> Structure:
     """How a mapping becomes a config of class `cls`."""
-    structure = make_dict_structure_fn(cls, converter)
+    structure: Structure = make_dict_structure_fn(cls, converter)
     return functools.partial(_structured, structure=structure)
 
 
-def _structured(value: Any, kind: FieldType, structure: Callable[[Any, FieldType], Any]) -> Any:
+def _structured(value: Any, kind: FieldType, structure: Structure) -> Any:
     if not isinstance(value, Mapping):
         raise WrongType(value, kind)
     return structure(value, kind)

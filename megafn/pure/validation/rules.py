@@ -13,16 +13,15 @@ from functools import partial
 from math import inf
 from typing import Any
 
-import attrs
-
-from megafn.pure.config.records import DataConfig
+from megafn.pure.config.field_types import default_of
+from megafn.pure.config.records import DataConfig, ParameterCondition
 from megafn.pure.config.rule import Rule, rule
 from megafn.pure.config.sequence_unit import sequence_unit
 from megafn.pure.layout import order_problem
 from megafn.pure.optimizers import OPTIMIZERS, readers, refusal, refused_fields
 from megafn.pure.schedule import DECAYS, WEIGHT_DECAY_INCR_STYLES, WSD_DECAY_STYLES
 
-_DEFAULT_SPLIT: tuple[float, ...] = attrs.fields(DataConfig).split.default
+_DEFAULT_SPLIT: tuple[float, ...] = default_of(DataConfig, "split")
 
 # What a string may be.
 CHOICES = {
@@ -527,14 +526,14 @@ optimizers_refuse_fields = tuple(
 
 
 @rule("optimizer.lr_mult", "optimizer.lr_scale_cond")
-def lr_mult_has_parameters(mult: float, condition: Callable | None) -> str | None:
+def lr_mult_has_parameters(mult: float, condition: ParameterCondition | None) -> str | None:
     if mult != 1 and condition is None:
         return "nothing says which parameters it is for; give lr_scale_cond or leave it out"
     return None
 
 
 @rule("optimizer.lr_scale_cond", "optimizer.lr_mult")
-def lr_scale_cond_has_a_factor(condition: Callable | None, mult: float) -> str | None:
+def lr_scale_cond_has_a_factor(condition: ParameterCondition | None, mult: float) -> str | None:
     if condition is not None and mult == 1:
         return "it has no effect with lr_mult = 1; give another lr_mult or leave it out"
     return None

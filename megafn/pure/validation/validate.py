@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import attrs
-
-from megafn.pure.config.field_types import all_fields, has_type, type_in_words
+from megafn.pure.config.field_types import all_fields, default_of, has_type, type_in_words
 from megafn.pure.config.problems import Problem, config_error, did_you_mean
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.config.rule import Rule
@@ -165,4 +163,4 @@ def _concern_the_schedule(paths: set[str]) -> bool:
 
 def _default(config: TrainConfig, path: str) -> object:
     section, name = path.split(".")
-    return getattr(attrs.fields(type(getattr(config, section))), name).default
+    return default_of(type(getattr(config, section)), name)

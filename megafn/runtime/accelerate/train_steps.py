@@ -139,8 +139,8 @@ def _call_as_accelerate(step: Any, method: str, offered: Mapping[str, Any]) -> A
 
 
 def _batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Batch:
-    batch = {key: torch.as_tensor(value) for key, value in raw.items()}
-    batch = family_of(config.model.family).train_step_calls.batch(batch)
+    tensors = {key: torch.as_tensor(value) for key, value in raw.items()}
+    batch = family_of(config.model.family).train_step_calls.batch(tensors)
     return {key: value.to(pg.device, non_blocking=True) for key, value in batch.items()}
 
 

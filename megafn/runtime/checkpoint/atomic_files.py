@@ -14,7 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from attrs import frozen
 
@@ -108,11 +107,11 @@ def _safetensors_header(
     return len(text).to_bytes(8, "little") + text
 
 
-def _tensor_bytes(tensor: torch.Tensor) -> numpy.ndarray:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _write_blocks(path: Path, blocks: Iterable[bytes | numpy.ndarray]) -> str:
+def _write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
     digest = hashlib.sha256()
     with open(path, "xb") as file:
         for block in blocks:

@@ -14,6 +14,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import attrs
@@ -62,11 +63,10 @@ def open_autosave(state: State, data: Mapping[str, Any] | None = None) -> Iterat
     cannot be saved.
     """
     settings = state.config.checkpoint
+    listening: contextlib.AbstractContextManager[list[int]] = contextlib.nullcontext([])
     if settings.directory is not None:
         check_buffers(state)  # now, not when the first checkpoint is due
         listening = _received_signals()
-    else:
-        listening = contextlib.nullcontext([])
     with listening as signals:
         yield Autosave(
             settings=settings,
@@ -86,14 +86,15 @@ def save_if_due(
     else that can fail. If a checkpoint cannot be written, rank zero warns and training continues.
     """
     settings = autosave.settings
-    if settings.directory is None:
+    directory = settings.directory
+    if directory is None:
         return autosave
     if batch is not None and state.pg.is_rank_zero:
         autosave = attrs.evolve(autosave, last_batch=batch)
     if (ended or _interval_is_over(state)) and state.iteration != autosave.newest:
         autosave = _finish(autosave)
         asynchronous = settings.asynchronous and not ended
-        autosave = _begin(autosave, state, asynchronous=asynchronous, last_chance=False)
+        autosave = _begin(autosave, state, directory, asynchronous=asynchronous, last_chance=False)
     if ended or not settings.asynchronous:
         autosave = _finish(autosave)
     return autosave
@@ -105,7 +106,8 @@ def save_on_signal(autosave: Autosave, state: State) -> Autosave:
     Every rank calls it at the end of each iteration; this is also where a save in the background
     is finished. If a checkpoint cannot be written after a signal, that is a CheckpointError.
     """
-    if autosave.settings.directory is None:
+    directory = autosave.settings.directory
+    if directory is None:
         return autosave
     signal_number, is_writing = _largest_of_all_ranks(autosave)
     if not is_writing:
@@ -114,7 +116,7 @@ def save_on_signal(autosave: Autosave, state: State) -> Autosave:
         return autosave
     autosave = _finish(autosave)
     if state.iteration != autosave.newest:
-        autosave = _begin(autosave, state, asynchronous=False, last_chance=True)
+        autosave = _begin(autosave, state, directory, asynchronous=False, last_chance=True)
         autosave = _finish(autosave, last_chance=True)
     _leave(autosave, state, signal_number)
 
@@ -146,15 +148,17 @@ def _reason_to_leave(autosave: Autosave) -> int:
 
 def _interval_is_over(state: State) -> bool:
     interval = state.config.checkpoint.interval
-    return bool(interval) and state.iteration % interval == 0
+    return interval is not None and state.iteration % interval == 0
 
 
-def _begin(autosave: Autosave, state: State, *, asynchronous: bool, last_chance: bool) -> Autosave:
+def _begin(
+    autosave: Autosave, state: State, directory: str, *, asynchronous: bool, last_chance: bool
+) -> Autosave:
     last_batch = autosave.last_batch
     try:
         saving = begin_save(
             state,
-            autosave.settings.directory,
+            directory,
             asynchronous=asynchronous,
             last_sample=None if last_batch is None else first_sample(last_batch),
             data=autosave.data,
@@ -172,7 +176,7 @@ def _finish(autosave: Autosave, *, last_chance: bool = False) -> Autosave:
     if autosave.saving is None:
         return autosave
     try:
-        finish_save(autosave.saving)
+        folder = finish_save(autosave.saving)
     except CheckpointError as error:
         if last_chance:
             raise
@@ -180,7 +184,7 @@ def _finish(autosave: Autosave, *, last_chance: bool = False) -> Autosave:
         # no checkpoint has this iteration now; the next occasion to save it is taken
         return attrs.evolve(autosave, saving=None, newest=_NO_ITERATION)
     if autosave.pg.is_rank_zero:
-        _delete_old_checkpoints(autosave.settings)
+        _delete_old_checkpoints(folder.parent, autosave.settings)
     return attrs.evolve(autosave, saving=None)
 
 
@@ -193,12 +197,12 @@ def _warn_of_failure(error: CheckpointError, pg: ProcessGroups) -> None:
         )
 
 
-def _delete_old_checkpoints(settings: CheckpointConfig) -> None:
+def _delete_old_checkpoints(directory: Path, settings: CheckpointConfig) -> None:
     """Delete the checkpoints that are not kept.
 
     Each loses its name first, so that half of one is never taken for a whole one.
     """
-    paths = checkpoints(settings.directory)
+    paths = checkpoints(directory)
     kept = iterations_to_keep(paths, keep_last=settings.keep_last, keep_every=settings.keep_every)
     for iteration in paths.keys() - kept:
         path = paths[iteration]

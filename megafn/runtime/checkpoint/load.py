@@ -247,8 +247,8 @@ def copy_box(reader: BoxReader, tensor: str, shape: Index, box: Box, target: tor
 def _stored_boxes(reader: BoxReader, tensor: str, shape: Index) -> list[Any]:
     """[file, offset, size] of each stored box of a tensor, which must have the model's shape."""
     stored = reader.tensors.get(tensor)
-    stored_shape = "none" if stored is None else stored["shape"]
-    if stored_shape != list(shape):
+    if stored is None or stored["shape"] != list(shape):
+        stored_shape = "none" if stored is None else stored["shape"]
         raise CheckpointError(
             f"the model has {tensor} of shape {list(shape)}, the checkpoint {stored_shape}"
         )

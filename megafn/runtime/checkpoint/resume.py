@@ -15,7 +15,7 @@ from typing import Any
 
 from megafn.pure.checkpoint.compatibility import data_problems
 from megafn.pure.config.problems import ConfigError, Problem, config_error
-from megafn.pure.config.records import CheckpointConfig, num_micro_batches
+from megafn.pure.config.records import CheckpointConfig, data_of, num_micro_batches
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.checkpoint.disk_format import checkpoint_around, checkpoints
 from megafn.runtime.checkpoint.load import load_verified, verified_manifest
@@ -34,13 +34,12 @@ def check_directory(settings: CheckpointConfig) -> None:
     """Raises ConfigError if the run cannot save there, or must not resume from what is there."""
     if settings.directory is None:
         return
-    remedy = _directory_remedy(settings)
+    remedy = _directory_remedy(Path(settings.directory), settings)
     if remedy is not None:
         raise config_error([Problem("checkpoint.directory", settings.directory, remedy)])
 
 
-def _directory_remedy(settings: CheckpointConfig) -> str | None:
-    directory = Path(settings.directory)
+def _directory_remedy(directory: Path, settings: CheckpointConfig) -> str | None:
     checkpoint = checkpoint_around(directory)
     if checkpoint is not None:
         return f"{checkpoint} is a checkpoint; name the run's folder, the one above it"
@@ -90,7 +89,7 @@ def _load_newest(state: State) -> tuple[State, Mapping[str, Any]]:
     pg = state.pg
     if settings.directory is None:
         return state, {}
-    paths = None
+    paths: list[Path] = []
     if pg.is_rank_zero:
         _remove_leftovers(Path(settings.directory))
         paths = list(reversed(checkpoints(settings.directory).values()))
@@ -209,7 +208,7 @@ def _data_problem(state: State, last_sample: int) -> str | None:
         "order is another (the order of a text read more than once depends on the run's length); "
         "give the data that the run began with"
     )
-    return str(Problem("data.train", config.data.train, remedy))
+    return str(Problem("data.train", data_of(config).train, remedy))
 
 
 def _skip_batches(

@@ -103,11 +103,11 @@ def begin_save(
         stage=pg.place.pp,
         step=adam_step(state),
         holdings=_holdings(boxes),
-        room=_make_room(folder) if pg.is_rank_zero else None,
+        room=_make_room(folder) if pg.is_rank_zero else Room(),
     )
     listings = gather_from_all_ranks(listing, pg, during=_in_words(folder))
     room = listings[0].room
-    if room.problem is not None:
+    if room.hidden is None:
         raise CheckpointError(room.problem)
 
     plan = plan_writes([(listing.stage, listing.holdings) for listing in listings])
@@ -149,7 +149,7 @@ def _in_words(folder: Path) -> str:
 
 @frozen(kw_only=True)
 class Room:
-    """The hidden folder that rank zero made, or why there is none."""
+    """The hidden folder that rank zero made, or why it could not; neither on other ranks."""
 
     hidden: Path | None = None
     problem: str | None = None
@@ -162,12 +162,12 @@ class Listing:
     stage: int  # pipeline stage
     step: int | None  # see `adam_step`
     holdings: Sequence[Holding]
-    room: Room | None  # rank zero only
+    room: Room
 
 
 def _boxes_by_key(state: State) -> dict[str, StateBox]:
     """What this rank holds, once: chunks of one stage may share a table."""
-    boxes = {}
+    boxes: dict[str, StateBox] = {}
     for box in state_boxes(state):
         boxes.setdefault(tensor_key(box.tensor, box.box[0]), box)
     return boxes

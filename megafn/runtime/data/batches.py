@@ -7,13 +7,13 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from attrs import field, frozen
 
 from megafn.pure.config.problems import ConfigError
-from megafn.pure.config.records import TrainConfig
+from megafn.pure.config.records import TrainConfig, data_of
 from megafn.pure.sampling import batch_indices
 from megafn.runtime.data.corpora import build_dataset
 from megafn.runtime.parallel.groups import ProcessGroups
@@ -25,6 +25,14 @@ T = TypeVar("T")
 _TOKEN_IDS = ("tokens", "text", "text_enc", "text_dec", "labels")
 
 
+class Samples(Protocol):
+    """The samples of a split, each the tensors of one sequence."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, torch.Tensor]: ...
+
+
 def batches(
     config: TrainConfig,
     pg: ProcessGroups,
@@ -32,7 +40,7 @@ def batches(
     split: str = "train",
     consumed_samples: int | None = None,
     count: int | None = None,
-    dataset: torch.utils.data.Dataset | None = None,
+    dataset: Samples | None = None,
 ) -> Iterator[tuple[dict[str, torch.Tensor], ...]]:
     """This data-parallel rank's share of each global batch: a tuple of micro-batches.
 
@@ -73,7 +81,7 @@ def batches(
         pin=torch.cuda.is_available(),
     )
     global_batches = (tuple(map(read, share)) for share in shares)
-    return prefetched(global_batches, config.data.prefetch)
+    return prefetched(global_batches, data_of(config).prefetch)
 
 
 def _shares(
@@ -91,7 +99,7 @@ def _shares(
         count = remaining if count is None else min(count, remaining)
     elif count is None:
         count = config.eval_iters
-    style = config.data.sampler if split == "train" else "single"
+    style = data_of(config).sampler if split == "train" else "single"
     if style == "single":
         # enough for the run: indices beyond the dataset start over, see _read_micro_batch
         samples = max(batch_size, consumed_samples + count * batch_size)
@@ -109,7 +117,7 @@ def _shares(
 
 
 def _read_micro_batch(
-    dataset: torch.utils.data.Dataset,
+    dataset: Samples,
     indices: Sequence[int],
     *,
     split: str,

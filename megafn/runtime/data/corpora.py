@@ -13,7 +13,6 @@ from functools import partial
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from attrs import frozen
 from megatron.core.datasets import blended_dataset, gpt_dataset
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
@@ -22,7 +21,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megafn.pure.config.problems import ConfigError
-from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig
+from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig, data_of
 from megafn.runtime.families.built_in import FAMILIES, family_of
 from megafn.runtime.families.family import FamilyData
 from megafn.runtime.text.cache import indexed_text
@@ -52,6 +51,12 @@ def _family_data(config: TrainConfig) -> FamilyData:
             "have; choose one of them, or pass batches"
         )
     return family.data
+
+
+def tokenizer_of(config: TrainConfig) -> Tokenizer:
+    """The tokenizer that the config's data names. Raises ConfigError if it has no data."""
+    data = data_of(config)
+    return load_tokenizer(data.tokenizer, eod_token=data.eod_token)
 
 
 @frozen(kw_only=True)
@@ -113,12 +118,10 @@ def corpora(
 
     Raises ConfigError naming the source that is missing, truncated or too short for one sequence.
     """
-    data = config.data
-    if data is None:
-        raise ConfigError("data = None: give a DataConfig, or pass batches")
+    data = data_of(config)
     if split not in SPLITS:
         raise ConfigError(f"split = {split!r}: choose one of {', '.join(SPLITS)}")
-    tokenizer = tokenizer or load_tokenizer(data.tokenizer, eod_token=data.eod_token)
+    tokenizer = tokenizer or tokenizer_of(config)
     split_source = _split_source(data, split)
     _check_weights(split_source)
     return tuple(
@@ -499,7 +502,7 @@ def _last_token(path: str, dtype: np.dtype) -> int:
 
 def build_dataset(
     config: TrainConfig, split: str = "train", parts: Sequence[Corpus] | None = None
-) -> torch.utils.data.Dataset:
+) -> MegatronDataset | blended_dataset.BlendedDataset:
     """The samples of one split as megatron-core's dataset: index -> dict of one sequence's tensors.
 
     For training with the sampler "single" it has as many samples as the run reads, a short corpus
@@ -510,9 +513,7 @@ def build_dataset(
     parts: the split's corpora, if they were found before. The files stay open, so the dataset is
     the same if they are replaced or removed.
     """
-    tokenizer = None
-    if config.data is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token)
+    tokenizer = tokenizer_of(config)
     if parts is None:
         parts = corpora(config, split, tokenizer=tokenizer)
     kind, mcore = _family_data(config).dataset(config, tokenizer)
@@ -545,7 +546,7 @@ def samples_of_each(
 
 def _size_of_blend(config: TrainConfig, parts: Sequence[Corpus], split: str) -> int | None:
     """Samples of all corpora together; None: one epoch of each."""
-    if split == "train" and config.data.sampler == "single":
+    if split == "train" and data_of(config).sampler == "single":
         return config.iterations * config.global_batch_size
     if len(parts) == 1 or parts[0].weight is None:
         return None
@@ -563,8 +564,7 @@ def read_samples(
     config: TrainConfig, split: str
 ) -> tuple[type[MegatronDataset], Callable[[Corpus, int | None], MegatronDataset]]:
     """megatron-core's class for a family's corpora, and (corpus, samples or None) -> dataset."""
-    tokenizer = load_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token)
-    kind, mcore = _family_data(config).dataset(config, tokenizer)
+    kind, mcore = _family_data(config).dataset(config, tokenizer_of(config))
 
     def read(corpus: Corpus, samples: int | None) -> MegatronDataset:
         with _without_cache_warnings():

@@ -15,10 +15,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.sampling import epochs_in_words
-from megafn.runtime.data.corpora import Corpus, read_samples, samples_of_each
+from megafn.runtime.data.corpora import Corpus, read_samples, samples_of_each, tokenizer_of
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
-from megafn.runtime.text.tokenizer import identity_of, load_tokenizer
+from megafn.runtime.text.tokenizer import identity_of
 
 # Bytes of a file that its fingerprint looks at: whole files up to this size, else blocks of it.
 _BYTES_READ = 4 * 2**20
@@ -127,13 +127,12 @@ def describe_data(config: TrainConfig, parts: Sequence[Corpus]) -> dict[str, Any
     Of each corpus its identity, weight and how often it is read, which decides its order. For GPT
     that is computed; the datasets of BERT and T5 are built to see it. No communication.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer, eod_token=config.data.eod_token)
     described = []
     counts = samples_of_each(config, parts, "train")
     for corpus, identity, samples in zip(parts, identify(parts), counts, strict=True):
         epochs = _epochs(config, corpus, samples)
         described.append({**attrs.asdict(identity), "weight": corpus.weight, "epochs": epochs})
-    return {"tokenizer": attrs.asdict(identity_of(tokenizer)), "corpora": described}
+    return {"tokenizer": attrs.asdict(identity_of(tokenizer_of(config))), "corpora": described}
 
 
 def _epochs(config: TrainConfig, corpus: Corpus, samples: int | None) -> str:

@@ -49,7 +49,7 @@ def _fingerprint_of_tensor(tensor: torch.Tensor, start: int) -> int:
     start = zlib.crc32(repr(data.shape).encode(), start)
     if data.numel() == 0:
         return start
-    return zlib.crc32(data.flatten().view(torch.uint8).numpy(), start)
+    return zlib.crc32(data.flatten().view(torch.uint8).numpy().data, start)
 
 
 def first_sample(batch: Iterable[Any]) -> int:

@@ -36,7 +36,7 @@ from megafn.runtime.families.batch_checks import (
     unknown_keys,
     zeros_and_ones,
 )
-from megafn.runtime.families.family import Family, FamilyData, TrainStepCalls
+from megafn.runtime.families.family import DatasetAndConfig, Family, FamilyData, TrainStepCalls
 from megafn.runtime.families.masked_data import masked_settings, sample_index
 from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.chunk import Chunk, ChunkFunctions, ChunkPlan
@@ -46,7 +46,6 @@ from megafn.runtime.model.parts import (
     one_stack_block,
     one_stack_hidden,
     output_layer,
-    rotary_embedding,
     tie_word_tables,
     token_embedding,
     vocabulary_logits,
@@ -343,7 +342,6 @@ def bert_modules(plan: ChunkPlan) -> dict[str, torch.nn.Module | None]:
     modules: dict[str, torch.nn.Module | None] = {}
     if plan.pre_process:
         modules["embedding"] = token_embedding(plan)
-    modules["rotary"] = rotary_embedding(plan)
     modules["encoder"] = one_stack_block(plan, layer)
     if plan.post_process:
         modules |= _heads(plan)
@@ -436,7 +434,7 @@ class BertDataset(BERTMaskedWordPieceDataset):
         return row | {"padding_mask": real, "types": row["types"] * real}
 
 
-def bert_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
+def bert_data(config: TrainConfig, tokenizer: Tokenizer) -> DatasetAndConfig:
     """The dataset class for masked tokens, and its config.
 
     As Megatron-LM's pretrain_bert, runs of up to three tokens or words.

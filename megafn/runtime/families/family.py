@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from attrs import frozen
+from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
+from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from megafn.pure.config.records import ModelConfig, TrainConfig
 from megafn.pure.families.family_spec import FamilySpec
@@ -14,6 +16,9 @@ from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.chunk import ChunkFunctions
 from megafn.runtime.model.losses import cross_entropy
 from megafn.runtime.text.tokenizer import Tokenizer
+
+# megatron-core's dataset class of a family's samples, and its config.
+DatasetAndConfig = tuple[type[MegatronDataset], BlendedMegatronDatasetConfig]
 
 
 @frozen(kw_only=True)
@@ -26,7 +31,7 @@ class FamilyData:
         tokens that are not split into sentences.
     """
 
-    dataset: Callable[[TrainConfig, Tokenizer], tuple[type, Any]]
+    dataset: Callable[[TrainConfig, Tokenizer], DatasetAndConfig]
     sentences: Callable[[ModelConfig], int]
 
 

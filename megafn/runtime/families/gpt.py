@@ -10,7 +10,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from megafn.pure.config.records import ModelConfig, TrainConfig
+from megafn.pure.config.records import ModelConfig, TrainConfig, data_of
 from megafn.pure.families.gpt import GPT_SPEC
 from megafn.runtime.families.batch_checks import (
     Raw,
@@ -27,7 +27,7 @@ from megafn.runtime.families.batch_checks import (
     unknown_keys,
     zeros_and_ones,
 )
-from megafn.runtime.families.family import Family, FamilyData
+from megafn.runtime.families.family import DatasetAndConfig, Family, FamilyData
 from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.chunk import Chunk, ChunkFunctions, ChunkPlan
 from megafn.runtime.model.layers import Attention, layer_spec
@@ -36,7 +36,6 @@ from megafn.runtime.model.parts import (
     one_stack_block,
     one_stack_hidden,
     output_layer,
-    rotary_embedding,
     tie_word_tables,
     token_embedding,
     vocabulary_logits,
@@ -184,7 +183,6 @@ def gpt_modules(
     modules: dict[str, torch.nn.Module | None] = {}
     if plan.pre_process:
         modules["embedding"] = token_embedding(plan)
-    modules["rotary"] = rotary_embedding(plan)
     modules["decoder"] = one_stack_block(plan, layer)
     if plan.post_process:
         modules["output_layer"] = output_layer(plan, beside_embedding=plan.pre_process)
@@ -213,9 +211,9 @@ def gpt_chunk_forward(
 # ------------------------------------------------------------------------------------ its data
 
 
-def gpt_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
+def gpt_data(config: TrainConfig, tokenizer: Tokenizer) -> DatasetAndConfig:
     """megatron-core's dataset class for next-token prediction, and its config."""
-    data = config.data
+    data = data_of(config)
     return GPTDataset, GPTDatasetConfig(
         random_seed=config.seed,
         sequence_length=config.model.seq_length,

@@ -11,7 +11,7 @@ from megatron.core.datasets.masked_dataset import MaskedWordPieceDataset
 
 from megafn.pure.config.family_record import family_name
 from megafn.pure.config.problems import ConfigError
-from megafn.pure.config.records import TrainConfig
+from megafn.pure.config.records import TrainConfig, data_of
 from megafn.runtime.text.tokenizer import Tokenizer
 
 _ALL = 2**62  # samples: as many as one epoch has
@@ -55,7 +55,7 @@ def masked_settings(
     Raises ConfigError if the tokenizer lacks one of the special tokens, or the model's vocabulary
     does.
     """
-    data = config.data
+    data = data_of(config)
     missing = [name for name in special_tokens if getattr(tokenizer, name) in (None, ())]
     if missing:
         raise ConfigError(
@@ -103,6 +103,6 @@ def _check_special_ids(
         if isinstance(token_id, int) and token_id >= vocab_size:
             raise ConfigError(
                 f"model.vocab_size = {vocab_size}: the {name} of data.tokenizer = "
-                f"{config.data.tokenizer!r} is id {token_id}; give {tokenizer.vocab_size}, or "
+                f"{tokenizer.name!r} is id {token_id}; give {tokenizer.vocab_size}, or "
                 "another tokenizer"
             )

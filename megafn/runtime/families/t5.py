@@ -28,7 +28,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
 from megafn.pure.config.problems import ConfigError
-from megafn.pure.config.records import ModelConfig, TrainConfig
+from megafn.pure.config.records import ModelConfig, TrainConfig, data_of
 from megafn.pure.families.t5 import T5_SPEC, decoder_stage
 from megafn.runtime.families.batch_checks import (
     Raw,
@@ -44,7 +44,7 @@ from megafn.runtime.families.batch_checks import (
     unknown_keys,
     zeros_and_ones,
 )
-from megafn.runtime.families.family import Family, FamilyData, TrainStepCalls
+from megafn.runtime.families.family import DatasetAndConfig, Family, FamilyData, TrainStepCalls
 from megafn.runtime.families.masked_data import (
     masked_settings,
     sample_index,
@@ -58,7 +58,6 @@ from megafn.runtime.model.parts import (
     embed,
     output_layer,
     rotary_angles,
-    rotary_embedding,
     tie_word_tables,
     token_embedding,
     vocabulary_logits,
@@ -202,14 +201,12 @@ def t5_modules(plan: ChunkPlan) -> dict[str, torch.nn.Module | None]:
     modules: dict[str, torch.nn.Module | None] = {}
     if has_embedding:
         modules["embedding"] = token_embedding(plan)
-    modules["rotary"] = rotary_embedding(plan)
     modules |= _encoder(plan) if split is None or stage < split else _no_half("encoder")
     modules |= _decoder(plan) if split is None or stage >= split else _no_half("decoder")
     if plan.post_process:
-        # a bias if tied, as in megatron-core's T5LMHead
-        modules["output_layer"] = output_layer(
-            plan, beside_embedding=has_embedding, bias=plan.ties_output
-        )
+        # a bias if tied, as in megatron-core's T5LMHead, unless the config leaves it out
+        bias = plan.ties_output and plan.config.model.output_layer_bias
+        modules["output_layer"] = output_layer(plan, beside_embedding=has_embedding, bias=bias)
     return modules
 
 
@@ -328,6 +325,7 @@ def t5_chunk_forward(
     if chunk.encoder is not None:
         relative = chunk.encoder_relative_pos_emb
         memory = _run_half(chunk, chunk.encoder, tokens, memory, attention_mask, relative)
+    assert memory is not None  # a stage without an encoder received its output
     if chunk.decoder is None:
         if chunk.config.variable_seq_lengths:
             return memory
@@ -343,7 +341,12 @@ def t5_chunk_forward(
         context=memory,
         context_mask=cross_attention_mask,
     )
-    return vocabulary_logits(chunk, hidden) if chunk.post_process else torch.cat([memory, hidden])
+    if not chunk.post_process:
+        return torch.cat([memory, hidden])
+    model = chunk.plan.config.model
+    if model.scale_decoder_outputs:
+        hidden = hidden * model.hidden_size**-0.5
+    return vocabulary_logits(chunk, hidden)
 
 
 def _run_half(
@@ -405,7 +408,7 @@ class T5Dataset(T5MaskedWordPieceDataset):
         return {key: torch.as_tensor(value) for key, value in super().__getitem__(index).items()}
 
 
-def t5_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
+def t5_data(config: TrainConfig, tokenizer: Tokenizer) -> DatasetAndConfig:
     """The dataset class for span corruption, and its config.
 
     As Megatron-LM's pretrain_t5, spans of geometric length, at most 10 tokens or words. The encoder
@@ -433,7 +436,7 @@ def t5_data(config: TrainConfig, tokenizer: Tokenizer) -> tuple[type, Any]:
 
 def _check_spans(config: TrainConfig, sentinels: int) -> None:
     model = config.model
-    data = config.data
+    data = data_of(config)
     spans = int(data.mask_prob * (model.seq_length - 2))
     lower = f"lower model.seq_length = {model.seq_length} or data.mask_prob = {data.mask_prob}"
     if spans > sentinels:

@@ -89,7 +89,7 @@ def diagnostics(
     config: TrainConfig,
     pg: ProcessGroups,
     *,
-    params_norm: float,
+    params_norm: float | None,
     zeros_in_grad: int | None,
     seconds: float,
     optimizer_seconds: float,

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import attrs
 from attrs import define
@@ -38,7 +38,9 @@ def progress(total: int, start: int = 0) -> Iterator[Sink]:
     """
     from tqdm import tqdm
 
-    with tqdm(total=total, initial=start, unit="it", dynamic_ncols=True, bar_format=BAR) as bar:
+    stream = _LateErrors(sys.stderr)
+    options = {"unit": "it", "dynamic_ncols": True, "bar_format": BAR}
+    with tqdm(total=total, initial=start, file=stream, **options) as bar:
 
         def sink(metrics: Metrics) -> None:
             if metrics.valid is not None:
@@ -48,8 +50,49 @@ def progress(total: int, start: int = 0) -> Iterator[Sink]:
                 )
             bar.set_postfix_str(_line(metrics), refresh=False)
             bar.update(metrics.iteration - bar.n)
+            stream.raise_error()
 
         yield sink
+    stream.raise_error()
+
+
+@define(eq=False)
+class _LateErrors:
+    """A stream whose writes raise no OSError; `raise_error` raises the first one.
+
+    A bar whose stream raises keeps tqdm's lock forever, for which every other thread then waits.
+    """
+
+    stream: TextIO
+    error: OSError | None = None
+
+    def write(self, text: str) -> None:
+        self._attempt(lambda: self.stream.write(text))
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except OSError as error:
+            self.error = self.error or error
+
+    def raise_error(self) -> None:
+        error = self.error
+        self.error = None
+        if error is not None:
+            raise error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def __eq__(self, other: object) -> bool:
+        # as tqdm compares streams to know whether its bar stands where it is about to write
+        return other is self or other is self.stream
+
+    def __hash__(self) -> int:
+        return hash(self.stream)
 
 
 def _line(metrics: Metrics) -> str:

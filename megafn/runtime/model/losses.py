@@ -89,6 +89,40 @@ def argmax(logits: Tensor, pg: _HasTensorParallelGroup) -> Tensor:
     return ids.t().contiguous()
 
 
+# -------------------------------------------------------------------- what a step's loss returns
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    tensor = torch.as_tensor(value)
+    if tensor.numel() != 1:
+        raise ValueError(f"{name}: expected a scalar, got shape {tuple(tensor.shape)}; sum it")
+    return tensor.reshape(())
+
+
+def _as_sum(value: Any) -> Tensor:
+    return _scalar("Loss.sum", value)
+
+
+def _as_count(value: Any) -> Tensor:
+    count = _scalar("Loss.count", value)
+    if not count.is_floating_point():
+        return count
+    if count.device.type != "cpu":  # looking at it would wait for the GPU
+        return torch.where(count == count.round(), count.long(), FRACTIONAL)
+    if not float(count).is_integer():
+        raise ValueError(
+            f"Loss.count = {float(count)}: not a whole number; count tokens or samples, and put "
+            "weights into Loss.sum"
+        )
+    return count.long()
+
+
+def _as_report(report: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    return {
+        name: _scalar(f"Loss.report[{name!r}]", value).detach() for name, value in report.items()
+    }
+
+
 @frozen(eq=False)
 class Loss:
     """What a step's loss function returns for one micro-batch.
@@ -111,11 +145,9 @@ class Loss:
     ValueError: Loss.count = 2.5: not a whole number; count tokens or samples, and put weights ...
     """
 
-    sum: Tensor = field(converter=lambda value: _scalar("Loss.sum", value))
-    count: Tensor = field(converter=lambda value: _whole_number(value))
-    report: Mapping[str, Tensor] = field(
-        factory=dict, converter=lambda report: _detached_scalars(report)
-    )
+    sum: Tensor = field(converter=_as_sum)
+    count: Tensor = field(converter=_as_count)
+    report: Mapping[str, Tensor] = field(factory=dict, converter=_as_report)
 
     @sum.validator
     def _is_floating(self, attribute: Any, value: Tensor) -> None:
@@ -135,20 +167,30 @@ def token_loss(logits: Tensor, batch: Mapping[str, Tensor], pg: _HasTensorParall
     return Loss(sum=(losses * mask).sum(), count=mask.sum())
 
 
+# -------------------------------------------------------------- the functions that autograd calls
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
-        size = logits.shape[-1]
-        labels = labels.t()  # [s, b], as the logits lie
+        labels = labels.t()  # [sequence, batch], as the logits lie
         counts = labels != IGNORE
+
+        # the label's column, if it is in this rank's slice of the vocabulary
+        size = logits.shape[-1]
         column = labels - group.rank() * size
-        in_slice = (column >= 0) & (column < size)  # the label is in this rank's slice
+        in_slice = (column >= 0) & (column < size)
         column = torch.where(in_slice, column, 0)
         target = logits.gather(-1, column[..., None])[..., 0]
-        top, total, target = _reduce(logits, group, torch.where(in_slice, target, 0))
+        target = torch.where(in_slice, target, 0)
+
+        top, total, target = _reduce(logits, group, target)
         # (top - target) first: exact if all logits lie far from 0
-        losses = torch.where(counts, (top - target) + total.log(), 0)
-        losses = torch.where(_outside(labels, group.size() * size), torch.nan, losses)
+        losses = (top - target) + total.log()
+        losses = torch.where(counts, losses, 0)
+        outside = _outside(labels, vocabulary=group.size() * size)
+        losses = torch.where(outside, torch.nan, losses)
+
         ctx.save_for_backward(logits, top, total, column, in_slice, counts)
         return losses.t().contiguous()
 
@@ -158,13 +200,15 @@ class _CrossEntropy(torch.autograd.Function):
         logits, top, total, column, in_slice, counts = ctx.saved_tensors
         grad = torch.where(counts, grad.t(), 0).to(top.dtype)
         grad_of_target = torch.where(in_slice, -grad, 0)
-        return _softmax_times(logits, top, grad / total, (column, grad_of_target)), None, None
+        grad_of_logits = _softmax_times(logits, top, grad / total, (column, grad_of_target))
+        return grad_of_logits, None, None
 
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-        top, total, _ = _reduce(logits, group, logits.new_zeros(logits.shape[:2]))
+        no_target = logits.new_zeros(logits.shape[:2])
+        top, total, _ = _reduce(logits, group, no_target)
         ctx.save_for_backward(logits, top, total)
         return (top + total.log()).t().contiguous()
 
@@ -178,16 +222,17 @@ class _LogSumExp(torch.autograd.Function):
 def _reduce(
     logits: Tensor, group: dist.ProcessGroup, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Over the whole vocabulary, each [sequence, batch]:
-
-    the largest logit, the sum of exp(logit - largest), and the sum of the ranks' targets.
+    """(largest logit, sum of exp(logit - largest), sum of the ranks' targets), the same on all
+    ranks: over the whole vocabulary, each [sequence, batch].
     """
     top, total = _reduce_slice(logits)
     target = target.to(top.dtype)
     if group.size() == 1:
         return top, total, target
+
     tops, totals, targets = gather_rows(torch.stack([top, total, target]), group).unbind(1)
     already_gathered = _same_on_all_ranks(tops, totals, logits.shape[-1])
+    # On a GPU, where looking at it would wait, every loss becomes NaN instead.
     if logits.device.type == "cpu" and already_gathered:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} are the same on all {group.size()} ranks of "
@@ -195,6 +240,7 @@ def _reduce(
             "don't gather them"
         )
     top = torch.where(already_gathered, torch.nan, tops.amax(0))
+    # each rank's sum is of exp(logit - its own largest)
     total = (totals * (tops - top).exp()).sum(0)
     return top, total, targets.sum(0)
 
@@ -206,7 +252,8 @@ def _reduce_slice(logits: Tensor) -> tuple[Tensor, Tensor]:
     top = logits.new_empty(logits.shape[:2], dtype=dtype)
     total = torch.empty_like(top)
     for block, scratch in _blocks(logits, dtype):
-        top[block] = torch.amax(logits[block], -1).to(dtype).clamp_(min=low)
+        largest = torch.amax(logits[block], -1)
+        top[block] = largest.to(dtype).clamp_(min=low)
         exponentials = _exp_below(logits[block], top[block], scratch)
         torch.sum(exponentials, -1, out=total[block])
     return top, total
@@ -286,30 +333,3 @@ def _outside(labels: Tensor, vocabulary: int) -> Tensor:
     """Which labels are neither ids of the vocabulary nor ignored."""
     is_id = (labels >= 0) & (labels < vocabulary)
     return ~is_id & (labels != IGNORE)
-
-
-def _scalar(name: str, value: Any) -> Tensor:
-    tensor = torch.as_tensor(value)
-    if tensor.numel() != 1:
-        raise ValueError(f"{name}: expected a scalar, got shape {tuple(tensor.shape)}; sum it")
-    return tensor.reshape(())
-
-
-def _detached_scalars(report: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {
-        name: _scalar(f"Loss.report[{name!r}]", value).detach() for name, value in report.items()
-    }
-
-
-def _whole_number(value: Any) -> Tensor:
-    count = _scalar("Loss.count", value)
-    if not count.is_floating_point():
-        return count
-    if count.device.type != "cpu":  # looking at it would wait for the GPU
-        return torch.where(count == count.round(), count.long(), FRACTIONAL)
-    if not float(count).is_integer():
-        raise ValueError(
-            f"Loss.count = {float(count)}: not a whole number; count tokens or samples, and put "
-            "weights into Loss.sum"
-        )
-    return count.long()

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -22,6 +21,7 @@ from megatron.core.transformer.transformer_block import (
 from megafn.pure.config.records import TrainConfig, padded_vocab_size
 from megafn.runtime.model.chunk import Chunk, ChunkPlan
 from megafn.runtime.model.layers import Norm
+from megafn.runtime.model.rotary import rotary_angles_at
 from megafn.runtime.parallel.context import cp_positions
 from megafn.runtime.parallel.groups import ProcessGroups
 
@@ -38,20 +38,6 @@ def token_embedding(plan: ChunkPlan) -> LanguageModelEmbedding:
         model.position_embedding,
         num_tokentypes=model.num_tokentypes,
         tp_group=plan.pg.tp,
-    )
-
-
-def rotary_embedding(plan: ChunkPlan) -> RotaryEmbedding | None:
-    """Rotary positions, or None if the config has others."""
-    model = plan.config.model
-    if model.position_embedding != "rope":
-        return None
-    return RotaryEmbedding(
-        model.head_size,
-        model.rotary_percent,
-        rotary_base=model.rotary_base,
-        use_cpu_initialization=plan.pg.device.type == "cpu",
-        cp_group=plan.pg.cp,
     )
 
 
@@ -131,16 +117,13 @@ def rotary_angles(
 
     Of positions given: [sequence / cp, batch, 1, width].
     """
-    if chunk.rotary is None:
+    model = chunk.plan.config.model
+    if model.position_embedding != "rope":
         return None
-    cp = chunk.cp_group.size()
-    angles = chunk.rotary.get_emb(tokens.size(1) * cp)
-    if position_ids is not None:
-        angles = position_ids.t()[..., None] * chunk.rotary.inv_freq
-        return torch.cat((angles, angles), dim=-1)[:, :, None]
-    if cp == 1:
-        return angles
-    return angles[cp_positions(angles.size(0), cp, chunk.plan.pg.place.cp, angles.device)]
+    if position_ids is None:
+        cp = chunk.cp_group.size()
+        position_ids = cp_positions(tokens.size(1) * cp, cp, chunk.plan.pg.place.cp, tokens.device)
+    return rotary_angles_at(position_ids, model)
 
 
 def one_stack_hidden(

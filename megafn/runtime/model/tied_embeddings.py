@@ -11,7 +11,7 @@ from megatron.core.distributed import finalize_model_grads
 
 
 def mark_copy(
-    table: torch.nn.Parameter, *, original: bool, group: dist.ProcessGroup | None = None
+    table: torch.Tensor, *, original: bool, group: dist.ProcessGroup | None = None
 ) -> None:
     """Marks a table as one of several copies, for megatron-core's optimizer and gradient buffers.
 

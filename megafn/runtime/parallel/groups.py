@@ -6,9 +6,10 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -149,7 +150,8 @@ def init_groups(groups: Groups, *, timeout_seconds: float = 600.0) -> Iterator[P
     with _default_group(timeout), _every_group(groups, timeout) as group_of_ranks:
         cpu.hold_gloo_back()
         rank = dist.get_rank()
-        own_groups = {
+        # None for embd and pos_embd on the stages between; this rank is in one group of the rest.
+        own_groups: dict[str, Any] = {
             kind.name: group_of_ranks.get(group_of(groups, kind.name, rank)) for kind in GROUP_KINDS
         }
         lifetime = Lifetime()
@@ -212,7 +214,7 @@ def _every_group(
 
 
 def _megatron_collection(
-    own_groups: dict[str, dist.ProcessGroup | None],
+    own_groups: Mapping[str, dist.ProcessGroup | None],
 ) -> ProcessGroupCollection:
     """The same groups under the names that megatron-core reads."""
     collection = ProcessGroupCollection()

@@ -7,6 +7,7 @@ writer, which holds one parameter and one tensor at a time.
 
 from __future__ import annotations
 
+import glob
 import json
 import secrets
 import shutil
@@ -243,6 +244,8 @@ def _make_room(plan: DirectoryPlan) -> Room:
                 "tokenizer.json, or a directory with one"
             )
         directory.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.parent.glob(f".saving-{glob.escape(directory.name)}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)  # of an export that was killed
         hidden = directory.with_name(f".saving-{directory.name}-{secrets.token_hex(4)}")
         hidden.mkdir()
         sync_folder(directory.parent)

@@ -16,6 +16,7 @@ import numpy as np
 from attrs import frozen
 from tqdm import tqdm
 
+from megafn.pure.config.field_types import default_of
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import DataConfig
 from megafn.runtime.text.documents import (
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 # megatron-core's masked datasets leave out documents of several sentences if one is longer (tokens)
 LONG_SENTENCE = 512
 
-DEFAULT_SPLIT: tuple[float, ...] = attrs.fields(DataConfig).split.default
-DEFAULT_JSON_KEY: str = attrs.fields(DataConfig).json_key.default
+DEFAULT_SPLIT: tuple[float, ...] = default_of(DataConfig, "split")
+DEFAULT_JSON_KEY: str = default_of(DataConfig, "json_key")
 
 # the file beside an indexed dataset's .bin and .idx that says what its largest token id is
 _IDS = ".ids.json"
@@ -50,8 +51,8 @@ _LONGEST = 2**31 - 1  # tokens of a sequence: the index holds lengths as int32
 
 
 def index_text(
-    source: str | os.PathLike,
-    prefix: str | os.PathLike,
+    source: str | os.PathLike[str],
+    prefix: str | os.PathLike[str],
     *,
     tokenizer: str | Tokenizer = "bytes",
     eod_token: str | None = None,
@@ -141,7 +142,7 @@ class _Fragment:
 
 
 def _fragments(
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     json_key: str,
     split: Sequence[float],
     tokenizer: Tokenizer,
@@ -198,7 +199,7 @@ def _cut_for_encoding(text: str, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _encode(
-    fragments: Iterable[_Fragment], source: str | os.PathLike, tokenizer: Tokenizer
+    fragments: Iterable[_Fragment], source: str | os.PathLike[str], tokenizer: Tokenizer
 ) -> Iterator[tuple[_Fragment, np.ndarray]]:
     """The fragments with their ids, encoded in batches."""
     for batch in _batches(fragments):
@@ -206,7 +207,7 @@ def _encode(
 
 
 def _encode_batch(
-    batch: list[_Fragment], source: str | os.PathLike, tokenizer: Tokenizer
+    batch: list[_Fragment], source: str | os.PathLike[str], tokenizer: Tokenizer
 ) -> list[np.ndarray]:
     if tokenizer.encode_batch is not None:
         # after an error the fragments are encoded singly, which tells the place
@@ -230,7 +231,7 @@ def _batches(fragments: Iterable[_Fragment]) -> Iterator[list[_Fragment]]:
 
 
 def _encode_fragment(
-    fragment: _Fragment, source: str | os.PathLike, tokenizer: Tokenizer
+    fragment: _Fragment, source: str | os.PathLike[str], tokenizer: Tokenizer
 ) -> np.ndarray:
     try:
         return tokenizer.encode(fragment.text)
@@ -242,7 +243,7 @@ def _encode_fragment(
 
 
 def _with_progress(
-    encoded: Iterable[tuple[_Fragment, np.ndarray]], source: str | os.PathLike
+    encoded: Iterable[tuple[_Fragment, np.ndarray]], source: str | os.PathLike[str]
 ) -> Iterator[tuple[_Fragment, np.ndarray]]:
     """The same items, with a bar on standard error if that is a terminal."""
     with tqdm(
@@ -260,7 +261,7 @@ def _with_progress(
 
 def _documents(
     encoded: Iterable[tuple[_Fragment, np.ndarray]],
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     tokenizer: Tokenizer,
     split_sentences: bool,
 ) -> Iterator[tuple[str, list[np.ndarray]]]:

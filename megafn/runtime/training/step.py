@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -240,7 +240,7 @@ def _metrics(
     config = state.config
     seconds = clock.ended - clock.started
     norm = update.grad_norm
-    details = {}
+    details: Mapping[str, float | None] = {}
     if config.log.everything:
         details = diagnostics(
             config,

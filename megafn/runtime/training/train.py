@@ -59,8 +59,8 @@ def train(
     step = step if step is not None else step_of(config)
     groups = build_groups(config.parallel, world, model=config.model)
     found = check_data(config, groups.dp_size, batches, valid_batches)
-    check_directory(config.checkpoint)
     check_pretrained(config.checkpoint)
+    check_directory(config.checkpoint)
     with (
         init_groups(groups, timeout_seconds=config.timeout_seconds) as pg,
         lock_directory(config, pg),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Literal, TypeAlias, overload
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,18 @@ from megafn.runtime.parallel.tensor_collectives import gather_rows
 
 # what a model puts out for a micro-batch: a tensor, or a tuple of outputs
 Output: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
+
+
+@overload
+def whole_logits(
+    outputs: Sequence[Output], config: TrainConfig, pg: ProcessGroups, *, every_stage: Literal[True]
+) -> tuple[Output, ...]: ...
+
+
+@overload
+def whole_logits(
+    outputs: Sequence[Output], config: TrainConfig, pg: ProcessGroups, *, every_stage: bool
+) -> tuple[Output, ...] | None: ...
 
 
 @torch.no_grad()
@@ -72,11 +84,12 @@ def _broadcast_from_last_stage(
 ) -> tuple[Output, ...]:
     """The last stage's logits, on every stage; other stages pass None."""
     last = dist.get_process_group_ranks(pg.pp)[-1]
-    on_meta = [None if logits is None else tuple(_map(_to_meta, item) for item in logits)]
-    dist.broadcast_object_list(on_meta, src=last, group=pg.pp, device=pg.device)
+    on_meta = tuple(_map(_to_meta, item) for item in logits or ())
+    received = [on_meta]
+    dist.broadcast_object_list(received, src=last, group=pg.pp, device=pg.device)
     if logits is None:
         allocate = partial(torch.empty_like, device=pg.device)
-        logits = tuple(_map(allocate, item) for item in on_meta[0])
+        logits = tuple(_map(allocate, item) for item in received[0])
 
     def broadcast(tensor: torch.Tensor) -> torch.Tensor:
         dist.broadcast(tensor, src=last, group=pg.pp)
