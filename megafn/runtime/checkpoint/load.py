@@ -25,9 +25,10 @@ from megafn.pure.config.problems import config_error
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.config.serialization import from_dict
 from megafn.pure.pretrained.pretrained import pretrained_from_dict
+from megafn.runtime.checkpoint.adapters import ReadBase, check_adapters, needs_base
 from megafn.runtime.checkpoint.atomic_files import CheckpointError, find_damage, read_checksums
 from megafn.runtime.checkpoint.disk_format import FOLDER, FORMAT, MANIFEST, latest, tensor_key
-from megafn.runtime.checkpoint.state_boxes import fill_state, set_loss_scale
+from megafn.runtime.checkpoint.state_boxes import fill_state, frozen_names, set_loss_scale
 from megafn.runtime.model.state import State, donate
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
@@ -36,15 +37,8 @@ from megafn.runtime.parallel.object_collectives import (
 )
 
 
-def load(state: State, directory: str | Path) -> State:
-    """The state of a checkpoint, in the layout of `state`, whose buffers are donated.
-
-    Every rank calls it. directory: a checkpoint, or a folder of them, of which the newest complete
-    one is read. It may have been written in any layout. Nothing in it is executed.
-    Raises CheckpointError naming the file that is missing or altered, before the state is touched,
-    OSError naming one that cannot be read, and ConfigError naming the field if the config is of
-    another model or other data.
-    """
+def load_checkpoint(state: State, directory: str | Path, read_base: ReadBase) -> State:
+    """`load`, by a caller that can read weights of other formats."""
     state.pg.check_open()
     path = checkpoint_at(Path(directory)) if state.pg.is_rank_zero else None
     path = broadcast_from_rank_zero(path, state.pg)
@@ -53,23 +47,28 @@ def load(state: State, directory: str | Path) -> State:
             f"{directory} holds no complete checkpoint: name a folder that `save` wrote, or the "
             "one above it"
         )
-    loaded, _ = read_checkpoint(state, path)
+    loaded, _ = read_checkpoint(state, path, read_base)
     return loaded
 
 
-def read_checkpoint(state: State, path: Path) -> tuple[State, dict[str, Any]]:
+def read_checkpoint(state: State, path: Path, read_base: ReadBase) -> tuple[State, dict[str, Any]]:
     """`load` of the checkpoint at a path that every rank knows. Returns its manifest too."""
     manifest = verified_manifest(path, state.pg)
-    return load_verified(state, path, manifest), manifest
+    return load_verified(state, path, manifest, read_base), manifest
 
 
-def load_verified(state: State, path: Path, manifest: Mapping[str, Any]) -> State:
+def load_verified(
+    state: State, path: Path, manifest: Mapping[str, Any], read_base: ReadBase
+) -> State:
     """`load` of a checkpoint whose files were verified, see `verified_manifest`."""
     if manifest["format"] != FORMAT:
         raise CheckpointError(
             f"{path / MANIFEST} has format {manifest['format']}: this megafn reads format {FORMAT}"
         )
     _check_config(manifest, state.config)
+    check_adapters(manifest, state)
+    if needs_base(manifest):
+        state = read_base(state, manifest)
     state = donate(state)
     _fill(state, path, manifest)
     return attrs.evolve(
@@ -195,12 +194,14 @@ def _fill(state: State, path: Path, manifest: Mapping[str, Any]) -> None:
     """Copy the checkpoint into the state. Raises CheckpointError, on every rank, if one fails."""
     problem = None
     try:
+        unchanged = frozen_names(state) if needs_base(manifest) else frozenset()
         with open_boxes(path, manifest["tensors"]) as reader:
             fill_state(
                 state,
                 partial(copy_box, reader),
                 _kinds_by_name(manifest),
                 manifest["optimizer_step"],
+                unchanged=unchanged,
             )
     except (CheckpointError, SafetensorError, OSError) as error:
         # a custom model with other parameters, or a disk that fails now

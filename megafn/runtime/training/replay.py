@@ -22,6 +22,7 @@ from megafn.runtime.model.state import State
 from megafn.runtime.parallel import cpu
 from megafn.runtime.parallel.groups import ProcessGroups, init_groups, world_size
 from megafn.runtime.parallel.object_collectives import broadcast_from_rank_zero
+from megafn.runtime.pretrained.load import read_base
 from megafn.runtime.pretrained.start import from_pretrained
 from megafn.runtime.training.arguments import Batches, ModelFunction, OptimizerFunction
 from megafn.runtime.training.fit import global_batches
@@ -97,7 +98,7 @@ def _newest_before(state: State, iteration: int) -> tuple[State, int | None]:
     path = broadcast_from_rank_zero(_path_before(config, iteration), pg)
     last_sample = None
     if path is not None:
-        state, manifest = read_checkpoint(state, path)
+        state, manifest = read_checkpoint(state, path, read_base)
         last_sample = manifest["last_sample"]
         _warn_of_changes(from_dict(manifest["config"]), config, iteration, pg)
     elif config.checkpoint.pretrained is not None:
