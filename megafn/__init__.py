@@ -60,6 +60,7 @@ _HOME = {
     "ProcessGroups": "runtime.parallel.groups",
     "init_groups": "runtime.parallel.groups",
     "world_size": "runtime.parallel.groups",
+    "is_rank_zero": "runtime.parallel.groups",
     "Loss": "runtime.model.losses",
     "cross_entropy": "runtime.model.losses",
     "logsumexp": "runtime.model.losses",
@@ -107,6 +108,10 @@ _HOME = {
     "load": "runtime.checkpoint.load",
     "latest": "runtime.checkpoint.disk_format",
     "CheckpointError": "runtime.checkpoint.atomic_files",
+    "from_pretrained": "runtime.pretrained.start",
+    "to_pretrained": "runtime.pretrained.export",
+    "export": "runtime.pretrained.export",
+    "describe_weights": "runtime.pretrained.describe",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"
@@ -245,8 +250,15 @@ if TYPE_CHECKING:
     from megafn.runtime.parallel.groups import (
         ProcessGroups as ProcessGroups,
         init_groups as init_groups,
+        is_rank_zero as is_rank_zero,
         world_size as world_size,
     )
+    from megafn.runtime.pretrained.describe import describe_weights as describe_weights
+    from megafn.runtime.pretrained.export import (
+        export as export,
+        to_pretrained as to_pretrained,
+    )
+    from megafn.runtime.pretrained.start import from_pretrained as from_pretrained
     from megafn.runtime.text.demo_text import demo_text as demo_text
     from megafn.runtime.text.documents import read_documents as read_documents
     from megafn.runtime.text.indexing import index_text as index_text

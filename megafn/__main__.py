@@ -1,4 +1,4 @@
-"""The command line: `python -m megafn train config.toml`, `check`, `data`, `demo`.
+"""The command line: `python -m megafn train config.toml`, `check`, `data` and so on.
 
 Each command is a module of `megafn.commands`: its docstring is its help, `add_arguments` its
 arguments, `run` what it does. All share the exit codes: 0 for success, 1 if `check` finds problems,
@@ -13,9 +13,16 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-from megafn.commands import check, data, demo, train
+from megafn.commands import check, data, demo, export, inspect, train
 
-COMMANDS: dict[str, ModuleType] = {"train": train, "check": check, "data": data, "demo": demo}
+COMMANDS: dict[str, ModuleType] = {
+    "train": train,
+    "check": check,
+    "data": data,
+    "demo": demo,
+    "export": export,
+    "inspect": inspect,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -382,6 +382,9 @@ class CheckpointConfig:
     asynchronous: bool = False
     # "raise", or "previous": resume from the one before a damaged checkpoint.
     on_damage: str = "raise"
+    # Weights to start from, unless `directory` holds a checkpoint to resume from: a Hugging Face
+    # directory, a checkpoint of another run, or one of Megatron-LM. None: random ones.
+    pretrained: str | None = None
 
 
 @frozen(kw_only=True)

@@ -16,6 +16,9 @@ from megafn.pure.families.built_in import parameter_shapes
 from megafn.pure.pretrained.config_reader import ConfigJson, ConfigReader
 from megafn.pure.pretrained.stored_slice import Shape, SliceFunction, Slices
 
+# Keys of config.json that belong to a tokenizer, not to the model.
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 # Fields that decide how a model is trained, not what it computes: config.json need not have them.
 _OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_method_std", "problem_type")
 
@@ -35,8 +38,8 @@ class Architecture:
     heads: prefixes of stored tensors that make predictions of the last hidden state. A file may
         lack them or have others, as a base model does.
     buffers: regular expressions for stored tensors that are no parameters, found in old files.
-    copies: stored names that old files may have as well -> the tensor whose content they repeat, if
-        the output layer is tied.
+    copies(model): stored tensors that a file may have as well -> the one whose content they repeat,
+        as a tied output layer does.
     spellings: other names of stored tensors -> the name here.
     """
 
@@ -50,7 +53,7 @@ class Architecture:
     slice_function: SliceFunction
     heads: tuple[str, ...] = ("lm_head.",)
     buffers: tuple[str, ...] = ()
-    copies: dict[str, str] = attrs.field(factory=dict)
+    copies: Callable[[ModelConfig], dict[str, str]]
     spellings: dict[str, str] = attrs.field(factory=dict)
 
     def read_config(self, config: ConfigJson) -> tuple[dict[str, Any], list[Problem]]:
@@ -82,14 +85,11 @@ class Architecture:
         if family_name(model.family) != self.family:
             return [self._unexpressed(model, "family", self.family)]
         fields, problems = self.read_config(self._whole_config(model))
-        expected = canonical(model)
         written = canonical(ModelConfig(**fields))
-        different = []
-        for attribute in attrs.fields(ModelConfig):
-            name = attribute.name
-            possible = getattr(written, name)
-            if name not in _OF_TRAINING and getattr(expected, name) != possible:
-                different.append(self._unexpressed(model, name, possible))
+        different = [
+            self._unexpressed(model, name, getattr(written, name))
+            for name in different_fields(model, written)
+        ]
         return different or problems
 
     def _unexpressed(self, model: ModelConfig, name: str, possible: Any) -> Problem:
@@ -97,15 +97,9 @@ class Architecture:
         return Problem(f"model.{name}", getattr(model, name), remedy)
 
     def _whole_config(self, model: ModelConfig) -> dict[str, Any]:
+        named = {"architectures": [self.name], "model_type": self.model_type}
         # no special ids: the defaults of transformers may lie outside of the vocabulary
-        config = {
-            "architectures": [self.name],
-            "model_type": self.model_type,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
-        }
-        return config | self.config(model)
+        return named | dict.fromkeys(SPECIAL_IDS) | self.config(model)
 
     def slices(self, name: str, shape: Shape, model: ModelConfig) -> Slices:
         """The rows of stored tensors that make a parameter of the whole model; () if none do.
@@ -129,27 +123,39 @@ class Architecture:
             for name, count in rows.items()
         }
 
-    def name_in(self, tensor: str, names: frozenset[str] | set[str]) -> str | None:
-        """What a file with these names calls a stored tensor; None if it does not have it."""
-        spellings = [tensor, *(other for other, name in self.spellings.items() if name == tensor)]
-        for spelling in spellings:
-            without_prefix = spelling.removeprefix(self.base_prefix)
-            for candidate in (spelling, without_prefix):
-                if candidate in names:
-                    return candidate
-        return None
+    def full_name(self, stored: str) -> str:
+        """The name here of a tensor in a file: with the prefix that a base model's files lack.
 
-    def is_buffer(self, stored: str) -> bool:
+        So the files of GPT2Model, and GPT-2's own, have "wte.weight" for "transformer.wte.weight".
+        """
+        if stored in self.spellings:
+            return self.spellings[stored]
+        if stored.startswith((self.base_prefix, *self.heads)):
+            return stored
+        return self.base_prefix + stored
+
+    # The methods below take full names.
+
+    def is_head(self, tensor: str) -> bool:
+        """Whether a stored tensor belongs to a head, which a file may lack or have another of."""
+        return tensor.startswith(self.heads)
+
+    def is_buffer(self, tensor: str) -> bool:
         """Whether a stored tensor is known to be no parameter, such as a causal mask."""
-        return any(re.search(pattern, stored) for pattern in self.buffers)
+        return any(re.search(pattern, tensor) for pattern in self.buffers)
 
-    def is_head(self, stored: str) -> bool:
-        """Whether a stored tensor belongs to a head that another may replace."""
-        return stored.startswith(self.heads)
+    def copy_of(self, tensor: str, model: ModelConfig) -> str | None:
+        """The stored tensor whose content this one repeats; None if it is not a copy."""
+        return self.copies(model).get(tensor)
 
-    def copy_of(self, stored: str, model: ModelConfig) -> str | None:
-        """The stored tensor that this one repeats in a tied model; None if it is not a copy."""
-        return self.copies.get(stored) if model.tie_word_embeddings else None
+
+def tied_to(embedding: str, output_layer: str) -> Callable[[ModelConfig], dict[str, str]]:
+    """For `Architecture.copies`: a tied output layer repeats the word table."""
+
+    def copies(model: ModelConfig) -> dict[str, str]:
+        return {output_layer: embedding} if model.tie_word_embeddings else {}
+
+    return copies
 
 
 def _refuse_what_no_architecture_has(reader: ConfigReader) -> None:
@@ -159,6 +165,26 @@ def _refuse_what_no_architecture_has(reader: ConfigReader) -> None:
             reader.get("quantization_config"),
             "quantized weights cannot be trained; give the model that was quantized",
         )
+
+
+def different_fields(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """Names of the fields in which two models differ in what they compute, or in their parameters.
+
+    Dropout and initial values are not compared, nor are lengths of sequences beside the number of
+    positions.
+
+    >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> different_fields(model, attrs.evolve(model, kv_channels=16, activation="relu"))
+    ['activation']
+    """
+    ours = canonical(one)
+    theirs = canonical(other)
+    return [
+        attribute.name
+        for attribute in attrs.fields(ModelConfig)
+        if attribute.name not in _OF_TRAINING
+        and getattr(ours, attribute.name) != getattr(theirs, attribute.name)
+    ]
 
 
 def canonical(model: ModelConfig) -> ModelConfig:

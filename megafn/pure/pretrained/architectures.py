@@ -16,9 +16,10 @@ from megafn.pure.config.problems import (
     did_you_mean,
 )
 from megafn.pure.config.records import ModelConfig
-from megafn.pure.pretrained.architecture import Architecture
+from megafn.pure.pretrained.architecture import SPECIAL_IDS, Architecture, different_fields
 from megafn.pure.pretrained.config_reader import ConfigJson
 from megafn.pure.pretrained.gpt2 import GPT2
+from megafn.pure.pretrained.gpt_neox import GPT_NEOX
 from megafn.pure.pretrained.llama import (
     LLAMA,
     MISTRAL,
@@ -28,12 +29,28 @@ from megafn.pure.pretrained.llama import (
     SMOLLM3,
     STARCODER2,
 )
+from megafn.pure.pretrained.megatron_bert import MASKED_LM, PRETRAINING, SEQUENCE_CLASSIFICATION
+from megafn.pure.pretrained.t5 import T5
 
 # By name. A model made from scratch is exported as the first one that expresses it.
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         architecture.name: architecture
-        for architecture in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, STARCODER2, SMOLLM3)
+        for architecture in (
+            GPT2,
+            LLAMA,
+            MISTRAL,
+            QWEN2,
+            QWEN3,
+            PHI3,
+            STARCODER2,
+            SMOLLM3,
+            GPT_NEOX,
+            MASKED_LM,
+            PRETRAINING,
+            SEQUENCE_CLASSIFICATION,
+            T5,
+        )
     }
 )
 
@@ -122,4 +139,54 @@ def simplest_architecture(model: ModelConfig) -> Architecture:
         if not problems:
             return architecture
         refusals.append(problems)
-    raise config_error(min(refusals, key=len))
+    nearest: list[Problem] = min(refusals, key=len)
+    raise config_error(nearest)
+
+
+def architecture_for(model: ModelConfig, source: Architecture | None = None) -> Architecture:
+    """The architecture that a model is exported as.
+
+    source: the one that its weights came from, which is preferred; after it those of its model
+        type, so that a BERT with another head stays a BERT.
+
+    Raises ConfigError naming the fields that none expresses.
+    """
+    if source is None:
+        return simplest_architecture(model)
+    relatives = [one for one in ARCHITECTURES.values() if one.model_type == source.model_type]
+    for architecture in (source, *relatives):
+        if not architecture.problems_of(model):
+            return architecture
+    return simplest_architecture(model)
+
+
+def exported_config(
+    architecture: Architecture, model: ModelConfig, source: ConfigJson | None = None
+) -> dict[str, Any]:
+    """The config.json of an exported model.
+
+    source: the config.json that the model came from. What it says beyond the model is given back as
+        it was: special ids, names of labels, settings of transformers. None: there are no special
+        ids.
+
+    Raises ConfigError as `Architecture.write_config` does.
+    """
+    written = architecture.write_config(model)
+    if source is None:
+        return written
+    if _says_the_same(architecture, source, model):
+        return {**source, "architectures": [architecture.name]}
+    ours = {key: value for key, value in written.items() if key not in SPECIAL_IDS}
+    kept = {key: value for key, value in source.items() if key not in ours}
+    # positions are written in the other dialect
+    kept.pop("rope_parameters", None)
+    kept.pop("rope_scaling", None)
+    return {**kept, **ours}
+
+
+def _says_the_same(architecture: Architecture, source: ConfigJson, model: ModelConfig) -> bool:
+    """Whether the source's config.json, read as this architecture, is the model already."""
+    if source.get("model_type") != architecture.model_type:
+        return False
+    fields, problems = architecture.read_config(source)
+    return not problems and not different_fields(ModelConfig(**fields), model)

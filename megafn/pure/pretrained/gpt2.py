@@ -6,7 +6,7 @@ from typing import Any
 
 from megafn.pure.config.records import ModelConfig
 from megafn.pure.pretrained.activations import PLAIN, name_in_transformers
-from megafn.pure.pretrained.architecture import Architecture
+from megafn.pure.pretrained.architecture import Architecture, tied_to
 from megafn.pure.pretrained.config_reader import ConfigReader
 from megafn.pure.pretrained.stored_slice import fused_query_key_value, renamed, slices_by_name
 
@@ -97,5 +97,5 @@ GPT2 = Architecture(
     ),
     # causal masks that transformers once saved
     buffers=(r"\bh\.\d+\.attn\.(masked_)?bias$",),
-    copies={"lm_head.weight": "transformer.wte.weight"},
+    copies=tied_to("transformer.wte.weight", "lm_head.weight"),
 )

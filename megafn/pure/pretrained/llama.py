@@ -11,7 +11,7 @@ from typing import Any
 
 from megafn.pure.config.records import ModelConfig
 from megafn.pure.pretrained.activations import GATED, PLAIN, name_in_transformers
-from megafn.pure.pretrained.architecture import Architecture
+from megafn.pure.pretrained.architecture import Architecture, tied_to
 from megafn.pure.pretrained.config_reader import ConfigReader
 from megafn.pure.pretrained.rotary import read_rotary, rotary_config
 from megafn.pure.pretrained.stored_slice import (
@@ -362,7 +362,7 @@ def _architecture(
         config=config,
         slice_function=slices_by_name(rules),
         buffers=(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",),
-        copies={"lm_head.weight": "model.embed_tokens.weight"},
+        copies=tied_to("model.embed_tokens.weight", "lm_head.weight"),
     )
 
 

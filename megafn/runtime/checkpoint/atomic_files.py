@@ -12,8 +12,12 @@ import re
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
+from attrs import frozen
+
+from megafn.pure.checkpoint.boxes import Index
 
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 
@@ -43,24 +47,55 @@ def write_file(path: Path, data: bytes) -> str:
     return _write_blocks(path, [data])
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Write a new file in the safetensors format and flush it to disk. Returns its sha256.
+@frozen(kw_only=True)
+class TensorType:
+    """Shape and dtype of a tensor that is to be written."""
 
+    shape: Index
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write a new file in the safetensors format and flush it to disk. Returns its sha256."""
+    types = {}
+    for name, tensor in tensors.items():
+        types[name] = TensorType(shape=tuple(tensor.shape), dtype=tensor.dtype)
+    return write_tensor_stream(path, types, tensors.values())
+
+
+def write_tensor_stream(
+    path: Path,
+    types: Mapping[str, TensorType],
+    tensors: Iterable[torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """`write_tensors` of tensors that come one after the other, in the order of `types`.
+
+    metadata: what the file says of itself.
     The checksum is of what was meant to be written, not of what can be read back.
     safetensors' own writer makes a second copy of everything before it writes, holds the
     interpreter meanwhile, and its file would have to be read back for the checksum. Here one
     tensor at a time is copied, also from a GPU.
     """
-    header = _safetensors_header(tensors)
-    return _write_blocks(path, itertools.chain([header], map(_tensor_bytes, tensors.values())))
+    header = _safetensors_header(types, metadata)
+    return _write_blocks(path, itertools.chain([header], map(_tensor_bytes, tensors)))
 
 
-def _safetensors_header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+def _safetensors_header(
+    types: Mapping[str, TensorType], metadata: Mapping[str, str] | None
+) -> bytes:
     """Eight bytes with the length of the JSON, and the JSON, padded to a multiple of eight."""
-    entries = {}
+    entries: dict[str, Any] = {}
+    if metadata is not None:
+        entries["__metadata__"] = dict(metadata)
     start = 0
-    for name, tensor in tensors.items():
-        end = start + prod(tensor.shape) * tensor.element_size()
+    for name, tensor in types.items():
+        end = start + tensor.size
         entries[name] = {
             "dtype": _SAFETENSORS_NAMES[tensor.dtype],
             "shape": list(tensor.shape),

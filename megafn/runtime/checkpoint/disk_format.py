@@ -43,6 +43,7 @@ from megafn import __version__
 from megafn.pure.checkpoint.boxes import Index
 from megafn.pure.checkpoint.write_plan import WritePlan
 from megafn.pure.config.serialization import to_dict, without_functions
+from megafn.pure.pretrained.pretrained import pretrained_to_dict
 from megafn.runtime.checkpoint.atomic_files import CHECKSUMS
 from megafn.runtime.checkpoint.state_boxes import loss_scale
 from megafn.runtime.model.state import State
@@ -148,6 +149,7 @@ def make_manifest(
         "world_size": state.pg.world_size,
         "config": to_dict(without_functions(state.config)),
         "tensors": tensors,
+        "pretrained": pretrained_to_dict(state.pretrained),
         "last_sample": last_sample,
         "data": data,
     }

@@ -24,6 +24,7 @@ from megafn.pure.checkpoint.compatibility import resume_problems
 from megafn.pure.config.problems import config_error
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.config.serialization import from_dict
+from megafn.pure.pretrained.pretrained import pretrained_from_dict
 from megafn.runtime.checkpoint.atomic_files import CheckpointError, find_damage, read_checksums
 from megafn.runtime.checkpoint.disk_format import FOLDER, FORMAT, MANIFEST, latest, tensor_key
 from megafn.runtime.checkpoint.state_boxes import fill_state, set_loss_scale
@@ -45,7 +46,7 @@ def load(state: State, directory: str | Path) -> State:
     another model or other data.
     """
     state.pg.check_open()
-    path = _checkpoint_at(Path(directory)) if state.pg.is_rank_zero else None
+    path = checkpoint_at(Path(directory)) if state.pg.is_rank_zero else None
     path = broadcast_from_rank_zero(path, state.pg)
     if path is None:
         raise CheckpointError(
@@ -77,10 +78,12 @@ def load_verified(state: State, path: Path, manifest: Mapping[str, Any]) -> Stat
         consumed_samples=manifest["consumed_samples"],
         skipped_samples=manifest["skipped_samples"],
         grad_norms=tuple(manifest["grad_norms"]),
+        pretrained=pretrained_from_dict(manifest.get("pretrained")),  # older ones say nothing
     )
 
 
-def _checkpoint_at(directory: Path) -> Path | None:
+def checkpoint_at(directory: Path) -> Path | None:
+    """The checkpoint that a directory is, or the newest in it, or None if it holds none."""
     if FOLDER.fullmatch(directory.name) or (directory / MANIFEST).exists():
         return directory
     return latest(directory)
@@ -120,16 +123,29 @@ def verified_manifest(path: Path, pg: ProcessGroups) -> dict[str, Any]:
 def _verify_own_share(path: Path, pg: ProcessGroups) -> tuple[dict[str, Any], list[str]]:
     """The manifest, empty if damaged, and the problems of the files that this rank looks at."""
     try:
-        checksums = read_checksums(path)
+        manifest = read_manifest(path)
     except CheckpointError as error:
         return {}, [str(error)]
-    problem = find_damage(path / MANIFEST, checksums.get(MANIFEST))
+    return manifest, damaged_files(path, manifest, pg.rank, pg.world_size)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises CheckpointError if damaged, OSError as `find_damage`."""
+    problem = find_damage(path / MANIFEST, read_checksums(path).get(MANIFEST))
     if problem is not None:
-        return {}, [problem]
-    manifest = json.loads((path / MANIFEST).read_bytes())
-    names = sorted(manifest["files"])[pg.rank :: pg.world_size]
+        raise CheckpointError(problem)
+    return json.loads((path / MANIFEST).read_bytes())
+
+
+def damaged_files(path: Path, manifest: Mapping[str, Any], rank: int, world_size: int) -> list[str]:
+    """What is wrong with the files of tensors that are this rank's to verify.
+
+    Raises OSError as `find_damage`.
+    """
+    checksums = read_checksums(path)
+    names = sorted(manifest["files"])[rank::world_size]
     problems = [find_damage(path / name, checksums.get(name)) for name in names]
-    return manifest, [problem for problem in problems if problem is not None]
+    return [problem for problem in problems if problem is not None]
 
 
 # --------------------------------------------------------------------------------------- compare
@@ -179,10 +195,10 @@ def _fill(state: State, path: Path, manifest: Mapping[str, Any]) -> None:
     """Copy the checkpoint into the state. Raises CheckpointError, on every rank, if one fails."""
     problem = None
     try:
-        with _open_boxes(path, manifest["tensors"]) as reader:
+        with open_boxes(path, manifest["tensors"]) as reader:
             fill_state(
                 state,
-                partial(_copy_box, reader),
+                partial(copy_box, reader),
                 _kinds_by_name(manifest),
                 manifest["optimizer_step"],
             )
@@ -207,12 +223,13 @@ def _kinds_by_name(manifest: Mapping[str, Any]) -> Mapping[str, list[str]]:
 
 
 @contextlib.contextmanager
-def _open_boxes(path: Path, tensors: Mapping[str, Any]) -> Iterator[BoxReader]:
+def open_boxes(path: Path, tensors: Mapping[str, Any]) -> Iterator[BoxReader]:
+    """A reader of the tensors that a manifest lists, for the length of the `with`."""
     with contextlib.ExitStack() as closing:
         yield BoxReader(path=path, tensors=tensors, files={}, closing=closing)
 
 
-def _copy_box(reader: BoxReader, tensor: str, shape: Index, box: Box, target: torch.Tensor) -> None:
+def copy_box(reader: BoxReader, tensor: str, shape: Index, box: Box, target: torch.Tensor) -> None:
     """Copy a box of a whole tensor into `target`, from every stored box that overlaps it."""
     missing = prod(box[1])
     for file, *stored_box in _stored_boxes(reader, tensor, shape):

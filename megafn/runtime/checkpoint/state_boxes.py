@@ -8,7 +8,7 @@ and reading a checkpoint is copying what overlaps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,17 +88,24 @@ def loss_scale(state: State) -> dict[str, float] | None:
 
 @torch.no_grad()
 def fill_state(
-    state: State, copy: CopyBox, kinds: Mapping[str, Sequence[str]], step: int | None
+    state: State,
+    copy: CopyBox,
+    kinds: Mapping[str, Sequence[str]],
+    step: int | None,
+    *,
+    unchanged: Collection[str] = (),
 ) -> None:
     """Give every tensor of the state its value.
 
     copy(tensor, whole shape, box, target) copies a box into `target`. kinds: what the optimizer
     keeps of a parameter, by its name; empty before the first step. step: see `adam_step`.
+    unchanged: names of parameters that keep the value they have.
     """
     index = _index_optimizer(state.optimizer)
     for part in _parameters(state):
         shard = _shard_of(part.parameter, index)
-        _fill_parameter(part, shard, copy)
+        if part.name not in unchanged:
+            _fill_parameter(part, shard, copy)
         if shard is not None and part.parameter.requires_grad:
             _fill_slots(part, shard, copy, kinds.get(part.name, ()), step)
 
@@ -219,6 +226,11 @@ def _grad_scalers(state: State) -> Iterator[Any]:
         scaler = getattr(part, "grad_scaler", None)
         if scaler is not None:
             yield scaler
+
+
+def held_shapes(state: State) -> dict[str, Index]:
+    """The whole shape of each parameter that this process holds a part of, by its name."""
+    return {part.name: part.shape for part in _parameters(state)}
 
 
 def _parameters(state: State) -> Iterator[LocalParameter]:

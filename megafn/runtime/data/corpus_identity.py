@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -54,11 +55,15 @@ def identify(parts: Sequence[Corpus]) -> tuple[CorpusIdentity, ...]:
 
 def _fingerprint(prefix: str) -> str:
     """A digest of the sizes of an indexed dataset's two files, and of blocks all over them."""
+    return fingerprint_of({suffix: prefix + suffix for suffix in (".idx", ".bin")})
+
+
+def fingerprint_of(files: Mapping[str, str | Path]) -> str:
+    """A digest of files, given by what each is called in it: sizes, and blocks all over them."""
     digest = hashlib.sha256()
-    for suffix in (".idx", ".bin"):
-        path = prefix + suffix
+    for name, path in files.items():
         size = os.path.getsize(path)
-        digest.update(f"{suffix} {size} ".encode())
+        digest.update(f"{name} {size} ".encode())
         with open(path, "rb") as file:
             if size <= _BYTES_READ:
                 digest.update(file.read())

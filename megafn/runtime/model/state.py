@@ -10,6 +10,7 @@ from attrs import define, field, frozen
 from megatron.core.optimizer import MegatronOptimizer
 
 from megafn.pure.config.records import TrainConfig
+from megafn.pure.pretrained.pretrained import Pretrained
 from megafn.pure.schedule import LrWd
 from megafn.runtime.parallel.groups import ProcessGroups
 
@@ -34,6 +35,7 @@ class State:
     `grad_norms`: the last gradient norms, see `pure.spikes`.
     `report_names`: what the step reports besides the loss, agreed on by all ranks in the first
     step (see `training.totals`); None before it.
+    `pretrained`: where the first weights came from; None: they were drawn at random.
     """
 
     config: TrainConfig
@@ -47,6 +49,7 @@ class State:
     skipped_in_a_row: int = 0
     grad_norms: tuple[float, ...] = ()
     report_names: tuple[str, ...] | None = None
+    pretrained: Pretrained | None = None
     ownership: Ownership = field(factory=Ownership, repr=False)
     version: int = field(default=0, repr=False)
 

@@ -112,6 +112,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_rank_zero() -> bool:
+    """Whether this process is rank 0 of the run, also outside of process groups.
+
+    By torch's default process group, else by RANK as torchrun sets it; True without either.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _warn_of_tasks_without_ranks() -> None:
     # A step of one task may run in an allocation for several.
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")

@@ -22,9 +22,10 @@ from megafn.runtime.model.state import State
 from megafn.runtime.parallel import cpu
 from megafn.runtime.parallel.groups import ProcessGroups, init_groups, world_size
 from megafn.runtime.parallel.object_collectives import broadcast_from_rank_zero
+from megafn.runtime.pretrained.start import from_pretrained
 from megafn.runtime.training.arguments import Batches, ModelFunction, OptimizerFunction
 from megafn.runtime.training.fit import global_batches
-from megafn.runtime.training.setup import setup
+from megafn.runtime.training.setup import build_state
 from megafn.runtime.training.step import train_step
 
 
@@ -58,7 +59,7 @@ def replay(
     step = step if step is not None else step_of(config)
     groups = build_groups(config.parallel, world, model=config.model)
     with init_groups(groups, timeout_seconds=config.timeout_seconds) as pg:
-        state = setup(config, pg, model=model, optimizer=optimizer)
+        state = build_state(config, pg, model=model, optimizer=optimizer)
         state, last_sample = _newest_before(state, iteration)
         remaining = remaining_batches(batches, state, start, last_sample)
         for batch in global_batches(
@@ -99,6 +100,8 @@ def _newest_before(state: State, iteration: int) -> tuple[State, int | None]:
         state, manifest = read_checkpoint(state, path)
         last_sample = manifest["last_sample"]
         _warn_of_changes(from_dict(manifest["config"]), config, iteration, pg)
+    elif config.checkpoint.pretrained is not None:
+        state = from_pretrained(state, config.checkpoint.pretrained)
     print_on_rank_zero(
         f"replaying iterations {state.iteration + 1} to {iteration} from {path or 'the start'}",
         config,

@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import get_model_config
 
-from megafn.pure.config.problems import ConfigError
+from megafn.pure.config.problems import ConfigError, Problem, config_error
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.layout import build_groups
 from megafn.pure.schedule import make_schedule
@@ -43,8 +43,27 @@ def setup(
     optimizer, the chunks wrapped in DistributedDataParallel; None: the one that
     config.optimizer.name names.
     Raises ConfigError if the config does not fit the layout, the groups are of another one, nothing
-    is trainable, or only some copies of a shared table are frozen.
+    is trainable, only some copies of a shared table are frozen, or checkpoint.pretrained is set,
+    which `train` reads.
     """
+    pretrained = config.checkpoint.pretrained
+    if pretrained is not None:
+        remedy = (
+            "train reads it, setup does not; set it to None here and call "
+            f"mf.from_pretrained(mf.setup(config, pg), {pretrained!r})"
+        )
+        raise config_error([Problem("checkpoint.pretrained", pretrained, remedy)])
+    return build_state(config, pg, model=model, optimizer=optimizer)
+
+
+def build_state(
+    config: TrainConfig,
+    pg: ProcessGroups,
+    *,
+    model: ModelFunction | None = None,
+    optimizer: OptimizerFunction | None = None,
+) -> State:
+    """`setup` for callers that read checkpoint.pretrained themselves."""
     check(config, pg.world_size, cuda=pg.device.type == "cuda")
     _check_groups(config, pg)
     build = model or config.model_function or build_chunk

@@ -15,6 +15,7 @@ from megafn.runtime.families.step import Step
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel import cpu
 from megafn.runtime.parallel.groups import init_groups, world_size
+from megafn.runtime.pretrained.start import check_pretrained, start_from_pretrained
 from megafn.runtime.training.arguments import (
     Batches,
     MicroBatches,
@@ -23,7 +24,7 @@ from megafn.runtime.training.arguments import (
     Sinks,
 )
 from megafn.runtime.training.fit import count_evaluations, fit_in_locked_directory
-from megafn.runtime.training.setup import setup
+from megafn.runtime.training.setup import build_state
 
 
 def train(
@@ -48,6 +49,7 @@ def train(
     function (consumed_samples) -> iterable starts there itself.
     valid_batches: likewise, iterated anew for each evaluation.
     on_metrics: called with the `Metrics` of every iteration, on every rank.
+    config.checkpoint.pretrained: weights that a run starts from if it has no checkpoint yet.
     Under config.checkpoint the run is saved; on SIGTERM or SIGUSR1 it is saved and SystemExit(0)
     raised. Raises ConfigError with every problem of the config before any process group or file
     exists.
@@ -58,11 +60,13 @@ def train(
     groups = build_groups(config.parallel, world, model=config.model)
     found = check_data(config, groups.dp_size, batches, valid_batches)
     check_directory(config.checkpoint)
+    check_pretrained(config.checkpoint)
     with (
         init_groups(groups, timeout_seconds=config.timeout_seconds) as pg,
         lock_directory(config, pg),
     ):
-        state = setup(config, pg, model=model, optimizer=optimizer)
+        state = build_state(config, pg, model=model, optimizer=optimizer)
+        state = start_from_pretrained(state)
         state, batches = resume(state, batches, found.get("train"))
         return fit_in_locked_directory(
             state,
