@@ -90,8 +90,10 @@ _HOME = {
     "family_of": "runtime.families.built_in",
     "step_fn": "runtime.families.built_in",
     "step_of": "runtime.accelerate.train_steps",
-    "logits": "runtime.generation.generate",
+    "logits": "runtime.generation.logits",
     "generate": "runtime.generation.generate",
+    "Generated": "runtime.generation.generate",
+    "GenerationConfig": "pure.generation",
     "progress": "runtime.metrics.sinks",
     "tensorboard": "runtime.metrics.sinks",
     "jsonl": "runtime.metrics.sinks",
@@ -157,6 +159,7 @@ if TYPE_CHECKING:
         StageLayout as StageLayout,
     )
     from megafn.pure.flops import training_flops as training_flops
+    from megafn.pure.generation import GenerationConfig as GenerationConfig
     from megafn.pure.layout import (
         Coordinates as Coordinates,
         Groups as Groups,
@@ -214,9 +217,10 @@ if TYPE_CHECKING:
     )
     from megafn.runtime.families.step import Step as Step
     from megafn.runtime.generation.generate import (
+        Generated as Generated,
         generate as generate,
-        logits as logits,
     )
+    from megafn.runtime.generation.logits import logits as logits
     from megafn.runtime.metrics.records import (
         Metrics as Metrics,
         Report as Report,

@@ -97,6 +97,13 @@ def config_of(case):
     recompute = mf.RecomputeConfig(
         **{key: case.pop(key) for key in ("granularity", "method") if key in case}
     )
+    if "rope_scaling" in case:
+        # of 4 frequencies one stays, one is divided, two lie between
+        case["rope_scaling"] = mf.RopeScaling(
+            factor=case["rope_scaling"], high_freq_factor=40.0, original_max_position_embeddings=512
+        )
+    if "layers_without_rope" in case:
+        case["layers_without_rope"] = tuple(case["layers_without_rope"])
     return short(**dict(recompute=recompute) | case)
 
 
@@ -150,6 +157,16 @@ def cases(draw, processes=(2, 2, 2, 4, 4, 4, 4, 8), data=tuple(DATA)):
     # without rotation, softmax is blind to the keys' bias, whose gradient is rounding
     if case.get("position_embedding") == "rope":
         maybe("qk_layernorm", True)
+        maybe("rope_scaling", 8.0)
+    maybe("softmax_scale", 0.7)
+    if case["data"] == "t5":
+        maybe("scale_decoder_outputs", True)
+        maybe("output_layer_bias", False)
+    elif case["data"] not in MODELS:
+        maybe("sliding_window", 5, 20)
+        maybe("parallel_residual", True)
+        if case.get("position_embedding") == "rope" and not case.get("qk_layernorm"):
+            maybe("layers_without_rope", [1], [0, 3])
     maybe("add_bias_linear", False)
     maybe("clip_grad", 0.0, 0.1)
     maybe("micro_batch_size", 1)

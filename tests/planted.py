@@ -26,6 +26,8 @@ NAMES = (
     "recomputation draws other dropout",
     "smoothing over the local vocabulary",
     "copies over tp count in the norm",
+    "window of local positions",
+    "layers without rotary positions counted in each stage",
 )
 
 
@@ -47,6 +49,7 @@ def patches(name):
     from megatron.core import tensor_parallel
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.attention import SelfAttention
 
     import combinations
     from megafn.runtime.model import layers, losses, parts
@@ -94,6 +97,16 @@ def patches(name):
         ],
         "angles of local positions": lambda: [
             (parts, "rotary_angles", local_angles(parts.rotary_angles))
+        ],
+        "window of local positions": lambda: [
+            (
+                layers.Attention,
+                "_attend_in_window",
+                at_first_positions(layers.Attention._attend_in_window),
+            )
+        ],
+        "layers without rotary positions counted in each stage": lambda: [
+            (SelfAttention, "forward", with_local_number(SelfAttention.forward))
         ],
         "recomputation draws other dropout": lambda: [(random, "_set_all_rng_states", nothing)],
     }[name]()
@@ -172,3 +185,24 @@ def local_angles(angles):
             return angles(chunk, tokens, None)
 
     return of_first_positions
+
+
+def at_first_positions(attend):
+    """As if each chunk of queries began where the sequence does."""
+
+    def attended(self, query, key, value, mask, first):
+        here = slice(first, first + query.size(2))
+        mask = None if mask is None else mask[..., here]
+        return attend(self, query, key[:, :, here], value[:, :, here], mask, 0)
+
+    return attended
+
+
+def with_local_number(forward):
+    """As if each of two stages of two layers counted its layers from the first on."""
+
+    def attended(self, *arguments, **named):
+        with mock.patch.object(self, "layer_number", (self.layer_number - 1) % 2 + 1):
+            return forward(self, *arguments, **named)
+
+    return attended

@@ -3,6 +3,7 @@
 And the single process computes what others say a GPT computes.
 """
 
+import math
 from functools import cache
 
 import pytest
@@ -136,6 +137,16 @@ SHAPES = {
     "relu": dict(activation="relu", normalization="RMSNorm", norm_epsilon=1e-3),
     "no-positions": dict(position_embedding="none", init_method_std=0.1),
     "more-positions": dict(max_position_embeddings=40),
+    "scaled-rope-window": LLAMA
+    | dict(
+        rotary_base=500.0,
+        rope_scaling=mf.RopeScaling(factor=8.0, original_max_position_embeddings=64),
+        layers_without_rope=(1, 2),
+        sliding_window=11,
+    ),
+    "parallel-residual": dict(
+        parallel_residual=True, position_embedding="rope", rotary_percent=0.5, softmax_scale=0.7
+    ),
 }
 
 
@@ -300,14 +311,25 @@ def plain_gpt(weights, model, tokens):
 
     def turned(x):  # arXiv 2104.09864, halves paired as in Llama; x [b, heads, s, size]
         width = int(size * model.rotary_percent)
-        angle = torch.outer(
-            torch.arange(length), model.rotary_base ** -(torch.arange(0, width, 2) / width)
-        ).double()
+        frequencies = model.rotary_base ** -(torch.arange(0, width, 2) / width)
+        if model.rope_scaling is not None:
+            frequencies *= torch.tensor([stretched(f.item()) for f in frequencies])
+        angle = torch.outer(torch.arange(length), frequencies).double()
         a, b, rest = x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
         return torch.cat(
             [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest], -1
         )
 
+    def stretched(frequency):  # Llama 3.1's factor of a frequency
+        rule = model.rope_scaling
+        turns = rule.original_max_position_embeddings * frequency / (2 * math.pi)
+        kept = (turns - rule.low_freq_factor) / (rule.high_freq_factor - rule.low_freq_factor)
+        kept = min(max(kept, 0.0), 1.0)
+        return kept + (1 - kept) / rule.factor
+
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    hidden = (distance < 0) | (distance >= (model.sliding_window or length))
+    scale = model.softmax_scale or size**-0.5
     x = weights["embedding.word_embeddings.weight"][tokens]
     if model.position_embedding == "learned_absolute":
         x = x + weights["embedding.position_embeddings.weight"][:length]
@@ -321,16 +343,16 @@ def plain_gpt(weights, model, tokens):
         v = qkv[..., -1, :]
         if model.qk_layernorm:
             q, k = norm(q, attention + "q_layernorm"), norm(k, attention + "k_layernorm")
-        if model.position_embedding == "rope":
+        if model.position_embedding == "rope" and i not in model.layers_without_rope:
             q, k = turned(q), turned(k)
         k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
-        scores = (q @ k.transpose(2, 3) / size**0.5).masked_fill(
-            torch.ones(length, length).triu(1).bool(), -torch.inf
-        )
+        scores = (q @ k.transpose(2, 3) * scale).masked_fill(hidden, -torch.inf)
+        before = x
         x = x + linear(
             (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), attention + "linear_proj"
         )
-        h = linear(norm(x, f"decoder.layers.{i}.pre_mlp_layernorm"), mlp + "linear_fc1")
+        read = before if model.parallel_residual else x
+        h = linear(norm(read, f"decoder.layers.{i}.pre_mlp_layernorm"), mlp + "linear_fc1")
         gate, up = h.chunk(2, -1) if model.gated else (h, 1)
         x = x + linear(activation[model.activation](gate) * up, mlp + "linear_fc2")
     table = (
@@ -427,40 +449,121 @@ def as_llama(whole, model):
     return made
 
 
-@pytest.mark.parametrize("padded", [0, 5], ids=["whole", "left-padded"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def as_gpt_neox(whole, model):
+    """Weights (or gradients) under the names of transformers' GPT-NeoX."""
+    names = {
+        "embedding.word_embeddings": "gpt_neox.embed_in",
+        "decoder.final_layernorm": "gpt_neox.final_layer_norm",
+        "output_layer": "lm_head",
+    }
+    for i in range(model.num_layers):
+        names |= {
+            f"decoder.layers.{i}.{ours}": f"gpt_neox.layers.{i}.{theirs}"
+            for ours, theirs in {
+                "input_layernorm": "input_layernorm",
+                "self_attention.linear_qkv": "attention.query_key_value",
+                "self_attention.linear_proj": "attention.dense",
+                "pre_mlp_layernorm": "post_attention_layernorm",
+                "mlp.linear_fc1": "mlp.dense_h_to_4h",
+                "mlp.linear_fc2": "mlp.dense_4h_to_h",
+            }.items()
+        }
+    return {
+        f"{names[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": value
+        for name, value in whole.items()
+    }
+
+
+COMMON = dict(vocab_size=97, attn_implementation="sdpa", hidden_size=32, num_attention_heads=4)
+LIKE_LLAMA = COMMON | dict(
+    num_hidden_layers=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=32,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+)
+NEOX = dict(
+    position_embedding="rope",
+    rotary_percent=0.5,
+    parallel_residual=True,
+    tie_word_embeddings=False,
+    ffn_hidden_size=48,
+)
+SCALING = dict(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+# name: (the shape here, the renaming, class in transformers, fields of its config)
+IN_TRANSFORMERS = {
+    "gpt2": (
+        GPT2 | dict(vocab_size=97),
+        as_gpt2,
+        "GPT2LMHeadModel",
+        dict(
+            vocab_size=97,
+            attn_implementation="sdpa",
+            n_layer=4,
+            n_embd=32,
+            n_head=4,
+            n_positions=32,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        ),
+    ),
+    "llama": (LLAMA, as_llama, "LlamaForCausalLM", LIKE_LLAMA),
+    "llama3.1": (
+        LLAMA | dict(rotary_base=500.0, rope_scaling=mf.RopeScaling(**SCALING)),
+        as_llama,
+        "LlamaForCausalLM",
+        LIKE_LLAMA | dict(rope_parameters=dict(rope_type="llama3", rope_theta=500.0, **SCALING)),
+    ),
+    "mistral": (
+        LLAMA | dict(sliding_window=11),
+        as_llama,
+        "MistralForCausalLM",
+        LIKE_LLAMA | dict(sliding_window=11),
+    ),
+    "smollm3": (
+        LLAMA | dict(layers_without_rope=(1, 3)),
+        as_llama,
+        "SmolLM3ForCausalLM",
+        LIKE_LLAMA
+        | dict(
+            # 1 = with rotary positions
+            no_rope_layers=[1, 0, 1, 0],
+            rope_parameters=dict(rope_type="default", rope_theta=10_000.0),
+            pad_token_id=0,
+        ),
+    ),
+    "gpt-neox": (
+        NEOX,
+        as_gpt_neox,
+        "GPTNeoXForCausalLM",
+        COMMON
+        | dict(
+            num_hidden_layers=4,
+            intermediate_size=48,
+            max_position_embeddings=32,
+            layer_norm_eps=1e-5,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=10_000.0, partial_rotary_factor=0.5
+            ),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "family, padded",
+    [(family, 0) for family in IN_TRANSFORMERS] + [("gpt2", 5), ("llama", 5), ("mistral", 5)],
+)
 def test_loss_and_gradients_are_those_of_transformers(family, padded, pool):
     transformers = pytest.importorskip("transformers")
-    common = dict(vocab_size=97, attn_implementation="sdpa")
-    if family == "gpt2":
-        config, renamed = step_config(**GPT2 | dict(vocab_size=97)), as_gpt2
-        theirs = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                n_layer=4,
-                n_embd=32,
-                n_head=4,
-                n_positions=32,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                **common,
-            )
-        )
-    else:
-        config, renamed = step_config(**LLAMA), as_llama
-        theirs = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                num_hidden_layers=4,
-                hidden_size=32,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                intermediate_size=48,
-                max_position_embeddings=32,
-                rms_norm_eps=1e-5,
-                tie_word_embeddings=False,
-                **common,
-            )
-        )
+    shape, renamed, name, fields = IN_TRANSFORMERS[family]
+    config = step_config(**shape)
+    their_model = getattr(transformers, name)
+    theirs = their_model(their_model.config_class(**fields))
     batch = hugging_face_batch(padded=padded)
     loss, weights, gradients = pool(1, one_step, config, halves(batch))[0]
     told = theirs.load_state_dict(renamed(weights, config.model), strict=False)

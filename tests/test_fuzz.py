@@ -25,6 +25,20 @@ KNOWN = {  # for each planted bug a small case that shows it
     "mask cut elsewhere than queries": dict(processes=2, cp=2, data="documents"),
     "keys in the order of ranks": dict(processes=2, cp=2, data="uneven"),
     "angles of local positions": dict(processes=2, cp=2, position_embedding="rope", data="uneven"),
+    # with masks too
+    "window of local positions": dict(
+        processes=4, tp=2, cp=2, sequence_parallel=True, sliding_window=11, data="padded"
+    ),
+    "layers without rotary positions counted in each stage": dict(
+        processes=2,
+        pp=2,
+        position_embedding="rope",
+        rope_scaling=8.0,
+        layers_without_rope=[1],
+        parallel_residual=True,
+        granularity="full",
+        data="uneven",
+    ),
     "recomputation draws other dropout": dict(
         processes=1, granularity="full", hidden_dropout=0.1, data="uneven"
     ),

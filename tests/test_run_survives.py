@@ -439,7 +439,7 @@ def test_the_state_that_train_returns_is_refused_in_one_sentence(tmp_path):
     state = mf.train(config(), batches=loader(40))
     for use in (
         lambda: mf.logits(state, torch.tensor([[1, 2]])),
-        lambda: mf.generate(state, torch.tensor([[1, 2]]), count=1),
+        lambda: mf.generate(state, torch.tensor([[1, 2]])),
         lambda: mf.save(state, tmp_path),
         lambda: mf.load(state, tmp_path),
         lambda: mf.evaluate(state, [[rows(2)]], mf.step_fn("gpt")),

@@ -85,8 +85,16 @@ SHAPES = {
     "untied": UNTIED,
     "rope": LLAMA,
     "rope-untied": LLAMA | UNTIED,
+    # as T5 1.0 of transformers
     "relative": RELATIVE
-    | dict(normalization="RMSNorm", activation="gelu_tanh", add_bias_linear=False),
+    | dict(
+        normalization="RMSNorm",
+        activation="gelu_tanh",
+        add_bias_linear=False,
+        softmax_scale=1.0,
+        scale_decoder_outputs=True,
+        output_layer_bias=False,
+    ),
     "relative-untied": RELATIVE | UNTIED | dict(activation="geglu_tanh"),
     "no-positions": dict(position_embedding="none"),
     "qk-layernorm": dict(qk_layernorm=True, position_embedding="rope"),
@@ -215,17 +223,9 @@ def test_a_step_of_ones_own_obeys_the_law(processes, layout, pool):
 
 
 def one_step(config, batch):
-    """Loss, weights before and gradients of one step of one process, by name; the output layer's
-    bias is 0."""
-
-    def without_bias(*arguments, **flags):
-        stage = noisy(*arguments, **flags)
-        if stage.output_layer.bias is not None:
-            torch.nn.init.zeros_(stage.output_layer.bias)
-        return stage
-
+    """Loss, weights before and gradients of one step of one process, by name."""
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
-        state = mf.setup(config, pg, model=without_bias)
+        state = mf.setup(config, pg, model=noisy)
         weights = mf.whole_parameters(state.chunks, config.model, pg)
         _, metrics = mf.train_step(state, batch, mf.step_fn("t5"))
         return (
@@ -260,13 +260,8 @@ def hugging_face_batch():
     }
 
 
-def as_transformers(whole, model, scaled):
-    """Weights (or gradients) under the names of transformers' T5.
-
-    `scaled(value, factor)` is called where its arithmetic has a factor that ours has not: queries
-    are not divided by sqrt(head size) there, and a tied output layer's input is by
-    sqrt(hidden size).
-    """
+def as_transformers(whole, model):
+    """Weights (or gradients) under the names of transformers' T5."""
     heads, size = model.num_attention_heads, model.head_size
     words = whole["embedding.word_embeddings.weight"]
     made = {
@@ -276,12 +271,7 @@ def as_transformers(whole, model, scaled):
         "lm_head.weight": words if model.tie_word_embeddings else whole["output_layer.weight"],
     }
     for half, layers in (("encoder", model.num_layers), ("decoder", model.decoder_layers)):
-        final = whole[f"{half}.final_layernorm.weight"]
-        made[f"{half}.final_layer_norm.weight"] = (
-            scaled(final, model.hidden_size**0.5)
-            if half == "decoder" and model.tie_word_embeddings
-            else final
-        )
+        made[f"{half}.final_layer_norm.weight"] = whole[f"{half}.final_layernorm.weight"]
         made[f"{half}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = whole[
             f"{half}_relative_pos_emb.relative_attention_bias.weight"
         ]
@@ -295,7 +285,7 @@ def as_transformers(whole, model, scaled):
                 .flatten(1, 2)
             )
             made |= {
-                f"{theirs}0.SelfAttention.q.weight": scaled(q, size**-0.5),
+                f"{theirs}0.SelfAttention.q.weight": q,
                 f"{theirs}0.SelfAttention.k.weight": k,
                 f"{theirs}0.SelfAttention.v.weight": v,
                 f"{theirs}0.SelfAttention.o.weight": whole[
@@ -312,9 +302,9 @@ def as_transformers(whole, model, scaled):
                     .flatten(1, 2)
                 )
                 made |= {
-                    f"{theirs}1.EncDecAttention.q.weight": scaled(
-                        whole[ours + "cross_attention.linear_q.weight"], size**-0.5
-                    ),
+                    f"{theirs}1.EncDecAttention.q.weight": whole[
+                        ours + "cross_attention.linear_q.weight"
+                    ],
                     f"{theirs}1.EncDecAttention.k.weight": k,
                     f"{theirs}1.EncDecAttention.v.weight": v,
                     f"{theirs}1.EncDecAttention.o.weight": whole[
@@ -340,10 +330,10 @@ def as_transformers(whole, model, scaled):
 def test_loss_and_gradients_are_those_of_transformers(tied, activation, theirs, pool):
     """Norms, relative biases (of self-attention only), masks, shifted labels and the loss agree.
 
-    megatron-core's T5 differs in three things, each taken away here: it divides scores by the root
-    of the head size, its tied output layer has a bias (0 here, its gradient not compared), and it
-    does not divide that layer's input by the root of the hidden size. It has biases and LayerNorm
-    too, which the config leaves out. Labels shifted right after token 0 are transformers' own.
+    megatron-core's T5 differs: it divides scores by the root of the head size, its tied output
+    layer has a bias, it does not divide that layer's input by the root of the hidden size, and it
+    has biases and LayerNorm. The config has a field for each, so the weights are the same ones.
+    Labels shifted right after token 0 are transformers' own.
     """
     transformers = pytest.importorskip("transformers")
     config = step_config(
@@ -351,6 +341,9 @@ def test_loss_and_gradients_are_those_of_transformers(tied, activation, theirs, 
         tie_word_embeddings=tied,
         normalization="RMSNorm",
         add_bias_linear=False,
+        softmax_scale=1.0,
+        scale_decoder_outputs=tied,
+        output_layer_bias=False,
         kv_channels=12,
         ffn_hidden_size=48,
         norm_epsilon=1e-5,
@@ -382,14 +375,12 @@ def test_loss_and_gradients_are_those_of_transformers(tied, activation, theirs, 
         reference.lm_head.weight = torch.nn.Parameter(torch.empty_like(reference.lm_head.weight))
     batch = hugging_face_batch()
     loss, weights, gradients = pool(1, one_step, config, halves(batch))[0]
-    told = reference.load_state_dict(
-        as_transformers(weights, config.model, lambda value, factor: value * factor), strict=False
-    )
+    told = reference.load_state_dict(as_transformers(weights, config.model), strict=False)
     assert not told.unexpected_keys and not told.missing_keys
     expected = reference.double()(**batch).loss
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
-    made = as_transformers(gradients, config.model, lambda value, factor: value / factor)
+    made = as_transformers(gradients, config.model)
     names = dict(reference.named_parameters())
     assert len(names) > 40 and names.keys() <= made.keys()
     for name, parameter in names.items():

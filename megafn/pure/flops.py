@@ -11,8 +11,8 @@ def training_flops(model: ModelConfig, sequences: int) -> float | None:
 
     Those of matrix products, two for each multiply and add, a backward pass twice a forward one,
     recomputation not counted; attention is counted in full, causal or not, as in arXiv 2104.04473
-    (appendix); products of one position a sequence are not counted. None if the family does not
-    know.
+    (appendix), or with a sliding window as if every token attended to a whole window; products of
+    one position a sequence are not counted. None if the family does not know.
 
     >>> model = ModelConfig(
     ...     num_layers=1, hidden_size=8, num_attention_heads=2, seq_length=4, vocab_size=10

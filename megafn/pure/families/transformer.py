@@ -13,8 +13,11 @@ def layer_flops(model: ModelConfig, length: int) -> float:
     """Forward operations for one token in one layer that attends to `length` tokens.
 
     Those of matrix products, two for each multiply and add; attention is counted in full, causal
-    or not, as in arXiv 2104.04473 (appendix).
+    or not, as in arXiv 2104.04473 (appendix), and with a sliding window to `sliding_window` tokens,
+    also at the start of a sequence.
     """
+    if model.sliding_window is not None:
+        length = min(length, model.sliding_window)
     hidden = model.hidden_size
     inner = model.num_attention_heads * model.head_size
     keys_and_values = 2 * model.query_groups * model.head_size

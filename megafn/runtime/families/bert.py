@@ -46,7 +46,6 @@ from megafn.runtime.model.parts import (
     one_stack_block,
     one_stack_hidden,
     output_layer,
-    rotary_embedding,
     tie_word_tables,
     token_embedding,
     vocabulary_logits,
@@ -343,7 +342,6 @@ def bert_modules(plan: ChunkPlan) -> dict[str, torch.nn.Module | None]:
     modules: dict[str, torch.nn.Module | None] = {}
     if plan.pre_process:
         modules["embedding"] = token_embedding(plan)
-    modules["rotary"] = rotary_embedding(plan)
     modules["encoder"] = one_stack_block(plan, layer)
     if plan.post_process:
         modules |= _heads(plan)

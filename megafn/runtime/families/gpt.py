@@ -30,13 +30,13 @@ from megafn.runtime.families.batch_checks import (
 from megafn.runtime.families.family import DatasetAndConfig, Family, FamilyData
 from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.chunk import Chunk, ChunkFunctions, ChunkPlan
+from megafn.runtime.model.key_value_cache import KeyValueCache
 from megafn.runtime.model.layers import Attention, layer_spec
 from megafn.runtime.model.losses import IGNORE, token_loss
 from megafn.runtime.model.parts import (
     one_stack_block,
     one_stack_hidden,
     output_layer,
-    rotary_embedding,
     tie_word_tables,
     token_embedding,
     vocabulary_logits,
@@ -184,7 +184,6 @@ def gpt_modules(
     modules: dict[str, torch.nn.Module | None] = {}
     if plan.pre_process:
         modules["embedding"] = token_embedding(plan)
-    modules["rotary"] = rotary_embedding(plan)
     modules["decoder"] = one_stack_block(plan, layer)
     if plan.post_process:
         modules["output_layer"] = output_layer(plan, beside_embedding=plan.pre_process)
@@ -200,13 +199,21 @@ def gpt_chunk_forward(
     tokens: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
+    cache: KeyValueCache | None = None,
 ) -> torch.Tensor:
     """tokens, position_ids [batch, sequence / cp] -> logits, on the last stage.
 
     Logits [sequence / cp, batch, padded vocabulary / tp]; on earlier stages the hidden state.
     attention_mask: bool [batch or 1, 1, sequence / cp or 1, sequence], True = hidden.
+    cache: keys and values of the tokens before these, when generating; then the tokens are whole,
+    not cut over cp, and logits are of the last position only, unless under sequence parallelism,
+    which cuts positions.
     """
-    hidden = one_stack_hidden(chunk, chunk.decoder, tokens, position_ids, attention_mask)
+    hidden = one_stack_hidden(
+        chunk, chunk.decoder, tokens, position_ids, attention_mask, cache=cache
+    )
+    if cache is not None and chunk.post_process and not chunk.config.sequence_parallel:
+        hidden = hidden[-1:]
     return vocabulary_logits(chunk, hidden) if chunk.post_process else hidden
 
 

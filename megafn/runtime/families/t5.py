@@ -58,7 +58,6 @@ from megafn.runtime.model.parts import (
     embed,
     output_layer,
     rotary_angles,
-    rotary_embedding,
     tie_word_tables,
     token_embedding,
     vocabulary_logits,
@@ -202,14 +201,12 @@ def t5_modules(plan: ChunkPlan) -> dict[str, torch.nn.Module | None]:
     modules: dict[str, torch.nn.Module | None] = {}
     if has_embedding:
         modules["embedding"] = token_embedding(plan)
-    modules["rotary"] = rotary_embedding(plan)
     modules |= _encoder(plan) if split is None or stage < split else _no_half("encoder")
     modules |= _decoder(plan) if split is None or stage >= split else _no_half("decoder")
     if plan.post_process:
-        # a bias if tied, as in megatron-core's T5LMHead
-        modules["output_layer"] = output_layer(
-            plan, beside_embedding=has_embedding, bias=plan.ties_output
-        )
+        # a bias if tied, as in megatron-core's T5LMHead, unless the config leaves it out
+        bias = plan.ties_output and plan.config.model.output_layer_bias
+        modules["output_layer"] = output_layer(plan, beside_embedding=has_embedding, bias=bias)
     return modules
 
 
@@ -344,7 +341,12 @@ def t5_chunk_forward(
         context=memory,
         context_mask=cross_attention_mask,
     )
-    return vocabulary_logits(chunk, hidden) if chunk.post_process else torch.cat([memory, hidden])
+    if not chunk.post_process:
+        return torch.cat([memory, hidden])
+    model = chunk.plan.config.model
+    if model.scale_decoder_outputs:
+        hidden = hidden * model.hidden_size**-0.5
+    return vocabulary_logits(chunk, hidden)
 
 
 def _run_half(

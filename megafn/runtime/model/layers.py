@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,7 +32,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn.attention.bias import causal_lower_right
 
-from megafn.pure.config.records import ParallelConfig, RecomputeConfig, TrainConfig
+from megafn.pure.config.records import (
+    ModelConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    TrainConfig,
+)
+from megafn.runtime.model.key_value_cache import KeyValueCache
 from megafn.runtime.parallel.context import cp_positions
 from megafn.runtime.parallel.groups import ProcessGroups
 
@@ -71,6 +78,10 @@ def transformer_config(config: TrainConfig, pg: ProcessGroups) -> TransformerCon
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
+        softmax_scale=model.softmax_scale,
+        # tokens before and after a token that it sees
+        window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),
+        no_rope_freq=_layers_without_rope(model),
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
@@ -94,6 +105,13 @@ def transformer_config(config: TrainConfig, pg: ProcessGroups) -> TransformerCon
         **_interleaving(parallel, on_cpu=pg.device.type == "cpu"),
         **_recomputation(config.recompute),
     )
+
+
+def _layers_without_rope(model: ModelConfig) -> list[int] | None:
+    """megatron-core's `no_rope_freq`: for each layer of the whole model 1 if it has no rotation."""
+    if not model.layers_without_rope:
+        return None
+    return [int(layer in model.layers_without_rope) for layer in range(model.num_layers)]
 
 
 def _interleaving(parallel: ParallelConfig, *, on_cpu: bool) -> dict[str, Any]:
@@ -144,6 +162,10 @@ class Norm(torch.nn.Module):
         return F.layer_norm(hidden, self.shape, self.weight, self.bias, self.eps)
 
 
+# Queries that attend at once to a sliding window smaller than this: fewer would leave kernels idle.
+_LEAST_BLOCK = 128
+
+
 class Attention(MegatronModule):
     """Core attention by torch's `scaled_dot_product_attention`.
 
@@ -156,6 +178,13 @@ class Attention(MegatronModule):
 
     Context parallel: keys and values are gathered over cp, and each of the rank's two chunks of
     queries attends to what comes before it (Llama 3, arXiv 2407.21783, section 3.3.2).
+
+    packed_seq_params: a KeyValueCache, or None. With a cache, key and value are of the new tokens,
+    queries attend to what is cached too, and the mask hides all that is to be hidden (None: what
+    causality hides). Context-parallel ranks then all have the whole sequence.
+
+    Sliding window: queries attend in blocks, each to the keys that its windows cover, so that time
+    and memory grow with sequence * window. A sequence that the window covers needs no band.
     """
 
     def __init__(
@@ -173,6 +202,12 @@ class Attention(MegatronModule):
         self.causal = attn_mask_type == AttnMaskType.causal
         self.scale = softmax_scale
         self.cp = pg_collection.cp
+        # how many keys a query sees, its own included
+        self.window = sys.maxsize if config.window_size is None else config.window_size[0] + 1
+        if config.window_size is not None and not self.causal:
+            raise ValueError(
+                f"model.sliding_window = {self.window}: needs causal layers; leave it out"
+            )
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
@@ -183,15 +218,21 @@ class Attention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: KeyValueCache | None = None,
     ) -> torch.Tensor:
         # [batch, heads, sequence, d]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         mask = attention_mask
         if mask is not None and not mask.is_floating_point():
             mask = ~mask  # True = visible, as torch has it
-        if self.cp.size() > 1:
+        if packed_seq_params is not None:  # generation: see KeyValueCache
+            key, value = packed_seq_params.extend(self, key, value)
+            is_causal = self.causal and mask is None and query.size(2) > 1
+            context = self._attend(query, key, value, mask, is_causal)
+        elif self.cp.size() > 1:
             context = self._attend_cp(query, key, value, mask)
+        elif self._is_banded(key.size(2)):
+            context = self._attend_in_window(query, key, value, mask, first=0)
         elif mask is None and self.causal:
             context = self._attend(query, key, value, None, is_causal=query.size(2) > 1)
         else:
@@ -221,21 +262,61 @@ class Attention(MegatronModule):
         if not self.causal:
             return self._attend(query, key, value, mask)
         half = query.size(2) // 2
-        positions = cp_positions(key.size(2), cp, rank, query.device)
-        # of each of the rank's two chunks of queries: its rows, and how many keys it may see
+        # of each of the rank's two chunks of queries: its rows, and the position of its first
         chunks = (
-            (slice(0, half), (rank + 1) * half),
-            (slice(half, None), (2 * cp - rank) * half),
+            (slice(0, half), rank * half),
+            (slice(half, None), (2 * cp - rank - 1) * half),
         )
         contexts = []
-        for rows, seen in chunks:
-            if mask is None:
-                visible = causal_lower_right(half, seen)
-            else:
-                mask_of_rows = mask if mask.size(-2) == 1 else mask[..., rows, :]
-                visible = self._with_causality(mask_of_rows, positions[rows])[..., :seen]
+        for rows, first in chunks:
+            mask_of_rows = None if mask is None else _rows_of(mask, rows)
+            contexts.append(self._attend_from(query[:, :, rows], key, value, mask_of_rows, first))
+        return torch.cat(contexts, dim=2)
+
+    def _attend_from(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        first: int,
+    ) -> torch.Tensor:
+        """Causal attention of queries at positions `first`, first + 1, ... to keys from 0 on."""
+        seen = first + query.size(2)
+        if self._is_banded(seen):
+            return self._attend_in_window(query, key, value, mask, first)
+        if mask is None:
+            visible = causal_lower_right(query.size(2), seen)
+        else:
+            positions = torch.arange(first, seen, device=query.device)
+            visible = self._with_causality(mask, positions)[..., :seen]
+        return self._attend(query, key[:, :, :seen], value[:, :, :seen], visible)
+
+    def _is_banded(self, keys: int) -> bool:
+        """Whether the window hides one of so many keys from the last of them."""
+        return self.window < keys
+
+    def _attend_in_window(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        first: int,
+    ) -> torch.Tensor:
+        """As `_attend_from`, but only to the `window` keys that end with a query's own."""
+        block = max(self.window, _LEAST_BLOCK)
+        contexts = []
+        for start in range(0, query.size(2), block):
+            rows = slice(start, min(start + block, query.size(2)))
+            queries = range(first + rows.start, first + rows.stop)
+            keys = range(max(0, queries.start - self.window + 1), queries.stop)
+            seen = slice(keys.start, keys.stop)
+            visible = _band(queries, keys, self.window, query.device)
+            if mask is not None:
+                visible = visible & _rows_of(mask, rows)[..., seen]
             contexts.append(
-                self._attend(query[:, :, rows], key[:, :, :seen], value[:, :, :seen], visible)
+                self._attend(query[:, :, rows], key[:, :, seen], value[:, :, seen], visible)
             )
         return torch.cat(contexts, dim=2)
 
@@ -280,6 +361,19 @@ class Attention(MegatronModule):
             )
 
 
+def _rows_of(mask: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Of a mask [.., queries or 1, keys] those of some queries."""
+    return mask if mask.size(-2) == 1 else mask[..., rows, :]
+
+
+def _band(queries: range, keys: range, window: int, device: torch.device) -> torch.Tensor:
+    """Which keys queries see, bool [queries, keys], both at these positions of the sequence."""
+    query_positions = torch.arange(queries.start, queries.stop, device=device)
+    key_positions = torch.arange(keys.start, keys.stop, device=device)
+    age = query_positions[:, None] - key_positions
+    return (age >= 0) & (age < window)
+
+
 def _linear_with_bias(
     layer: ColumnParallelLinear | RowParallelLinear,
     hidden: torch.Tensor,
@@ -316,6 +410,20 @@ class RowLinear(RowParallelLinear):
 # --------------------------------------------------------------------------------------- layers
 
 
+class ParallelResidualLayer(TransformerLayer):
+    """megatron-core's layer, of which attention and MLP both read the input (GPT-NeoX).
+
+    x + attention(input_layernorm(x)) + mlp(pre_mlp_layernorm(x)), with dropout on each of the two.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, *arguments: Any, **named: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with_attention, context = self._forward_attention(hidden_states, *arguments, **named)
+        normed = self._forward_pre_mlp_layernorm(hidden_states)
+        return self._forward_post_mlp(self.mlp(normed), with_attention), context
+
+
 def layer_spec(
     config: TrainConfig,
     pg: ProcessGroups,
@@ -347,7 +455,7 @@ def layer_spec(
         module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ParallelResidualLayer if config.model.parallel_residual else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
             self_attention=self_attention,

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -19,9 +18,11 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
-from megafn.pure.config.records import TrainConfig, padded_vocab_size
+from megafn.pure.config.records import ModelConfig, TrainConfig, padded_vocab_size
 from megafn.runtime.model.chunk import Chunk, ChunkPlan
+from megafn.runtime.model.key_value_cache import KeyValueCache
 from megafn.runtime.model.layers import Norm
+from megafn.runtime.model.rotary import rotary_angles_at
 from megafn.runtime.parallel.context import cp_positions
 from megafn.runtime.parallel.groups import ProcessGroups
 
@@ -38,20 +39,6 @@ def token_embedding(plan: ChunkPlan) -> LanguageModelEmbedding:
         model.position_embedding,
         num_tokentypes=model.num_tokentypes,
         tp_group=plan.pg.tp,
-    )
-
-
-def rotary_embedding(plan: ChunkPlan) -> RotaryEmbedding | None:
-    """Rotary positions, or None if the config has others."""
-    model = plan.config.model
-    if model.position_embedding != "rope":
-        return None
-    return RotaryEmbedding(
-        model.head_size,
-        model.rotary_percent,
-        rotary_base=model.rotary_base,
-        use_cpu_initialization=plan.pg.device.type == "cpu",
-        cp_group=plan.pg.cp,
     )
 
 
@@ -110,18 +97,21 @@ def embed(
 
     At the positions given, or at the tokens' places in the whole sequence.
     """
-    cp = chunk.cp_group.size()
-    sequence = tokens.size(1) * cp
-    model = chunk.plan.config.model
+    if position_ids is None:
+        cp = chunk.cp_group.size()
+        sequence = tokens.size(1) * cp
+        _check_position_table(sequence, chunk.plan.config.model)
+        places = cp_positions(sequence, cp, chunk.plan.pg.place.cp, tokens.device)
+        position_ids = places.expand_as(tokens)
+    return chunk.embedding(tokens, position_ids, tokentype_ids)
+
+
+def _check_position_table(sequence: int, model: ModelConfig) -> None:
     if model.position_embedding == "learned_absolute" and sequence > model.position_rows:
         raise ValueError(
             f"sequence length = {sequence}: the position table has {model.position_rows} rows; "
             f"raise model.max_position_embeddings or shorten the sequence."
         )
-    if position_ids is None:
-        places = cp_positions(sequence, cp, chunk.plan.pg.place.cp, tokens.device)
-        position_ids = places.expand_as(tokens)
-    return chunk.embedding(tokens, position_ids, tokentype_ids)
 
 
 def rotary_angles(
@@ -131,16 +121,13 @@ def rotary_angles(
 
     Of positions given: [sequence / cp, batch, 1, width].
     """
-    if chunk.rotary is None:
+    model = chunk.plan.config.model
+    if model.position_embedding != "rope":
         return None
-    cp = chunk.cp_group.size()
-    angles = chunk.rotary.get_emb(tokens.size(1) * cp)
-    if position_ids is not None:
-        angles = position_ids.t()[..., None] * chunk.rotary.inv_freq
-        return torch.cat((angles, angles), dim=-1)[:, :, None]
-    if cp == 1:
-        return angles
-    return angles[cp_positions(angles.size(0), cp, chunk.plan.pg.place.cp, angles.device)]
+    if position_ids is None:
+        cp = chunk.cp_group.size()
+        position_ids = cp_positions(tokens.size(1) * cp, cp, chunk.plan.pg.place.cp, tokens.device)
+    return rotary_angles_at(position_ids, model)
 
 
 def one_stack_hidden(
@@ -150,13 +137,17 @@ def one_stack_hidden(
     position_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     tokentype_ids: torch.Tensor | None = None,
+    cache: KeyValueCache | None = None,
 ) -> torch.Tensor:
-    """The hidden state after the chunk's layers, of the embedding or of what the block received."""
+    """The hidden state after the chunk's layers, of the embedding or of what the block received.
+
+    cache: keys and values of the tokens before these, when generating.
+    """
     hidden = None
     if chunk.pre_process:
         hidden = embed(chunk, tokens, position_ids, tokentype_ids)
     angles = rotary_angles(chunk, tokens, position_ids)
-    return block(hidden, attention_mask, rotary_pos_emb=angles)
+    return block(hidden, attention_mask, rotary_pos_emb=angles, packed_seq_params=cache)
 
 
 def vocabulary_logits(chunk: Chunk, hidden: torch.Tensor) -> torch.Tensor:
