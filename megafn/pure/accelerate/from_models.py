@@ -19,24 +19,8 @@ from megafn.pure.config.problems import (
     did_you_mean,
 )
 from megafn.pure.config.records import ModelConfig
+from megafn.pure.pretrained.activations import OF_T5, PLAIN
 
-# Names of activations in transformers -> those of `ModelConfig.activation`.
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "swiglu",
-}
-# T5's `feed_forward_proj`. By "gated-gelu" transformers mean gelu_new.
-_T5_ACTIVATIONS = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gated-gelu": "geglu_tanh",
-    "gated-gelu_new": "geglu_tanh",
-    "gated-silu": "swiglu",
-}
 _BERT_HEADS = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification")
 
 _REQUIRED = object()
@@ -125,9 +109,9 @@ def _unknown_head(head: str, known: str) -> ConfigError:
 
 
 def _activation(value: Any) -> str:
-    if value not in _ACTIVATIONS:
-        raise config_error([choice_problem("model's activation", value, _ACTIVATIONS)])
-    return _ACTIVATIONS[value]
+    if value not in PLAIN:
+        raise config_error([choice_problem("model's activation", value, PLAIN)])
+    return PLAIN[value]
 
 
 def _gpt2(source: _Source) -> dict[str, Any]:
@@ -228,8 +212,8 @@ def _t5(source: _Source) -> dict[str, Any]:
     if source.head not in ("", "T5Model", "T5ForConditionalGeneration"):
         raise _unknown_head(source.head, "T5ForConditionalGeneration")
     activation = _read(source, "feed_forward_proj", "relu")
-    if activation not in _T5_ACTIVATIONS:
-        raise config_error([choice_problem("model.feed_forward_proj", activation, _T5_ACTIVATIONS)])
+    if activation not in OF_T5:
+        raise config_error([choice_problem("model.feed_forward_proj", activation, OF_T5)])
     start = _read(source, "decoder_start_token_id", None)
     if start is None:
         start = _read(source, "pad_token_id", None) or 0
@@ -246,7 +230,7 @@ def _t5(source: _Source) -> dict[str, Any]:
         position_embedding="relative",
         relative_attention_num_buckets=_read(source, "relative_attention_num_buckets", 32),
         relative_attention_max_distance=_read(source, "relative_attention_max_distance", 128),
-        activation=_T5_ACTIVATIONS[activation],
+        activation=OF_T5[activation],
         normalization="RMSNorm",
         norm_epsilon=_read(source, "layer_norm_epsilon", 1e-6),
         add_bias_linear=False,

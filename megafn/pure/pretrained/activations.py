@@ -18,6 +18,15 @@ GATED = {
     "gelu_new": "geglu_tanh",
     "gelu_pytorch_tanh": "geglu_tanh",
 }
+# T5's `feed_forward_proj`. By "gated-gelu" transformers mean gelu_new.
+OF_T5 = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gated-gelu": "geglu_tanh",
+    "gated-gelu_new": "geglu_tanh",
+    "gated-silu": "swiglu",
+}
 
 
 def name_in_transformers(activation: str, table: Mapping[str, str]) -> str:

@@ -37,9 +37,11 @@ class Architecture:
     slice_function(name, shape, model): where a parameter of the whole model lies; () if nowhere.
     heads: prefixes of stored tensors that make predictions of the last hidden state. A file may
         lack them or have others, as a base model does.
-    buffers: regular expressions for stored tensors that are no parameters, found in old files.
+    buffers: regular expressions for stored tensors that may be left unread, such as masks and
+        rotary frequencies in old files.
     copies(model): stored tensors that a file may have as well -> the one whose content they repeat,
         as a tied output layer does.
+    stand_ins: stored tensors that a file may leave out -> the one whose content they have then.
     spellings: other names of stored tensors -> the name here.
     """
 
@@ -54,6 +56,7 @@ class Architecture:
     heads: tuple[str, ...] = ("lm_head.",)
     buffers: tuple[str, ...] = ()
     copies: Callable[[ModelConfig], dict[str, str]]
+    stand_ins: dict[str, str] = attrs.field(factory=dict)
     spellings: dict[str, str] = attrs.field(factory=dict)
 
     def read_config(self, config: ConfigJson) -> tuple[dict[str, Any], list[Problem]]:
@@ -141,7 +144,7 @@ class Architecture:
         return tensor.startswith(self.heads)
 
     def is_buffer(self, tensor: str) -> bool:
-        """Whether a stored tensor is known to be no parameter, such as a causal mask."""
+        """Whether a stored tensor may be left unread, such as a causal mask."""
         return any(re.search(pattern, tensor) for pattern in self.buffers)
 
     def copy_of(self, tensor: str, model: ModelConfig) -> str | None:

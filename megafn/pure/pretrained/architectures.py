@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from megafn.pure.config.family_record import family_name
 from megafn.pure.config.problems import (
     ConfigError,
     Problem,
@@ -54,6 +55,27 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     }
 )
 
+_EXPERTS = "experts are not built"
+_GEMMA = "its embedding is multiplied by hidden_size ** 0.5 and its norms by 1 + weight"
+_NORMS_AFTER = "its norms come after attention and MLP, megatron-core's before them"
+
+# What megafn's layers lack for architectures that people ask for.
+_NOT_BUILT = {
+    "bert": "its norms come after the residual sum, megatron-core's before it (megatron-bert)",
+    "gemma": _GEMMA,
+    "gemma2": f"{_GEMMA}, and its scores are capped",
+    "gemma3": f"{_GEMMA}, and windows of some layers are not built",
+    "gemma3_text": f"{_GEMMA}, and windows of some layers are not built",
+    "olmo2": _NORMS_AFTER,
+    "olmo3": _NORMS_AFTER,
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "gpt_oss": _EXPERTS,
+    "deepseek_v2": f"{_EXPERTS}, nor is latent attention",
+    "deepseek_v3": f"{_EXPERTS}, nor is latent attention",
+}
+
 
 def architecture_of(config: ConfigJson) -> Architecture:
     """The architecture of a parsed config.json, by its `architectures` and its `model_type`.
@@ -63,22 +85,24 @@ def architecture_of(config: ConfigJson) -> Architecture:
     >>> architecture_of({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}).name
     'LlamaForCausalLM'
     """
-    names = config.get("architectures") or [None]
-    name = names[0]
-    if name in ARCHITECTURES:
-        return ARCHITECTURES[name]
     model_type = config.get("model_type")
     candidates = [one for one in ARCHITECTURES.values() if one.model_type == model_type]
     if not candidates:
         raise config_error([_unknown_type(model_type)])
-    if name is None or name == candidates[0].base_model:
+    names = config.get("architectures") or []
+    if names in ([], [candidates[0].base_model]):
         return candidates[0]
-    heads = ", ".join(one.name for one in candidates)
-    remedy = f"this head is not built; change it to {heads}"
-    raise config_error([Problem("architectures", names, f"{remedy}, whose head is then new")])
+    for architecture in candidates:
+        if names == [architecture.name]:
+            return architecture
+    heads = " or ".join(one.name for one in candidates)
+    remedy = f"this head is not built; change it to {heads} to read the layers below it"
+    raise config_error([Problem("architectures", names, remedy)])
 
 
 def _unknown_type(model_type: Any) -> Problem:
+    if isinstance(model_type, str) and model_type in _NOT_BUILT:
+        return Problem("model_type", model_type, f"{_NOT_BUILT[model_type]}; choose another model")
     known = list(dict.fromkeys(one.model_type for one in ARCHITECTURES.values()))
     hint = did_you_mean(model_type, known) if isinstance(model_type, str) else ""
     remedy = f"megafn does not have this architecture; choose one of {', '.join(known)}{hint}"
@@ -133,8 +157,14 @@ def simplest_architecture(model: ModelConfig) -> Architecture:
 
     Raises ConfigError naming the fields that none expresses.
     """
+    family = family_name(model.family)
+    candidates = [one for one in ARCHITECTURES.values() if one.family == family]
+    if not candidates:
+        families = ", ".join(dict.fromkeys(one.family for one in ARCHITECTURES.values()))
+        remedy = f"transformers has no architecture of this family; choose one of {families}"
+        raise config_error([Problem("model.family", family, remedy)])
     refusals: list[list[Problem]] = []
-    for architecture in ARCHITECTURES.values():
+    for architecture in candidates:
         problems = architecture.problems_of(model)
         if not problems:
             return architecture

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import attrs
 from attrs import frozen
 
+from megafn.pure.config.field_types import has_type
 from megafn.pure.config.problems import Problem, choice_problem
 
 # A parsed config.json.
 ConfigJson = Mapping[str, Any]
 
 _REQUIRED = object()
+_LARGEST_SIZE = 2**31 - 1
+_MOST_LAYERS = 100_000
 
 
 @frozen(kw_only=True)
@@ -27,24 +31,47 @@ class ConfigReader:
     config: ConfigJson
     problems: list[Problem] = attrs.field(factory=list)
 
+    def refuse(self, name: str, value: Any, remedy: str) -> None:
+        """Note a problem, once for each key."""
+        if name not in [problem.field for problem in self.problems]:
+            self.problems.append(Problem(name, value, remedy))
+
     @property
     def model_type(self) -> str:
         return str(self.config.get("model_type"))
-
-    def refuse(self, name: str, value: Any, remedy: str) -> None:
-        self.problems.append(Problem(name, value, remedy))
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a key, unchecked."""
         return self.config.get(name, default)
 
-    def integer(self, name: str, default: Any = _REQUIRED, *, at_least: int = 1) -> int:
+    def integer(
+        self,
+        name: str,
+        default: Any = _REQUIRED,
+        *,
+        at_least: int = 1,
+        at_most: int = _LARGEST_SIZE,
+    ) -> int:
         value = self._value(name, default)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= at_least:
+        if has_type(value, int) and at_least <= value <= at_most:
             return value
         if value is not _REQUIRED:
-            self.refuse(name, value, f"must be an integer of at least {at_least}; correct it")
+            self.refuse(name, value, f"must be an integer of {at_least} to {at_most}; correct it")
         return at_least
+
+    def layers(self, name: str, default: Any = _REQUIRED) -> int:
+        """A number of layers."""
+        return self.integer(name, default, at_most=_MOST_LAYERS)
+
+    def head_size(self, hidden_key: str, heads_key: str) -> int:
+        """The width of a head that follows from the hidden size."""
+        hidden = self.integer(hidden_key)
+        heads = self.integer(heads_key)
+        if hidden % heads:
+            self.refuse(
+                hidden_key, hidden, f"must be a multiple of {heads_key} = {heads}; correct it"
+            )
+        return max(1, hidden // heads)
 
     def optional_integer(self, name: str, default: int | None = None) -> int | None:
         """An integer, or None for null and for an absent key without a default."""
@@ -54,7 +81,7 @@ class ConfigReader:
 
     def number(self, name: str, default: Any = _REQUIRED, *, at_least: float = 0.0) -> float:
         value = self._value(name, default)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= at_least:
+        if has_type(value, float) and at_least <= value < math.inf:
             return float(value)
         if value is not _REQUIRED:
             self.refuse(name, value, f"must be a number of at least {at_least}; correct it")
@@ -107,6 +134,6 @@ class ConfigReader:
         if value is None and default is not _REQUIRED:
             value = default
         if value is None or value is _REQUIRED:
-            self.refuse(name, None, f"a config.json of {self.model_type} has it; add it there")
+            self.refuse(name, None, "must be given; add it to config.json")
             return _REQUIRED
         return value

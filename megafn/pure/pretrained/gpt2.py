@@ -24,17 +24,16 @@ def _fields(reader: ConfigReader) -> dict[str, Any]:
     )
     dropout = reader.number("resid_pdrop", 0.1)
     reader.require_equal("embd_pdrop", 0.1, "resid_pdrop", dropout)
-    hidden = reader.integer("n_embd")
     heads = reader.integer("n_head")
     positions = reader.integer("n_positions")
     return {
         "family": "gpt",
-        "num_layers": reader.integer("n_layer"),
-        "hidden_size": hidden,
+        "num_layers": reader.layers("n_layer"),
+        "hidden_size": reader.integer("n_embd"),
         "num_attention_heads": heads,
         "num_query_groups": heads,
-        "kv_channels": hidden // heads,
-        "ffn_hidden_size": reader.integer("n_inner", 4 * hidden),
+        "kv_channels": reader.head_size("n_embd", "n_head"),
+        "ffn_hidden_size": reader.integer("n_inner", 4 * reader.integer("n_embd")),
         "vocab_size": reader.integer("vocab_size"),
         "seq_length": positions,
         "max_position_embeddings": positions,

@@ -18,16 +18,15 @@ def _fields(reader: ConfigReader) -> dict[str, Any]:
         True,
         "must be true, for megafn's linear layers all have a bias or none has; choose such a model",
     )
-    hidden = reader.integer("hidden_size")
     heads = reader.integer("num_attention_heads")
     positions = reader.integer("max_position_embeddings")
     return {
         "family": "gpt",
-        "num_layers": reader.integer("num_hidden_layers"),
-        "hidden_size": hidden,
+        "num_layers": reader.layers("num_hidden_layers"),
+        "hidden_size": reader.integer("hidden_size"),
         "num_attention_heads": heads,
         "num_query_groups": heads,
-        "kv_channels": hidden // heads,
+        "kv_channels": reader.head_size("hidden_size", "num_attention_heads"),
         "ffn_hidden_size": reader.integer("intermediate_size"),
         "vocab_size": reader.integer("vocab_size"),
         "seq_length": positions,

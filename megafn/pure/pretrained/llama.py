@@ -28,16 +28,15 @@ from megafn.pure.pretrained.stored_slice import (
 
 def _shared_fields(reader: ConfigReader, *, groups: int | None, tied: bool) -> dict[str, Any]:
     """Sizes, dropout and tying. groups, tied: what transformers takes if the key is absent."""
-    hidden = reader.integer("hidden_size")
     heads = reader.integer("num_attention_heads")
     positions = reader.integer("max_position_embeddings")
     return {
         "family": "gpt",
-        "num_layers": reader.integer("num_hidden_layers"),
-        "hidden_size": hidden,
+        "num_layers": reader.layers("num_hidden_layers"),
+        "hidden_size": reader.integer("hidden_size"),
         "num_attention_heads": heads,
-        "num_query_groups": reader.optional_integer("num_key_value_heads", groups) or heads,
-        "kv_channels": reader.optional_integer("head_dim") or hidden // heads,
+        "num_query_groups": _query_groups(reader, groups, heads),
+        "kv_channels": _head_size(reader),
         "ffn_hidden_size": reader.integer("intermediate_size"),
         "vocab_size": reader.integer("vocab_size"),
         "seq_length": positions,
@@ -47,6 +46,26 @@ def _shared_fields(reader: ConfigReader, *, groups: int | None, tied: bool) -> d
         "init_method_std": reader.number("initializer_range", 0.02),
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", tied),
     }
+
+
+def _query_groups(reader: ConfigReader, default: int | None, heads: int) -> int:
+    groups = reader.optional_integer("num_key_value_heads", default)
+    if groups is None:
+        return heads
+    if heads % groups:
+        reader.refuse(
+            "num_key_value_heads",
+            groups,
+            f"must divide num_attention_heads = {heads}; correct it",
+        )
+    return groups
+
+
+def _head_size(reader: ConfigReader) -> int:
+    size = reader.optional_integer("head_dim")
+    if size is None:
+        return reader.head_size("hidden_size", "num_attention_heads")
+    return size
 
 
 def _shared_config(model: ModelConfig) -> dict[str, Any]:
@@ -103,33 +122,56 @@ def _window(reader: ConfigReader, default: int | None) -> dict[str, Any]:
     return {"sliding_window": reader.optional_integer("sliding_window", default)}
 
 
-def _window_of_some_layers(reader: ConfigReader, default: int | None) -> dict[str, Any]:
-    """From `use_sliding_window` and `layer_types` or `max_window_layers`: of all layers or none."""
+def _window_of_some_layers(
+    reader: ConfigReader, default: int | None, *, without_types: tuple[str, tuple[bool, ...]]
+) -> dict[str, Any]:
+    """From `use_sliding_window` and `layer_types`: the window of all layers, or of none.
+
+    without_types: if there are no `layer_types`, the key that says which layers have the window,
+        and what it says of each.
+    """
     if not reader.boolean("use_sliding_window", False):
         return {"sliding_window": None}
     window = reader.optional_integer("sliding_window", default)
     if window is None:
         return {"sliding_window": None}
-    layers = reader.integer("num_hidden_layers")
-    types = reader.get("layer_types")
-    if types is None:
-        full = reader.integer("max_window_layers", 28, at_least=0)
-        types = ["full_attention"] * min(full, layers) + ["sliding_attention"] * (layers - full)
-        key = "max_window_layers"
-        value: Any = full
+    if reader.get("layer_types") is None:
+        key, windowed = without_types
     else:
         key = "layer_types"
-        value = types
-    if set(types) == {"full_attention"}:
+        windowed = _windowed_by_types(reader)
+    if not any(windowed):
         return {"sliding_window": None}
-    if set(types) != {"sliding_attention"}:
+    if not all(windowed):
         reader.refuse(
             key,
-            value,
-            f"the window of {window} tokens must be that of all layers; "
-            "windows of some layers are not built",
+            reader.get(key),
+            f"the window of {window} tokens must be that of all layers, "
+            "for windows of some layers are not built; choose such a model",
         )
     return {"sliding_window": window}
+
+
+def _windowed_by_types(reader: ConfigReader) -> tuple[bool, ...]:
+    types = reader.get("layer_types")
+    layers = reader.layers("num_hidden_layers")
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) < layers or any(t not in known for t in types):
+        reader.refuse(
+            "layer_types",
+            types,
+            f"must be a list with {' or '.join(known)} for each of {layers} layers; "
+            "choose such a model",
+        )
+        return ()
+    return tuple(kind == "sliding_attention" for kind in types[:layers])
+
+
+def _upper_layers(reader: ConfigReader) -> tuple[str, tuple[bool, ...]]:
+    """Layers from number `max_window_layers` on have the window (Qwen)."""
+    full = reader.integer("max_window_layers", 28, at_least=0)
+    layers = reader.layers("num_hidden_layers")
+    return "max_window_layers", tuple(number >= full for number in range(layers))
 
 
 def _window_of_all_layers_config(model: ModelConfig) -> dict[str, Any]:
@@ -188,7 +230,7 @@ def _qwen2_fields(reader: ConfigReader) -> dict[str, Any]:
         **_shared_fields(reader, groups=32, tied=False),
         **_gated_rms_fields(reader),
         **read_rotary(reader),
-        **_window_of_some_layers(reader, 4096),
+        **_window_of_some_layers(reader, 4096, without_types=_upper_layers(reader)),
         "add_bias_linear": False,
         "add_qkv_bias": True,
     }
@@ -214,7 +256,7 @@ def _qwen3_fields(reader: ConfigReader) -> dict[str, Any]:
         **_shared_fields(reader, groups=32, tied=False),
         **_gated_rms_fields(reader),
         **read_rotary(reader),
-        **_window_of_some_layers(reader, 4096),
+        **_window_of_some_layers(reader, 4096, without_types=_upper_layers(reader)),
         "add_bias_linear": False,
         "qk_layernorm": True,
     }
@@ -277,19 +319,22 @@ def _starcoder2_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _smollm3_fields(reader: ConfigReader) -> dict[str, Any]:
+    without_rope = _layers_without_rope(reader)
+    layers = reader.layers("num_hidden_layers")
+    windowed = tuple(number in without_rope for number in range(layers))
     return {
         **_shared_fields(reader, groups=4, tied=True),
         **_gated_rms_fields(reader),
         **read_rotary(reader, default_base=2_000_000.0),
         **_biases(reader),
-        **_window_of_some_layers(reader, None),
-        "layers_without_rope": _layers_without_rope(reader),
+        **_window_of_some_layers(reader, None, without_types=("no_rope_layers", windowed)),
+        "layers_without_rope": without_rope,
     }
 
 
 def _layers_without_rope(reader: ConfigReader) -> tuple[int, ...]:
     """From `no_rope_layers`, which means the inverse: its zeros are the layers without."""
-    layers = reader.integer("num_hidden_layers")
+    layers = reader.layers("num_hidden_layers")
     rotated = reader.get("no_rope_layers")
     if rotated is None:
         interval = reader.integer("no_rope_layer_interval", 4)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from megafn.pure.config.problems import choice_problem
 from megafn.pure.config.records import ModelConfig
 from megafn.pure.pretrained.activations import PLAIN, name_in_transformers
 from megafn.pure.pretrained.architecture import Architecture
@@ -20,6 +21,7 @@ from megafn.pure.pretrained.stored_slice import (
 )
 
 _DEFAULT_LABELS = 2
+_PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
 def _shared_fields(reader: ConfigReader) -> dict[str, Any]:
@@ -34,16 +36,15 @@ def _shared_fields(reader: ConfigReader) -> dict[str, Any]:
         False,
         "a decoder of this architecture is not built; choose an encoder",
     )
-    hidden = reader.integer("hidden_size")
     heads = reader.integer("num_attention_heads")
     positions = reader.integer("max_position_embeddings")
     return {
         "family": "bert",
-        "num_layers": reader.integer("num_hidden_layers"),
-        "hidden_size": hidden,
+        "num_layers": reader.layers("num_hidden_layers"),
+        "hidden_size": reader.integer("hidden_size"),
         "num_attention_heads": heads,
         "num_query_groups": heads,
-        "kv_channels": hidden // heads,
+        "kv_channels": reader.head_size("hidden_size", "num_attention_heads"),
         "ffn_hidden_size": reader.integer("intermediate_size"),
         "vocab_size": reader.integer("vocab_size"),
         "seq_length": positions,
@@ -94,8 +95,15 @@ def _label_fields(reader: ConfigReader) -> dict[str, Any]:
         **_shared_fields(reader),
         "activation": reader.translated("hidden_act", PLAIN, "gelu"),
         "num_labels": len(labels) or reader.integer("num_labels", _DEFAULT_LABELS),
-        "problem_type": reader.get("problem_type"),
+        "problem_type": _problem_type(reader),
     }
+
+
+def _problem_type(reader: ConfigReader) -> str | None:
+    kind = reader.get("problem_type")
+    if kind is not None and kind not in _PROBLEM_TYPES:
+        reader.problems.append(choice_problem("problem_type", kind, _PROBLEM_TYPES))
+    return kind
 
 
 def _label_config(model: ModelConfig) -> dict[str, Any]:
@@ -145,15 +153,12 @@ def _slices(name: str, shape: Shape, model: ModelConfig) -> Slices:
 
 
 def _copies(model: ModelConfig) -> dict[str, str]:
-    if model.num_labels is not None:
+    if model.num_labels is not None or not model.tie_word_embeddings:
         return {}
-    if model.tie_word_embeddings:
-        return {
-            f"{_DECODER}.weight": "bert.embeddings.word_embeddings.weight",
-            f"{_DECODER}.bias": "cls.predictions.bias",
-        }
-    # transformers 5 has it and never reads it; before, it was the layer's own bias
-    return {"cls.predictions.bias": f"{_DECODER}.bias"}
+    return {
+        f"{_DECODER}.weight": "bert.embeddings.word_embeddings.weight",
+        f"{_DECODER}.bias": "cls.predictions.bias",
+    }
 
 
 def _architecture(
@@ -171,7 +176,8 @@ def _architecture(
         config=config,
         slice_function=_slices,
         heads=("cls.", "classifier.", "bert.pooler."),
-        buffers=(r"\.embeddings\.position_ids$",),
+        # the second beside a layer that is not tied, whose bias is its own: nothing reads it then
+        buffers=(r"\.embeddings\.position_ids$", r"^cls\.predictions\.bias$"),
         copies=_copies,
     )
 

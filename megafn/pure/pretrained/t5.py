@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from megafn.pure.config.records import ModelConfig
-from megafn.pure.pretrained.activations import name_in_transformers
+from megafn.pure.pretrained.activations import OF_T5, name_in_transformers
 from megafn.pure.pretrained.architecture import Architecture
 from megafn.pure.pretrained.config_reader import ConfigReader
 from megafn.pure.pretrained.stored_slice import (
@@ -27,16 +27,6 @@ from megafn.pure.pretrained.stored_slice import (
 # For a T5 that names no number of positions, of which it could have any.
 _DEFAULT_POSITIONS = 512
 
-# `feed_forward_proj`. By "gated-gelu" transformers mean gelu_new.
-_ACTIVATIONS = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gated-gelu": "geglu_tanh",
-    "gated-gelu_new": "geglu_tanh",
-    "gated-silu": "swiglu",
-}
-
 
 def _fields(reader: ConfigReader) -> dict[str, Any]:
     reader.require(
@@ -44,7 +34,7 @@ def _fields(reader: ConfigReader) -> dict[str, Any]:
         True,
         "half a T5 is not built; choose a model with encoder and decoder",
     )
-    layers = reader.integer("num_layers")
+    layers = reader.layers("num_layers")
     heads = reader.integer("num_heads")
     positions = reader.integer("n_positions", _DEFAULT_POSITIONS)
     dropout = reader.number("dropout_rate", 0.1)
@@ -53,7 +43,7 @@ def _fields(reader: ConfigReader) -> dict[str, Any]:
     return {
         "family": "t5",
         "num_layers": layers,
-        "num_decoder_layers": reader.integer("num_decoder_layers", layers),
+        "num_decoder_layers": reader.layers("num_decoder_layers", layers),
         "hidden_size": reader.integer("d_model"),
         "num_attention_heads": heads,
         "num_query_groups": heads,
@@ -66,7 +56,7 @@ def _fields(reader: ConfigReader) -> dict[str, Any]:
         "relative_attention_num_buckets": reader.integer("relative_attention_num_buckets", 32),
         "relative_attention_max_distance": reader.integer("relative_attention_max_distance", 128),
         "softmax_scale": 1.0,
-        "activation": reader.translated("feed_forward_proj", _ACTIVATIONS, "relu"),
+        "activation": reader.translated("feed_forward_proj", OF_T5, "relu"),
         "normalization": "RMSNorm",
         "norm_epsilon": reader.number("layer_norm_epsilon", 1e-6),
         "add_bias_linear": False,
@@ -106,7 +96,7 @@ def _config(model: ModelConfig) -> dict[str, Any]:
         "n_positions": model.position_rows,
         "relative_attention_num_buckets": model.relative_attention_num_buckets,
         "relative_attention_max_distance": model.relative_attention_max_distance,
-        "feed_forward_proj": name_in_transformers(model.activation, _ACTIVATIONS),
+        "feed_forward_proj": name_in_transformers(model.activation, OF_T5),
         "layer_norm_epsilon": model.norm_epsilon,
         "dropout_rate": model.hidden_dropout,
         "tie_word_embeddings": model.tie_word_embeddings,
@@ -189,4 +179,6 @@ T5 = Architecture(
     # in the files of the first T5s, and read by nothing
     buffers=(r"EncDecAttention\.relative_attention_bias\.weight$",),
     copies=_copies,
+    # a T5 1.1 that transformers 5 made has a tied layer, though its config.json reads as untied
+    stand_ins={"lm_head.weight": "shared.weight"},
 )

@@ -154,7 +154,7 @@ class Norm(torch.nn.Module):
             self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
             # megatron-core sums the gradients of such parameters over tp
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.bias is None:
@@ -285,11 +285,12 @@ class Attention(MegatronModule):
         seen = first + query.size(2)
         if self._is_banded(seen):
             return self._attend_in_window(query, key, value, mask, first)
-        if mask is None:
+        positions = torch.arange(first, seen, device=query.device)
+        visible = self._with_causality(mask, positions)
+        if visible is None:
             visible = causal_lower_right(query.size(2), seen)
         else:
-            positions = torch.arange(first, seen, device=query.device)
-            visible = self._with_causality(mask, positions)[..., :seen]
+            visible = visible[..., :seen]
         return self._attend(query, key[:, :, :seen], value[:, :, :seen], visible)
 
     def _is_banded(self, keys: int) -> bool:

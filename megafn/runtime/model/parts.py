@@ -153,7 +153,7 @@ def one_stack_hidden(
 def vocabulary_logits(chunk: Chunk, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [sequence / cp, batch, padded vocabulary / tp] of the last hidden state.
 
-    Those of padding, which is no token, are the dtype's minimum.
+    The logits of padding are the dtype's minimum.
     """
     shared = chunk.shared_embedding_or_output_weight() if chunk.plan.ties_output else None
     logits, _ = chunk.output_layer(hidden, weight=shared)
@@ -183,8 +183,10 @@ class _HidePadding(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         first = gradient.size(-1) - context.count
-        if gradient[..., first:].any():
-            # never from a softmax; a copy, for another function may read this gradient
-            gradient = gradient.clone()
-            gradient[..., first:] = 0
+        # A softmax gives zeros there. On a CPU it is cheap to see that; on a GPU the look would
+        # wait until the device has done everything before it, so the copy is always made.
+        if gradient.device.type == "cpu" and not gradient[..., first:].any():
+            return gradient, None
+        gradient = gradient.clone()  # another function may read the one that was given
+        gradient[..., first:] = 0
         return gradient, None

@@ -183,6 +183,9 @@ def _places(
         original = architecture.copy_of(tensor, model)
         if original is not None:
             places.setdefault(original, stored_name)
+    for tensor, other in architecture.stand_ins.items():
+        if other in places:
+            places.setdefault(tensor, places[other])
     return places
 
 
