@@ -605,6 +605,13 @@ def test_hugging_face_configs_give_the_model():
             model_fields(llama)
     mistral = transformers.MistralConfig(num_hidden_layers=8, sliding_window=48)
     assert made(model=mistral, seq_length=64).model.sliding_window == 48
+    neox = transformers.GPTNeoXConfig(num_hidden_layers=8, rotary_pct=0.5)
+    assert made(model=neox, seq_length=64).model.parallel_residual
+    smol = transformers.SmolLM3Config(num_hidden_layers=4)
+    assert model_fields(smol)["model.layers_without_rope"] == (3,)
+    smol.rope_parameters = dict(rope_type="yarn", rope_theta=5e5)
+    with pytest.raises(ConfigError, match="^model.rope_parameters.rope_type = 'yarn': "):
+        model_fields(smol)
     bert = model_fields(
         transformers.MegatronBertConfig(
             num_hidden_layers=3, hidden_size=64, num_attention_heads=4, intermediate_size=80

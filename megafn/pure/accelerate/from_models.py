@@ -20,6 +20,7 @@ from megafn.pure.config.problems import (
 )
 from megafn.pure.config.records import ModelConfig, RopeScaling
 from megafn.pure.pretrained.activations import OF_T5, PLAIN
+from megafn.pure.pretrained.architectures import ARCHITECTURES, architecture_of
 
 _BERT_HEADS = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification")
 
@@ -29,9 +30,9 @@ _REQUIRED = object()
 def model_fields(model: Any) -> dict[str, Any]:
     """`model.*` fields of a Hugging Face config, or of a model that has one, or of a ModelConfig.
 
-    gpt2, llama, mistral, megatron-bert and t5 are known. Dropout is that of the config. Sequence
-    lengths are left to the caller, who knows the data; "model.max_position_embeddings" is the
-    length of the position table.
+    gpt2, llama, megatron-bert and t5 are known, and all that `megafn.pretrained_model` reads.
+    Dropout is that of the config. Sequence lengths are left to the caller, who knows the data;
+    "model.max_position_embeddings" is the length of the position table.
 
     Raises ConfigError if the model has what megatron-core's layers do not have.
 
@@ -140,14 +141,6 @@ def _gpt2(source: _Source) -> dict[str, Any]:
 def _llama(source: _Source) -> dict[str, Any]:
     _refuse_unless(source, "mlp_bias", False)
     _refuse_unless(source, "attention_bias", False)
-    return _llama_or_mistral(source)
-
-
-def _mistral(source: _Source) -> dict[str, Any]:
-    return _llama_or_mistral(source) | {"sliding_window": _read(source, "sliding_window", None)}
-
-
-def _llama_or_mistral(source: _Source) -> dict[str, Any]:
     _refuse_unless(source, "hidden_act", "silu")
     rope = _rotary_parameters(source)
     return dict(
@@ -276,10 +269,22 @@ def _t5_is_tied(source: _Source) -> bool:
     return _read(source, "tie_word_embeddings", True)
 
 
+def _of_architecture(source: _Source) -> dict[str, Any]:
+    """The fields that a config.json of this config would give."""
+    config = source.config
+    written = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    written = {**written, "architectures": [source.head] if source.head else []}
+    fields, problems = architecture_of(written).read_config(written)
+    if problems:
+        raise config_error([attrs.evolve(one, field=f"model.{one.field}") for one in problems])
+    del fields["seq_length"]
+    return fields
+
+
 _READERS: dict[str, Callable[[_Source], dict[str, Any]]] = {
+    **{architecture.model_type: _of_architecture for architecture in ARCHITECTURES.values()},
     "gpt2": _gpt2,
     "llama": _llama,
-    "mistral": _mistral,
     "megatron-bert": _megatron_bert,
     "t5": _t5,
 }
