@@ -79,22 +79,28 @@ _HOME = {
     "Tokenizer": "runtime.text.tokenizer",
     "byte_tokenizer": "runtime.text.tokenizer",
     "load_tokenizer": "runtime.text.tokenizer",
+    "train_tokenizer": "runtime.text.train_tokenizer",
     "demo_text": "runtime.text.demo_text",
     "index_text": "runtime.text.indexing",
     "read_documents": "runtime.text.documents",
     "batches": "runtime.data.batches",
     "group_batches": "runtime.data.batches",
+    "describe_data": "runtime.data.corpus_identity",
     "Step": "runtime.families.step",
     "Family": "runtime.families.family",
     "FamilyData": "runtime.families.family",
     "family_of": "runtime.families.built_in",
     "step_fn": "runtime.families.built_in",
     "step_of": "runtime.accelerate.train_steps",
-    "logits": "runtime.generation.generate",
+    "logits": "runtime.generation.logits",
     "generate": "runtime.generation.generate",
+    "Generated": "runtime.generation.generate",
+    "GenerationConfig": "pure.generation",
     "progress": "runtime.metrics.sinks",
     "tensorboard": "runtime.metrics.sinks",
     "jsonl": "runtime.metrics.sinks",
+    "Lora": "runtime.model.lora",
+    "lora": "runtime.model.lora",
     "State": "runtime.model.state",
     "Metrics": "runtime.metrics.records",
     "Report": "runtime.metrics.records",
@@ -157,6 +163,7 @@ if TYPE_CHECKING:
         StageLayout as StageLayout,
     )
     from megafn.pure.flops import training_flops as training_flops
+    from megafn.pure.generation import GenerationConfig as GenerationConfig
     from megafn.pure.layout import (
         Coordinates as Coordinates,
         Groups as Groups,
@@ -203,6 +210,7 @@ if TYPE_CHECKING:
         batches as batches,
         group_batches as group_batches,
     )
+    from megafn.runtime.data.corpus_identity import describe_data as describe_data
     from megafn.runtime.families.build import build_chunk as build_chunk
     from megafn.runtime.families.built_in import (
         family_of as family_of,
@@ -214,9 +222,10 @@ if TYPE_CHECKING:
     )
     from megafn.runtime.families.step import Step as Step
     from megafn.runtime.generation.generate import (
+        Generated as Generated,
         generate as generate,
-        logits as logits,
     )
+    from megafn.runtime.generation.logits import logits as logits
     from megafn.runtime.metrics.records import (
         Metrics as Metrics,
         Report as Report,
@@ -234,6 +243,10 @@ if TYPE_CHECKING:
     from megafn.runtime.model.layers import (
         layer_spec as layer_spec,
         transformer_config as transformer_config,
+    )
+    from megafn.runtime.model.lora import (
+        Lora as Lora,
+        lora as lora,
     )
     from megafn.runtime.model.losses import (
         Loss as Loss,
@@ -267,6 +280,7 @@ if TYPE_CHECKING:
         byte_tokenizer as byte_tokenizer,
         load_tokenizer as load_tokenizer,
     )
+    from megafn.runtime.text.train_tokenizer import train_tokenizer as train_tokenizer
     from megafn.runtime.training.fit import fit as fit
     from megafn.runtime.training.replay import replay as replay
     from megafn.runtime.training.setup import setup as setup

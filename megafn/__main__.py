@@ -13,12 +13,13 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-from megafn.commands import check, data, demo, export, inspect, train
+from megafn.commands import check, data, demo, export, inspect, tokenizer, train
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "check": check,
     "data": data,
+    "tokenizer": tokenizer,
     "demo": demo,
     "export": export,
     "inspect": inspect,

@@ -76,13 +76,14 @@ def tokenizer_of(config: mf.TrainConfig) -> mf.Tokenizer:
     return mf.load_tokenizer(config.data.tokenizer)
 
 
-def continued(state: mf.State, count: int = 200) -> str:
-    """How a GPT continues PROMPT."""
+def continued(state: mf.State, count: int = 112) -> str:
+    """How a GPT continues PROMPT, as far as the sequences it learns from reach."""
     config = state.config
     tokenizer = tokenizer_of(config)
-    prompt = torch.tensor([tokenizer.encode(PROMPT).tolist()])
-    tokens = mf.generate(state, prompt, count=count, temperature=0.7, seed=config.seed)
-    return tokenizer.decode(tokens[0].numpy())
+    prompt = tokenizer.encode(PROMPT).tolist()
+    sampling = mf.GenerationConfig(max_new_tokens=count, temperature=0.7, seed=config.seed)
+    generated = mf.generate(state, [prompt], sampling)
+    return tokenizer.decode([*prompt, *generated.tokens[0]])
 
 
 def filled_in(state: mf.State, count: int = 4) -> str:

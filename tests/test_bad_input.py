@@ -1,6 +1,6 @@
-"""Bad input ends in one clear sentence that names field, value and remedy.
+"""Bad input is reported in one sentence that names field, value and remedy.
 
-On every rank, within seconds and never in a hang.
+On every rank, within seconds; no rank hangs.
 """
 
 import os
@@ -22,7 +22,7 @@ from pool import PoolError, run_script
 
 REMEDY = re.compile(
     r"\b(give|choose|start|set|name|write|remove|convert|raise|shorten|pad|pass|correct|leave|change|"
-    r"did you mean|must|expected|is wanted|are wanted|seed and shard|tokenise|mend|keep|lower)\b"
+    r"did you mean|must|expected|seed and shard|tokenise|keep|lower)\b"
 )
 
 

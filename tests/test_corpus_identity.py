@@ -16,7 +16,8 @@ import megafn as mf
 from checkpoint_runs import text_config, train
 from megafn.pure.checkpoint.compatibility import data_problems
 from megafn.pure.sampling import epochs_in_words
-from megafn.runtime.data.corpora import corpora, read_samples
+from megafn.runtime.data.corpora import corpora
+from megafn.runtime.data.datasets import read_samples
 from megafn.runtime.text.tokenizer import byte_tokenizer, identity_of, load_tokenizer
 
 FAMILIES = {
@@ -106,6 +107,33 @@ def test_a_run_that_would_read_another_text_or_order_is_refused(family, tmp_path
     assert [iteration for iteration, *_ in run(4, ((7.0, big), (3.0, moved))).curve] == [4]
 
 
+def test_replay_and_a_custom_loop_refuse_another_text_as_a_resumed_run_does(tmp_path):
+    text = write_text(tmp_path / "a.txt", 40, seed=1)
+    other = write_text(tmp_path / "b.txt", 40, seed=2)
+    cache = str(tmp_path / "cache")
+    config = text_config(tmp_path / "runs", steps=4)
+    here = with_data(config, train=text, sampler="cyclic", cache=cache)
+    elsewhere = with_data(config, train=other, sampler="cyclic", cache=cache)
+
+    def loop(config, use):
+        with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg:
+            return use(mf.setup(config, pg))
+
+    data = mf.describe_data(here)
+    path = loop(here, lambda state: mf.save(state, tmp_path / "saved", data=data))
+    assert json.loads((path / "manifest.json").read_bytes())["data"] == data
+    loop(here, lambda state: mf.load(state, path, data=data))
+    loop(elsewhere, lambda state: mf.load(state, path))
+    train(here)
+    problem = "data.train = .*b.txt': it holds .* but the checkpoint was written with .*a.txt' of"
+    data = mf.describe_data(elsewhere)
+    with pytest.raises(mf.ConfigError, match=problem):
+        loop(elsewhere, lambda state: mf.load(state, path, data=data))
+    assert mf.replay(here, 4).iteration == 4
+    with pytest.raises(mf.ConfigError, match=problem):
+        mf.replay(elsewhere, 4)
+
+
 def without_data(path):
     """Take out what the manifest says of the data, as an older megafn wrote it."""
     file = path / "manifest.json"
@@ -173,11 +201,16 @@ def test_data_indexed_with_another_tokenizer_is_refused(family, tmp_path):
     problem = "data.train = .*indexed with the tokenizer 'other.json' .* data.tokenizer = 'bytes'"
     with pytest.raises(mf.ConfigError, match=problem):
         train(with_data(config, train=of_other))
-    identity = Path(f"{of_other}.tokenizer.json")
-    identity.write_text("{}")
-    with pytest.raises(mf.ConfigError, match="indexed1_train.tokenizer.json is damaged"):
-        corpora(with_data(config, train=of_other))
-    identity.unlink()
+    today = Path(f"{of_other}.tokens.json")
+    older = Path(f"{of_other}.tokenizer.json")
+    older.write_text(json.dumps(json.loads(today.read_bytes())["tokenizer"]))
+    for identity in (today, older):
+        with pytest.raises(mf.ConfigError, match=problem):
+            corpora(with_data(config, train=of_other))
+        identity.write_text("{}")
+        with pytest.raises(mf.ConfigError, match=f"{identity.name} is damaged"):
+            corpora(with_data(config, train=of_other))
+        identity.unlink()
     assert len(corpora(with_data(config, train=of_other))) == 1, "as other tools write it"
 
 

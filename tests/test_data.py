@@ -21,7 +21,8 @@ from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megafn.pure.layout import build_groups, coordinates
 from megafn.runtime.data.batches import batches, group_batches, prefetched
-from megafn.runtime.data.corpora import build_dataset, corpora
+from megafn.runtime.data.corpora import corpora
+from megafn.runtime.data.datasets import build_dataset
 from megafn.runtime.data.same_batches import _check_same_marks, _first_rank_of_each_position
 from megafn.runtime.families.gpt import gpt_data
 from megafn.runtime.parallel.groups import init_groups

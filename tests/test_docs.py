@@ -202,7 +202,7 @@ def test_the_megatron_core_page_names_every_module_that_is_imported_and_no_other
 def test_what_the_megatron_core_page_says_of_megafn_is_there():
     import importlib
 
-    for *_, here, why in tables("megatron-core.md")["What is not used, and stands in its place"]:
+    for *_, here, why in tables("megatron-core.md")["What is not used, and what is used instead"]:
         path = here.strip("`")
         try:
             importlib.import_module(path)

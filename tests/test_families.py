@@ -185,7 +185,7 @@ def without_data(config):
         state = mf.setup(config, pg)
         logits = mf.logits(state, torch.zeros(1, 8, dtype=torch.long))
         with pytest.raises(ValueError, match="^model.family = 'ours': does not predict the next"):
-            mf.generate(state, torch.zeros(1, 8, dtype=torch.long), count=1)
+            mf.generate(state, torch.zeros(1, 8, dtype=torch.long))
     with pytest.raises(mf.ConfigError, match="^model.family = 'ours': has no data of its own"):
         mf.train(attrs.evolve(config, data=mf.DataConfig(train=mf.demo_text())))
     return tuple(logits.shape)

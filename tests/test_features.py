@@ -495,11 +495,11 @@ def carried_seed(pool, processes, layout, seed):
     return pool(processes, run_layout, short(**layout, **DROPOUT, seed=seed))[0][0]
 
 
-# ------------------------------------------------------------------------------- logits and samples
+# ------------------------------------------------------------------------------------------- logits
 
 
 def spoken(config, tokens):
-    """Logits, a greedy and a drawn continuation, after two steps."""
+    """Logits after two steps."""
     with mf.init_groups(mf.build_groups(config.parallel, mf.world_size())) as pg:
         state = mf.setup(config, pg)
         for iteration in range(2):
@@ -507,11 +507,7 @@ def spoken(config, tokens):
                 state, share(uneven(config, iteration), config, pg), mf.step_fn("gpt")
             )
         numbers = torch.get_rng_state()
-        found = (
-            *(mf.logits(state, tokens[:, :length]) for length in (1, 13, 32)),
-            mf.generate(state, tokens[:, :29], count=6, temperature=0),
-            mf.generate(state, tokens[:, :5], count=6, temperature=0.8, top_k=5, seed=3),
-        )
+        found = [mf.logits(state, tokens[:, :length]) for length in (1, 13, 32)]
         assert torch.equal(numbers, torch.get_rng_state()) and all(
             chunk.training for chunk in state.chunks
         )
@@ -531,19 +527,18 @@ def spoken(config, tokens):
     ],
     ids=["tp2-dp2", "pp2", "pp2-vpp2", "cp2", "tp2-sp", "tp2-cp2-pp2-sp"],
 )
-def test_logits_and_samples_are_the_single_processs_on_every_rank(processes, layout, pool):
+def test_logits_are_the_single_processs_on_every_rank(processes, layout, pool):
     tokens = torch.randint(0, 97, (3, 32), generator=torch.Generator().manual_seed(9))
     expected, loss = pool(1, spoken, short(init_method_std=0.2), tokens)[0]
     first, *others = pool(processes, spoken, short(init_method_std=0.2, **layout), tokens)
     for found, after in (first, *others):
         assert all(map(torch.equal, found, first[0])) and after == pytest.approx(loss, abs=1e-4)
-    for ours, theirs in zip(first[0][:3], expected[:3], strict=True):
+    for ours, theirs in zip(first[0], expected, strict=True):
         assert (
             ours.shape == theirs.shape
             and ours.shape[-1] == 97
             and (ours - theirs).abs().max() < 1e-3 * theirs.abs().max()
         )
-    assert torch.equal(first[0][3], expected[3]) and torch.equal(first[0][4], expected[4])
 
 
 # ----------------------------------------------------------------------------- batches of one's own

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import megafn as mf
 from equivalence import share, short, uneven
 from megafn.runtime.model.losses import FRACTIONAL
+from megafn.runtime.model.parts import _HidePadding
 from megafn.runtime.training.forward_backward import MicroBatchSums
 from megafn.runtime.training.totals import sum_over_ranks
 
@@ -119,6 +120,14 @@ def test_under_log_everything_a_step_moves_numbers_to_the_host_twice(pool):
     config = attrs.evolve(config, log=mf.LogConfig(everything=True))
     for (_, *others), _ in pool(2, counts_of, config, mf.step_fn("gpt")):
         assert others == [ONCE | AFTER_UPDATE] * 3
+
+
+def test_padding_of_the_vocabulary_is_hidden_without_looking_at_values_of_a_device():
+    """A meta tensor has no values to look at, as those of a GPU are not there yet."""
+    logits = torch.ones(2, 3, 8, device="meta", requires_grad=True)
+    hidden = _HidePadding.apply(logits * 1, 3)
+    hidden.sum().backward()
+    assert logits.grad.shape == (2, 3, 8)
 
 
 def moody_loss(logits, batch, pg):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 import megafn as mf
-from megafn.runtime.data.corpora import build_dataset, corpora
+from megafn.runtime.data.corpora import corpora
+from megafn.runtime.data.datasets import build_dataset
 from megafn.runtime.families.bert import bert_data
 from megafn.runtime.families.t5 import t5_data
 from megafn.runtime.text.documents import cut_sentences

@@ -18,7 +18,7 @@ from megafn.pure.accelerate.from_models import model_fields
 from megafn.pure.accelerate.later_fields import LATER_FIELDS
 from megafn.pure.accelerate.plugin import from_plugin
 from megafn.pure.accelerate.plugin_fields import PluginFields, from_env
-from megafn.pure.accelerate.sources import accelerates_step
+from megafn.pure.accelerate.sources import inherited_step_problem
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig
 from megafn.pure.config.serialization import to_dict
@@ -1140,7 +1140,7 @@ def test_a_subclass_of_accelerates_own_step_runs_or_is_refused_with_what_replace
 
 
 def test_the_lines_that_replace_a_step_are_the_built_in_loss():
-    error = str(accelerates_step(subclass_of_accelerates()))
+    error = str(inherited_step_problem(subclass_of_accelerates()))
     lines = [line[4:] for line in error.splitlines() if line.startswith("    ")]
     scope = {"megafn": megafn, "attrs": attrs}
     exec("\n".join(lines), scope)

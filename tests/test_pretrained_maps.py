@@ -65,11 +65,13 @@ FAMILIES = {
         add_qkv_bias=True,
         tie_word_embeddings=False,
     ),
+    "gpt-neox": dict(position_embedding="rope", parallel_residual=True),
     "gpt-qk": dict(qk_layernorm=True, position_embedding="none", ffn_hidden_size=40),
     "bert": dict(family="bert", num_tokentypes=2, bert_binary_head=True),
     "bert-labels": dict(family="bert", num_labels=3),
     "bert-untied": dict(family="bert", tie_word_embeddings=False),
     "t5": dict(family="t5", num_decoder_layers=3),
+    "t5-plain": dict(family="t5", output_layer_bias=False),
     "t5-relative": dict(
         family="t5",
         position_embedding="relative",

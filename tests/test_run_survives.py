@@ -1,13 +1,19 @@
 """A run survives what comes after a step, and reports before the first one what is knowable."""
 
+import contextlib
 import errno
 import io
+import json
 import os
 import resource
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from unittest import mock
 
 import attrs
 import pytest
@@ -20,8 +26,11 @@ import megafn as mf
 from bert_rows import bert_rows
 from equivalence import share, short, uneven
 from indexed_data import indexed
+from megafn.runtime.checkpoint import save
 from megafn.runtime.data.corpora import corpora
+from megafn.runtime.parallel.object_collectives import all_ranks_arrive
 from megafn.runtime.text.indexing import largest_id
+from megafn.runtime.text.tokenizer import byte_tokenizer, identity_of
 from pool import ROOT
 from t5_rows import pairs
 
@@ -144,6 +153,88 @@ def test_the_last_iteration_is_saved_before_its_evaluation(tmp_path):
     assert mf.latest(tmp_path).name == "iteration-00000003"
 
 
+@contextlib.contextmanager
+def slow_disk():
+    """A save in the background takes longer than what comes after it."""
+
+    def slowly(path, tensors):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.7)
+        return write_tensors(path, tensors)
+
+    write_tensors = save.write_tensors
+    with mock.patch.object(save, "write_tensors", slowly):
+        yield
+
+
+class BreaksOn:
+    """A loader whose second micro-batch raises, on one rank or on all of them."""
+
+    def __init__(self, rank=None):
+        self.rank = rank
+
+    def __iter__(self):
+        if self.rank in (None, int(os.environ["RANK"])):
+            return broken_after(1)
+        return iter(loader(40))
+
+
+def ended_while_saving(folder, **layout):
+    """What `train` raises, and what is saved then, by what fails while a save is in progress."""
+    cases = dict(
+        evaluation=dict(valid_batches=BreaksOn()),
+        evaluation_of_one=dict(valid_batches=BreaksOn(rank=1)),
+        batches=dict(batches=BreaksOn()),
+        batches_of_one=dict(batches=BreaksOn(rank=0)),
+        sink=dict(on_metrics=[partial(breaking_sink, None)]),
+        sink_of_one=dict(on_metrics=[partial(breaking_sink, 1)]),
+    )
+    found = {}
+    for name, arguments in cases.items():
+        directory = folder / name
+        made = config(
+            directory,
+            parallel=mf.ParallelConfig(**layout),
+            eval_iters=2,
+            eval_interval=1 if "valid_batches" in arguments else 6,
+            global_batch_size=4 if layout == {} else 2,
+            timeout_seconds=20,
+        )
+        saving = attrs.evolve(made.checkpoint, interval=1, asynchronous=True)
+        made = attrs.evolve(made, checkpoint=saving)
+        given = dict(batches=loader(40), valid_batches=loader(40)) | arguments
+        try:
+            with slow_disk(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # equal shares
+                mf.train(made, **given)
+        except Exception as error:
+            found[name] = type(error).__name__, sorted(os.listdir(directory))
+    return found
+
+
+def breaking_sink(rank, metrics):
+    if rank in (None, int(os.environ["RANK"])):
+        raise Broken
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(pp=2)], ids=["dp2", "pp2"])
+def test_a_save_in_progress_is_published_before_an_error_ends_the_run(layout, pool, tmp_path):
+    """On every rank, also if the error is that of one rank."""
+    for found in pool(2, ended_while_saving, tmp_path, **layout):
+        assert len(found) == 6
+        assert set(map(repr, found.values())) == {"('Broken', ['iteration-00000001'])"}
+
+
+def meetings():
+    with mf.init_groups(mf.build_groups(mf.ParallelConfig(), 2), timeout_seconds=20) as pg:
+        alone = pg.is_rank_zero and all_ranks_arrive("of one", pg, seconds=0.2)
+        return alone, all_ranks_arrive("of both", pg, seconds=20)
+
+
+def test_a_rank_that_is_alone_with_its_error_does_not_wait_long(pool):
+    assert pool(2, meetings) == [(False, True)] * 2
+
+
 # -------------------------------------------------------------------------- batches that are given
 
 
@@ -264,14 +355,23 @@ def test_only_the_documents_that_are_read_count(tmp_path):
     data = mf.DataConfig(train=prefix, split=(0.8, 0.2, 0.0))
     made = config(data=data, model=dict(vocab_size=128))
     assert largest_id(prefix) is None
-    for written in (None, '{"largest_id": 200}', "damaged"):
-        if written is not None:
-            (tmp_path / "data.ids.json").write_text(written)
-        assert corpora(made, "train")
-        with pytest.raises(mf.ConfigError, match="token id 200 for valid"):
-            corpora(made, "valid")
-    (tmp_path / "data.ids.json").write_text('{"largest_id": 100}')
-    assert corpora(made, "valid")  # believed: batches are checked as they are read
+    written_by = attrs.asdict(identity_of(byte_tokenizer()))
+    # an older megafn's file, and today's
+    for name, others in (("data.ids.json", {}), ("data.tokens.json", {"tokenizer": written_by})):
+        assert_valid_is_refused(made)
+        (tmp_path / name).write_text(json.dumps({"largest_id": 200} | others))
+        assert_valid_is_refused(made)
+        (tmp_path / name).write_text(json.dumps({"largest_id": 100} | others))
+        assert corpora(made, "valid")  # believed: batches are checked as they are read
+        (tmp_path / name).unlink()
+    (tmp_path / "data.ids.json").write_text("damaged")
+    assert_valid_is_refused(made)
+
+
+def assert_valid_is_refused(made):
+    assert corpora(made, "train")
+    with pytest.raises(mf.ConfigError, match="token id 200 for valid"):
+        corpora(made, "valid")
 
 
 def test_indexing_writes_down_the_largest_id(tmp_path):
@@ -439,7 +539,7 @@ def test_the_state_that_train_returns_is_refused_in_one_sentence(tmp_path):
     state = mf.train(config(), batches=loader(40))
     for use in (
         lambda: mf.logits(state, torch.tensor([[1, 2]])),
-        lambda: mf.generate(state, torch.tensor([[1, 2]]), count=1),
+        lambda: mf.generate(state, torch.tensor([[1, 2]])),
         lambda: mf.save(state, tmp_path),
         lambda: mf.load(state, tmp_path),
         lambda: mf.evaluate(state, [[rows(2)]], mf.step_fn("gpt")),

@@ -267,15 +267,14 @@ def test_weight_decay_ramps_over_the_whole_run_though_the_learning_rate_decays_s
 )
 def test_a_schedule_that_cannot_run_is_refused_with_its_field(changes, field):
     config = run(**changes)
-    assert [name for name, _, _ in schedule_problems(config)].count(field) == 1
+    assert [problem.field for problem in schedule_problems(config)].count(field) == 1
     with pytest.raises(ConfigError, match=rf"(?m)^ *{field} = .+: .+"):
         make_schedule(config)
 
 
 def test_all_problems_are_reported_at_once():
-    fields = [
-        field for field, _, _ in schedule_problems(run(decay="step", min_lr=1.0, warmup_iters=100))
-    ]
+    config = run(decay="step", min_lr=1.0, warmup_iters=100)
+    fields = [problem.field for problem in schedule_problems(config)]
     assert fields == ["schedule.decay", "schedule.min_lr", "schedule.warmup_iters"]
 
 

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megafn.__main__ import main
 from megafn.pure.config.problems import ConfigError
-from megafn.runtime.text import cache, indexing
+from megafn.runtime.text import cache, indexing, train_tokenizer
 from megafn.runtime.text.cache import indexed_text
 from megafn.runtime.text.demo_text import demo_text
 from megafn.runtime.text.documents import (
@@ -168,6 +169,82 @@ def test_a_tokenizer_that_cannot_serve_is_refused(hugging_face, tmp_path, monkey
     with pytest.raises(ConfigError, match=r"install megafn\[hf\]"):
         load_tokenizer("tokenizer.json")
     assert load_tokenizer("bytes").vocab_size == 256
+
+
+# ------------------------------------------------------------------------- training a tokenizer
+
+WORDS = "the tide turns and the light house lights the tide\n\nnaïve 東京、タワー"
+
+
+def test_a_trained_tokenizer_encodes_any_text_and_transformers_loads_it(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    lines = [json.dumps({"body": f"{WORDS} {i} <|endoftext|>"}) for i in range(50)]
+    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    folder = tmp_path / "new" / "tokenizer"
+    command = ["tokenizer", str(tmp_path / "corpus.jsonl.gz"), str(folder), "--json-key", "body"]
+    bert = [f"--special-token={token}" for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
+    assert main([*command, "--vocab-size", "300", *bert]) == 0
+    assert capsys.readouterr().out == f"{folder / 'tokenizer.json'}: 300 tokens\n"
+    assert sorted(os.listdir(folder)) == ["tokenizer.json", "tokenizer_config.json"]
+    assert os.listdir(folder.parent) == ["tokenizer"]
+
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+    assert (tokenizer.eod, tokenizer.pad, tokenizer.cls, tokenizer.sep, tokenizer.mask) == (
+        0,
+        1,
+        2,
+        3,
+        4,
+    )
+    assert len(tokenizer.encode(" the tide")) == 2
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.mask_token_id) == (0, 1, 4)
+    for text in (WORDS, "Ωμέγα \0\x7f \t 🌊", "  two  spaces "):
+        ids = tokenizer.encode(text).tolist()
+        assert tokenizer.decode(ids) == theirs.decode(ids) == text
+        assert theirs(text)["input_ids"] == ids
+
+    assert main([*command, "--vocab-size", "300"]) == 2
+    assert capsys.readouterr().err == (
+        f"megafn: {folder} exists already; name a new directory, or remove this one\n"
+    )
+
+
+def test_a_tokenizer_does_not_depend_on_the_fragments_it_is_trained_on(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "corpus.txt").write_text(f"{WORDS} " * 40 + "\f" + f"{WORDS} " * 3)
+    for name, size in ("whole", 2**15), ("cut", 16):
+        monkeypatch.setattr(train_tokenizer, "_FRAGMENT", size)
+        trained = train_tokenizer.train_tokenizer(
+            tmp_path / "corpus.txt", tmp_path / name, vocab_size=1000
+        )
+        assert trained.name == str(tmp_path / name / "tokenizer.json")
+        assert 257 < trained.vocab_size < 1000  # no pair is left that occurs twice
+    contents = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("whole", "cut")]
+    assert contents[0] == contents[1]
+
+
+def test_a_tokenizer_that_cannot_be_trained_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "good.txt").write_text(WORDS)
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b\\ud800"}\n')
+
+    def train(name="good.txt", **kwargs):
+        fields = {"vocab_size": 300, **kwargs}
+        train_tokenizer.train_tokenizer(tmp_path / name, tmp_path / "new", **fields)
+
+    with pytest.raises(ConfigError, match=r"vocab_size = 257: must hold 256 bytes .* 258 or more"):
+        train(vocab_size=257, special_tokens=["[PAD]"])
+    with pytest.raises(ConfigError, match="special token = '': must not be empty"):
+        train(eod_token="")
+    with pytest.raises(ConfigError, match="missing.txt can't be read: No such file"):
+        train("missing.txt")
+    with pytest.raises(ValueError, match="bad.jsonl, document 2: .*surrogates not allowed"):
+        train("bad.jsonl")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ConfigError, match="not installed; pip install tokenizers"):
+        train()
+    assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "good.txt"]
 
 
 # ---------------------------------------------------------------------------------------- documents
@@ -371,13 +448,14 @@ def test_an_indexed_text_holds_the_pieces_that_the_split_makes(tmp_path, hugging
             expected = [parts[SPLITS.index(part)] for parts in cut if parts[SPLITS.index(part)]]
             assert pieces(prefix, byte_tokenizer() if one == "bytes" else one) == expected
             assert IndexedDataset(prefix).index.dtype is np.uint16
-    # a second call replaces all that the first one left
+    # a second call replaces all that the first one left, and what an older megafn did
+    for suffix in ("train.ids.json", "train.tokenizer.json", "test.tokenizer.json"):
+        (tmp_path / f"new/0_{suffix}").write_text("{}")
     index_text(tmp_path / "a.txt", tmp_path / "new/0", split=(1, 0, 0))
     assert sorted(p.name for p in (tmp_path / "new").glob("0*")) == [
         "0_train.bin",
-        "0_train.ids.json",
         "0_train.idx",
-        "0_train.tokenizer.json",
+        "0_train.tokens.json",
     ]
     assert pieces(str(tmp_path / "new/0_train")) == documents
 

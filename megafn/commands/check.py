@@ -16,7 +16,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    path, world_size = arguments.config, arguments.world_size
+    path = arguments.config
+    world_size = arguments.world_size
     config = mf.load_config(path)
     problems = mf.validate(config, world_size)
     if problems:

@@ -144,7 +144,7 @@ def build_groups(
 ) -> Groups:
     """The groups of `world_size` ranks cut by `parallel`; what remains is data parallel.
 
-    Pass `model=config.model` wherever there is a config. A T5 over a pipeline needs it: its split
+    Pass `model=config.model` if there is a config. A T5 over a pipeline needs it: its split
     rank decides on which stage the decoder begins and which stages hold a copy of which table, and
     `setup` refuses groups that were built without it. For every other model and layout
     `build_groups(parallel, world_size)` gives the same groups.
@@ -168,7 +168,7 @@ def build_groups(
     (((0, 1), (2, 3)), ((0, 2, 3),), ((0, 2),))
     >>> build_groups(ParallelConfig(tp=3), world_size=8)        # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: world_size = 8: must be a multiple of tp * pp * cp = 3 * 1 * 1 = 3; start ...
+    ValueError: world_size = 8: tp * pp * cp = 3 must divide it; start a multiple of 3 ...
     """
     _check_sizes(parallel, world_size)
     stages = stage_layout(parallel, model)
@@ -254,8 +254,23 @@ def group_of(groups: Groups, axis: str, rank: int) -> tuple[int, ...]:
     return ()
 
 
+def world_size_problem(world_size: int, tp: int, pp: int, cp: int) -> str | None:
+    """Why a layout cannot have so many ranks; None if it can.
+
+    >>> world_size_problem(8, tp=3, pp=1, cp=1)
+    'tp * pp * cp = 3 must divide it; start a multiple of 3 processes or change tp, pp or cp'
+    """
+    size = tp * pp * cp
+    if world_size % size == 0:
+        return None
+    return (
+        f"tp * pp * cp = {size} must divide it; "
+        f"start a multiple of {size} processes or change tp, pp or cp"
+    )
+
+
 def order_problem(order: str, sizes: Mapping[str, int]) -> str | None:
-    """What is wrong with `ParallelConfig.order` for axes of these sizes; None if nothing is.
+    """What is wrong with `ParallelConfig.order` for axes of these sizes, or None.
 
     >>> order_problem("tp-pp", {"tp": 2, "cp": 1, "ep": 1, "dp": 4, "pp": 2})
     'leaves out dp, of size 4; name each of tp, cp, ep, dp, pp once, as in tp-cp-ep-dp-pp'
@@ -336,13 +351,9 @@ def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
             f"parallel.ep = {parallel.ep}: expert parallelism is not built; set ep to 1"
         )
 
-    copy = parallel.tp * parallel.pp * parallel.cp
-    if world_size % copy:
-        raise ValueError(
-            f"world_size = {world_size}: must be a multiple of tp * pp * cp = "
-            f"{parallel.tp} * {parallel.pp} * {parallel.cp} = {copy}; "
-            f"start a multiple of {copy} processes or change tp, pp or cp"
-        )
+    problem = world_size_problem(world_size, parallel.tp, parallel.pp, parallel.cp)
+    if problem is not None:
+        raise ValueError(f"world_size = {world_size}: {problem}")
 
 
 def _check_order(parallel: ParallelConfig, sizes: Mapping[str, int]) -> None:

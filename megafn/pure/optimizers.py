@@ -62,11 +62,11 @@ def readers() -> Mapping[str, tuple[str, ...]]:
     >>> readers()["momentum"]
     ('sgd',)
     """
-    names = {name for rules in OPTIMIZERS.values() for name in rules.fields}
-    return {
-        name: tuple(rules.name for rules in OPTIMIZERS.values() if name in rules.fields)
-        for name in sorted(names)
-    }
+    readers: dict[str, tuple[str, ...]] = {}
+    for rules in OPTIMIZERS.values():
+        for field_name in rules.fields:
+            readers[field_name] = (*readers.get(field_name, ()), rules.name)
+    return readers
 
 
 def refused_fields() -> tuple[str, ...]:

@@ -285,7 +285,7 @@ def _inputs(stage: int, op: Op, stages: int, chunks: int) -> list[Cell]:
 
 
 def _check_rows(order: Order) -> None:
-    """Raises ValueError for what can be seen by looking at each stage for itself."""
+    """Raises ValueError for what can be seen by looking at each stage on its own."""
     expected = [
         Op(kind, micro_batch, chunk)
         for kind in "FB"

@@ -29,7 +29,7 @@ def split_among_ranks(
 ) -> tuple[tuple[T, ...], ...]:
     """The micro-batches of one rank.
 
-    Of each run of micro_batch_size * dp samples, every rank in turn gets micro_batch_size, as in
+    Each run of micro_batch_size * dp samples gives every rank in turn micro_batch_size, as in
     Megatron-LM's `MegatronPretrainingSampler`. Returns [num_micro_batches][micro_batch_size]
     samples. Raises ValueError if the global batch is not a multiple of micro_batch_size * dp.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from attrs import frozen
 
-from megafn.pure.config.problems import Problem, config_error
+from megafn.pure.config.problems import Problem, choice_problem, config_error
 from megafn.pure.config.records import ScheduleConfig, TrainConfig
 
 
@@ -56,9 +56,6 @@ _LENGTH_FIELDS = {
     "wsd_decay": ("wsd_decay_iters", "wsd_decay_samples"),
 }
 
-# (field, value, remedy)
-FieldProblem = tuple[str, float | str | None, str]
-
 
 def make_schedule(config: TrainConfig) -> Callable[[int], LrWd]:
     """A pure function of consumed samples; a step uses `schedule(samples consumed before it)`.
@@ -95,7 +92,7 @@ def make_schedule(config: TrainConfig) -> Callable[[int], LrWd]:
     """
     problems = tuple(schedule_problems(config))
     if problems:
-        raise config_error(Problem(*problem) for problem in problems)
+        raise config_error(problems)
     lr = _learning_rate(config)
     weight_decay = _weight_decay(config)
 
@@ -107,7 +104,7 @@ def make_schedule(config: TrainConfig) -> Callable[[int], LrWd]:
     return schedule
 
 
-def schedule_problems(config: TrainConfig) -> Iterator[FieldProblem]:
+def schedule_problems(config: TrainConfig) -> Iterator[Problem]:
     """Every reason for which `make_schedule` refuses the config.
 
     Refused besides what `OptimizerParamScheduler` asserts: negative lengths and rates, which it
@@ -121,39 +118,42 @@ def schedule_problems(config: TrainConfig) -> Iterator[FieldProblem]:
     yield from _fit_problems(config)
 
 
-def _choice_problems(schedule: ScheduleConfig) -> Iterator[FieldProblem]:
+def _choice_problems(schedule: ScheduleConfig) -> Iterator[Problem]:
     for name, choices in _CHOICES.items():
         value = getattr(schedule, name)
         if value not in choices:
-            yield f"schedule.{name}", value, f"choose one of {', '.join(choices)}"
+            yield choice_problem(f"schedule.{name}", value, choices)
 
 
-def _length_problems(schedule: ScheduleConfig) -> Iterator[FieldProblem]:
-    """What is wrong with the fields of a length, each for itself."""
+def _length_problems(schedule: ScheduleConfig) -> Iterator[Problem]:
+    """What is wrong with the fields of a length, one by one."""
     for length in _LENGTH_FIELDS:
         given = _given(schedule, length)
         for name, value in given.items():
             if not 0 <= value < math.inf:
-                yield f"schedule.{name}", value, "must be finite and 0 or more"
+                yield Problem(f"schedule.{name}", value, "must be finite and 0 or more")
         for name in tuple(given)[1:]:
-            yield f"schedule.{name}", given[name], f"give only one of {' and '.join(given)}"
+            yield Problem(
+                f"schedule.{name}", given[name], f"give only one of {' and '.join(given)}"
+            )
     if schedule.decay != "wsd":
         for name, value in _given(schedule, "wsd_decay").items():
-            yield f"schedule.{name}", value, 'leave it out, or set decay = "wsd"'
+            yield Problem(f"schedule.{name}", value, 'leave it out, or set decay = "wsd"')
 
 
-def _rate_problems(schedule: ScheduleConfig) -> Iterator[FieldProblem]:
+def _rate_problems(schedule: ScheduleConfig) -> Iterator[Problem]:
     if not 0 <= schedule.lr < math.inf:
-        yield "schedule.lr", schedule.lr, "must be finite and 0 or more"
+        yield Problem("schedule.lr", schedule.lr, "must be finite and 0 or more")
     for name in ("min_lr", "init_lr"):
         value = getattr(schedule, name)
         if not 0 <= value <= schedule.lr:
-            yield f"schedule.{name}", value, f"choose 0 to lr = {schedule.lr}"
+            yield Problem(f"schedule.{name}", value, f"choose 0 to lr = {schedule.lr}")
 
 
-def _weight_decay_problems(schedule: ScheduleConfig) -> Iterator[FieldProblem]:
+def _weight_decay_problems(schedule: ScheduleConfig) -> Iterator[Problem]:
     if not 0 <= schedule.weight_decay < math.inf:
-        yield "schedule.weight_decay", schedule.weight_decay, "must be finite and 0 or more"
+        remedy = "must be finite and 0 or more"
+        yield Problem("schedule.weight_decay", schedule.weight_decay, remedy)
 
     style = schedule.weight_decay_incr_style
     start = schedule.start_weight_decay
@@ -161,39 +161,40 @@ def _weight_decay_problems(schedule: ScheduleConfig) -> Iterator[FieldProblem]:
     if style == "constant":
         remedy = 'leave it out, or set weight_decay_incr_style to "linear" or "cosine"'
         if start is not None:
-            yield "schedule.start_weight_decay", start, remedy
+            yield Problem("schedule.start_weight_decay", start, remedy)
         if end is not None:
-            yield "schedule.end_weight_decay", end, remedy
+            yield Problem("schedule.end_weight_decay", end, remedy)
     elif start is None or end is None:
         remedy = "give start_weight_decay and end_weight_decay, the two ends of the ramp"
-        yield "schedule.weight_decay_incr_style", style, remedy
+        yield Problem("schedule.weight_decay_incr_style", style, remedy)
     elif not 0 <= start <= end < math.inf:
         remedy = f"choose 0 to end_weight_decay = {end}, which must be finite"
-        yield "schedule.start_weight_decay", start, remedy
+        yield Problem("schedule.start_weight_decay", start, remedy)
 
 
-def _fit_problems(config: TrainConfig) -> Iterator[FieldProblem]:
+def _fit_problems(config: TrainConfig) -> Iterator[Problem]:
     """What is wrong between the length of the run, decay, warm-up and WSD decay; the first only."""
     if (config.train_iters is None) == (config.train_samples is None):
-        yield "train_iters", config.train_iters, "give exactly one of train_iters and train_samples"
+        remedy = "give exactly one of train_iters and train_samples"
+        yield Problem("train_iters", config.train_iters, remedy)
         return
 
     schedule = config.schedule
     lengths = _lengths(config)
     if lengths.horizon <= 0:
         name = "train_iters" if config.train_iters is not None else "train_samples"
-        yield name, getattr(config, name), "a run must be longer than 0 samples"
+        yield Problem(name, getattr(config, name), "a run must be longer than 0 samples")
     elif lengths.decay <= 0:
         for name, value in _given(schedule, "decay").items():
             remedy = "the learning rate needs more than 0 samples to decay"
-            yield f"schedule.{name}", value, remedy
+            yield Problem(f"schedule.{name}", value, remedy)
     elif not lengths.warmup < lengths.decay:
         for name, value in _given(schedule, "warmup").items():
             remedy = (
                 f"the warm-up ({lengths.warmup:g} samples) is part of the decay length "
                 f"({lengths.decay:g}) and must be shorter; shorten the one or lengthen the other"
             )
-            yield f"schedule.{name}", value, remedy
+            yield Problem(f"schedule.{name}", value, remedy)
     elif schedule.decay == "wsd" and not _wsd_fits(lengths):
         given = _given(schedule, "wsd_decay") or _given(schedule, "warmup")
         for name, value in given.items():
@@ -202,7 +203,7 @@ def _fit_problems(config: TrainConfig) -> Iterator[FieldProblem]:
                 f"({lengths.wsd_decay:g}) must fit into the decay length ({lengths.decay:g}); "
                 "shorten one of them"
             )
-            yield f"schedule.{name}", value, remedy
+            yield Problem(f"schedule.{name}", value, remedy)
 
 
 def _given(schedule: ScheduleConfig, length: str) -> dict[str, float]:

@@ -115,12 +115,12 @@ did you mean "tp_degree"?
         world_size=world_size,
     )
     if plugin is not None:
-        problems = [*object_problems(plugin, given)]
+        problems = list(object_problems(plugin, given))
         if problems:
             raise config_error(problems)
         given = with_object(plugin, given)
         mixed_precision = mixed_precision or object_precision(plugin)
-    problems = [*_argument_problems(given, arguments)]
+    problems = list(_argument_problems(given, arguments))
     if problems:
         raise config_error(problems)
     later = {name: given.pop(name) for name in LATER_FIELDS if name in given}
@@ -128,7 +128,7 @@ did you mean "tp_degree"?
     if world_size is None:
         world_size = _world_size()
 
-    findings: list[Finding] = [*model_sizes(model)]
+    findings: list[Finding] = list(model_sizes(model))
     findings += _plain_settings(given, arguments)
     findings += _precision(mixed_precision or "no")
     findings += loader_settings(dataloaders, data, named)

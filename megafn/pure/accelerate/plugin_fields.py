@@ -187,38 +187,46 @@ def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
     problems: list[Problem] = []
     for variable, text in (os.environ if environ is None else environ).items():
         if variable == _MIXED_PRECISION:
-            precision = text.strip().lower()
-            if precision in PRECISIONS:
-                fields["mixed_precision"] = precision
-            else:
-                problems.append(choice_problem(variable, text, PRECISIONS))
+            outcome = _precision_of_variable(text)
+        elif variable.startswith(_PREFIX):
+            outcome = _field_of_variable(variable, text)
+        else:
             continue
-        if not variable.startswith(_PREFIX):
-            continue
-        name = variable.removeprefix(_PREFIX)
-        if name not in _VARIABLES:
-            if text.strip().lower() in _OFF:
-                continue  # a still later version's, and off
-            known = [_PREFIX + other for other in _VARIABLES]
-            hint = did_you_mean(variable, known)
-            problems.append(Problem(variable, text, f"there is no such variable{hint}"))
-            continue
-        try:
-            value = _parsed(text, _VARIABLES[name])
-        except (ValueError, KeyError):
-            problems.append(type_problem(variable, text, _VARIABLES[name]))
-            continue
-        field = name.lower()
-        problem = None
-        if field in LATER_FIELDS:
-            problem = later_field_problem(field, value, field=variable)
-        if problem is not None:
-            problems.append(problem)
-        elif field not in LATER_FIELDS or megatron_argument(field, value):
-            fields[field] = value
+        if isinstance(outcome, Problem):
+            problems.append(outcome)
+        else:
+            fields |= outcome
     if problems:
         raise config_error(problems)
     return fields
+
+
+def _precision_of_variable(text: str) -> dict[str, str] | Problem:
+    precision = text.strip().lower()
+    if precision not in PRECISIONS:
+        return choice_problem(_MIXED_PRECISION, text, PRECISIONS)
+    return {"mixed_precision": precision}
+
+
+def _field_of_variable(variable: str, text: str) -> dict[str, Any] | Problem:
+    """{field: value} of a variable MEGATRON_LM_*, {} if it asks for nothing, or its problem."""
+    name = variable.removeprefix(_PREFIX)
+    if name not in _VARIABLES:
+        if text.strip().lower() in _OFF:  # of a version later still
+            return {}
+        hint = did_you_mean(variable, [_PREFIX + known for known in _VARIABLES])
+        return Problem(variable, text, f"there is no such variable{hint}")
+    try:
+        value = _parsed(text, _VARIABLES[name])
+    except (ValueError, KeyError):
+        return type_problem(variable, text, _VARIABLES[name])
+    field = name.lower()
+    if field not in LATER_FIELDS:
+        return {field: value}
+    problem = later_field_problem(field, value, field=variable)
+    if problem is not None:
+        return problem
+    return {field: value} if megatron_argument(field, value) else {}
 
 
 def _parsed(text: str, kind: type) -> int | float | bool | str:

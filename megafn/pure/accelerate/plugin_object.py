@@ -25,9 +25,8 @@ _RECOMPUTATION = ("recompute_granularity", "recompute_method", "recompute_num_la
 
 def object_problems(plugin: Any, given: Mapping[str, Any]) -> Iterator[Problem]:
     """Why a plugin cannot be read beside the fields `given` by name."""
-    if isinstance(plugin, type) or not all(
-        hasattr(plugin, name) for name in ("tp_degree", "pp_degree")
-    ):
+    has_sizes = hasattr(plugin, "tp_degree") and hasattr(plugin, "pp_degree")
+    if isinstance(plugin, type) or not has_sizes:
         yield Problem("plugin", plugin, "give a MegatronLMPlugin of accelerate, or its fields")
         return
     for name, field in getattr(plugin, "__dataclass_fields__", {}).items():
@@ -56,12 +55,12 @@ def object_fields(plugin: Any) -> dict[str, Any]:
 def with_object(plugin: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields given by name, and those of a plugin.
 
-    Warns of context_parallel_size = 2, which accelerate 1.15 sets if nobody does.
+    Warns of context_parallel_size = 2, accelerate 1.15's default.
     """
     name = "context_parallel_size"
     default = LATER_FIELDS[name].default
-    asked = {**given, **given.get("other_megatron_args", {})}
-    if getattr(plugin, name, None) == default and name not in asked:
+    given_by_name = {**given, **given.get("other_megatron_args", {})}
+    if getattr(plugin, name, None) == default and name not in given_by_name:
         warnings.warn(
             f"MegatronLMPlugin.{name} = {default} is what accelerate sets if you don't, and is "
             f"not read: the sequence is not cut; if you mean it, give from_plugin {name}={default}",
@@ -71,7 +70,7 @@ def with_object(plugin: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def object_precision(plugin: Any) -> str | None:
-    """The mixed precision that accelerate's Accelerator has told a plugin, or None."""
+    """The mixed precision that accelerate's Accelerator has set on a plugin, or None."""
     arguments = getattr(plugin, "megatron_lm_default_args", None) or {}
     for precision in ("bf16", "fp16"):
         if arguments.get(precision) is True:

@@ -1,7 +1,7 @@
-"""What the arguments of `from_plugin` say of the config: model, loaders, optimizer, plugin fields.
+"""The arguments of `from_plugin` as settings: of model, loaders, optimizer, scheduler and plugin.
 
-Each function gives settings and problems. If they depend on other arguments too, the function takes
-`known`: the values that those have set, by path.
+Each function gives settings and problems. If these depend on other arguments too, the function
+takes `known`: the values that the other arguments have set, by path.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ def with_effect(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def scheduler_settings(known: Mapping[str, Any], scheduler: Any) -> list[Finding]:
+    """The fields of the learning rate scheduler; [] if there is none."""
     # Without a micro-batch size, a problem already, its steps cannot be counted in samples.
     if scheduler is None or "micro_batch_size" not in known:
         return []
@@ -227,7 +228,7 @@ def _custom_step(step: Any, arguments: Any) -> Iterator[Finding]:
             )
         function = partial(_return_step, step)
         yield Setting("step_function", function, "custom_train_step_class")
-    elif (refusal := accelerates_step(step)) is not None:
+    elif (refusal := inherited_step_problem(step)) is not None:
         yield Problem("custom_train_step_class", step, refusal)
     elif callable(step):
         function = partial(step, **(arguments or {}))
@@ -256,14 +257,14 @@ _ACCELERATES_STEPS = {"GPTTrainStep": "gpt", "BertTrainStep": "bert", "T5TrainSt
 _STEP_METHODS = ("__init__", "get_batch_func", "get_loss_func", "get_forward_step_func")
 
 
-def accelerates_step(step: Any) -> str | None:
-    """What to write instead of a class that runs code of accelerate's own train steps, or None.
+def inherited_step_problem(step: Any) -> str | None:
+    """Why a class cannot run that runs code of accelerate's own train steps, or None.
 
     That code reads Megatron-LM's global arguments, which do not exist here. A subclass that brings
     a constructor and the three methods of its own runs.
     """
     bases = step.__mro__ if isinstance(step, type) else ()
-    base = next((base for base in bases if _is_accelerates(base)), None)
+    base = next((base for base in bases if _is_of_accelerate(base)), None)
     if base is None:
         return None
     family = _ACCELERATES_STEPS[base.__name__]
@@ -284,7 +285,7 @@ def accelerates_step(step: Any) -> str | None:
     )
 
 
-def _is_accelerates(base: type) -> bool:
+def _is_of_accelerate(base: type) -> bool:
     return base.__module__.startswith("accelerate.") and base.__name__ in _ACCELERATES_STEPS
 
 

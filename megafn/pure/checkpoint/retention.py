@@ -8,10 +8,10 @@ from collections.abc import Iterable
 def iterations_to_keep(
     iterations: Iterable[int], *, keep_last: int, keep_every: int | None
 ) -> frozenset[int]:
-    """Of the iterations that have a complete checkpoint, those to keep.
+    """Which of the iterations that have a complete checkpoint are kept.
 
-    These are the last `keep_last` (0: all of them) and every multiple of `keep_every`. The newest
-    is always among them.
+    The last `keep_last` (0: all of them) and every multiple of `keep_every`. The newest is always
+    among them.
 
     >>> sorted(iterations_to_keep([10, 20, 30, 40, 50], keep_last=2, keep_every=20))
     [20, 40, 50]

@@ -46,7 +46,7 @@ def problems_in(
 
 
 def _findings_below(error: Exception, mapping: Any, cls: type, path: str) -> Iterator[_Finding]:
-    """What a subtree of errors says of `mapping`, which stands at `path` of the whole."""
+    """The findings in a subtree of errors about `mapping`, which stands at `path` of the whole."""
     if isinstance(error, WrongType):
         yield _Finding(type_problem(path or "config", error.value, error.kind))
     elif isinstance(error, KeyError):

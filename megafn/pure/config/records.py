@@ -28,9 +28,12 @@ StepFunction = Callable[["TrainConfig"], Any]
 # `megafn.build_chunk`.
 ModelFunction = Callable[..., Any]
 
-# (a function without arguments that builds the chunk) -> the chunk, prepared: say with some layers
-# frozen, or with adapters.
+# (a function without arguments that builds the chunk) -> the chunk, prepared: for example with some
+# layers frozen, or with adapters.
 PrepareModel = Callable[[Callable[[], Any]], Any]
+
+# Of corpora: a source, several, or (weight, source) pairs.
+Sources = str | tuple[str, ...] | tuple[tuple[float, str], ...]
 
 
 @frozen(kw_only=True)
@@ -63,7 +66,7 @@ class ModelConfig:
 
     family: str | FamilyRecord = "gpt"
 
-    # ---- Sizes. Of T5, num_layers and seq_length are those of the encoder.
+    # ---- Sizes. For T5, num_layers and seq_length are those of the encoder.
     num_layers: int
     hidden_size: int
     num_attention_heads: int
@@ -253,7 +256,7 @@ class OptimizerConfig:
     # Gradients are scaled down to this global L2 norm; 0: off.
     clip_grad: float = 1.0
     # An update is left out if its norm is more than this many times the median of the last 32.
-    # None: no update is.
+    # None: off.
     spike_factor: float | None = None
     # Optimizer state is cut over the data-parallel ranks (ZeRO 1, arXiv 1910.02054).
     use_distributed_optimizer: bool = False
@@ -261,7 +264,7 @@ class OptimizerConfig:
     # ---- Groups of parameters
     # Those without weight decay. None: biases and other vectors.
     no_weight_decay_cond: ParameterCondition | None = None
-    # Those that learn at lr * lr_mult. None: none do.
+    # Those that learn at lr * lr_mult. None: none of them.
     lr_scale_cond: ParameterCondition | None = None
     lr_mult: float = 1.0
 
@@ -315,9 +318,9 @@ class DataConfig:
     document of `train` is divided by the weights of `split`.
     """
 
-    train: str | tuple[str, ...] | tuple[tuple[float, str], ...]
-    valid: str | tuple[str, ...] | tuple[tuple[float, str], ...] | None = None
-    test: str | tuple[str, ...] | tuple[tuple[float, str], ...] | None = None
+    train: Sources
+    valid: Sources | None = None
+    test: Sources | None = None
     # Weights of train, valid and test.
     split: tuple[float, ...] = (949.0, 50.0, 1.0)
     # "bytes", or the path of a Hugging Face tokenizer.json.
@@ -373,7 +376,7 @@ class CheckpointConfig:
     interval: int | None = None
     # How many of the newest to keep; 0: all.
     keep_last: int = 2
-    # Checkpoints at multiples of this many iterations are kept for ever. None: none are.
+    # Checkpoints at multiples of this many iterations are kept for ever. None: off.
     keep_every: int | None = None
     # Resume from the newest, or start fresh if there is none. "must": an error if there is none.
     # False: an error if the folder holds checkpoints.

@@ -50,6 +50,8 @@ def _plain_section(config: attrs.AttrsInstance, prefix: str) -> dict[str, Any]:
 def _plain(value: Any, path: str) -> Any:
     if isinstance(value, FamilyRecord):
         return value.name
+    if callable(value):
+        raise _not_for_a_file(path, value, "function")
     if attrs.has(type(value)):
         return _plain_section(value, f"{path}.")
     if isinstance(value, (list, tuple)):
@@ -58,8 +60,6 @@ def _plain(value: Any, path: str) -> Any:
         raise _not_for_a_file(path, value, "string that is not Unicode")
     if isinstance(value, (bool, int, float, str)):
         return value
-    if callable(value):
-        raise _not_for_a_file(path, value, "function")
     raise _not_for_a_file(path, value, f"value of type {type(value).__name__}")
 
 
@@ -88,10 +88,10 @@ def without_functions(config: Config) -> Config:
         value = getattr(config, attribute.name)
         if isinstance(value, FamilyRecord):
             changes[attribute.name] = value.name
-        elif attrs.has(type(value)):
-            changes[attribute.name] = without_functions(value)
         elif callable(value):
             changes[attribute.name] = None
+        elif attrs.has(type(value)):
+            changes[attribute.name] = without_functions(value)
     # mypy cannot see that a subtype of AttrsInstance is an attrs class
     return attrs.evolve(config, **changes)  # type: ignore[misc]
 

@@ -1,4 +1,4 @@
-"""The families that come with megafn, and what is asked of a config's family, whichever it is."""
+"""The built-in families, and functions that ask the family of a config."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def spec_of(model: ModelConfig) -> FamilySpec:
 
 
 def sample_tokens(model: ModelConfig) -> int:
-    """Tokens of one sample: of T5, those of encoder and decoder.
+    """Tokens of one sample; for T5, of encoder and decoder together.
 
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
     >>> sample_tokens(model)

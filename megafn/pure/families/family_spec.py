@@ -67,5 +67,5 @@ class FamilySpec:
 
     @property
     def spec(self) -> FamilySpec:
-        """Itself, so that a spec may stand wherever a family may."""
+        """Itself, so that a config accepts a spec in place of a family."""
         return self

@@ -93,7 +93,7 @@ def _half_problem(half: str, layers: int, pp: int, given: int | None) -> str | N
 def layers_fit_into_stages(
     layers: int, pp: int, split: int | None, decoder_layers: int | None
 ) -> str | None:
-    """Of the encoder; and of the decoder if it has as many because no number is given."""
+    """The encoder's layers, and the decoder's if it has as many because no number is given."""
     problem = _half_problem("encoder", layers, pp, split)
     if problem is None and decoder_layers is None:
         problem = _half_problem("decoder", layers, pp, split)

@@ -68,7 +68,12 @@ def distribution_by_name(
     """GPT-2's: matrices normal with `init_method_std`, norms one, biases zero.
 
     Matrices that write to the residual stream have that std over sqrt(2 * layers of their stack).
+    Of an adapter (arXiv 2106.09685), A has the variance 1 / (3 * its inputs), and B is zero.
     """
+    if name.endswith(".lora_a.weight"):
+        return Normal(1 / math.sqrt(3 * shape[1]))
+    if name.endswith(".lora_b.weight"):
+        return Constant(0.0)
     if len(shape) == 1:
         return Constant(1.0 if name.endswith("norm.weight") else 0.0)
     if not name.endswith(("linear_proj.weight", "linear_fc2.weight")):

@@ -37,8 +37,8 @@ class Architecture:
     slice_function(name, shape, model): where a parameter of the whole model lies; () if nowhere.
     heads: prefixes of stored tensors that make predictions of the last hidden state. A file may
         lack them or have others, as a base model does.
-    buffers: regular expressions for stored tensors that no parameter may be made of, and that are
-        no loss: masks and angles in old files.
+    buffers: regular expressions for stored tensors that may be left unread, such as masks and
+        rotary frequencies in old files.
     copies(model): stored tensors that a file may have as well -> the one whose content they repeat,
         as a tied output layer does.
     stand_ins: stored tensors that a file may leave out -> the one whose content they have then.

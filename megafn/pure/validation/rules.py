@@ -14,10 +14,10 @@ from math import inf
 from typing import Any
 
 from megafn.pure.config.field_types import default_of
-from megafn.pure.config.records import DataConfig, ParameterCondition
+from megafn.pure.config.records import CheckpointConfig, DataConfig, ParameterCondition, Sources
 from megafn.pure.config.rule import Rule, rule
 from megafn.pure.config.sequence_unit import sequence_unit
-from megafn.pure.layout import order_problem
+from megafn.pure.layout import order_problem, world_size_problem
 from megafn.pure.optimizers import OPTIMIZERS, readers, refusal, refused_fields
 from megafn.pure.schedule import DECAYS, WEIGHT_DECAY_INCR_STYLES, WSD_DECAY_STYLES
 
@@ -49,7 +49,7 @@ CHOICES = {
 # ------------------------------------------------------------------------------------- ranges
 
 
-def _sources_are_named(sources: Any) -> bool:
+def _sources_are_named(sources: Sources) -> bool:
     blend = sources if isinstance(sources, tuple) else (sources,)
     pairs = [source if isinstance(source, tuple) else (1.0, source) for source in blend]
     return bool(pairs) and all(source and 0 < weight < inf for weight, source in pairs)
@@ -202,19 +202,9 @@ DEAD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 # ------------------------------------------------------------------------- rules: the layout
 
 
-def _world_size_problem(world_size: int, tp: int, pp: int, cp: int) -> str | None:
-    size = tp * pp * cp
-    if world_size % size == 0:
-        return None
-    return (
-        f"tp * pp * cp = {size} must divide it; "
-        f"start a multiple of {size} processes or change tp, pp or cp"
-    )
-
-
 world_size_fits = Rule(
     fields=("world_size", "parallel.tp", "parallel.pp", "parallel.cp"),
-    remedy=_world_size_problem,
+    remedy=world_size_problem,
 )
 
 
@@ -384,7 +374,7 @@ def scaled_frequencies_lie_between(high: float, low: float) -> str | None:
 def batch_can_be_cut(
     batch: int, micro: int, world_size: int, tp: int, pp: int, cp: int, vpp: int
 ) -> str | None:
-    if _world_size_problem(world_size, tp, pp, cp):
+    if world_size_problem(world_size, tp, pp, cp):
         # dp is unknown; micro_batch_size must divide the batch whatever it is
         dp = 1
         factors = f"micro_batch_size = {micro}"
@@ -443,7 +433,9 @@ def bytes_have_their_own_eod(eod_token: str | None, tokenizer: str) -> str | Non
 
 
 @rule("data.split", "data.valid", "eval_iters")
-def evaluations_have_text(split: tuple[float, ...], valid: Any, iterations: int) -> str | None:
+def evaluations_have_text(
+    split: tuple[float, ...], valid: Sources | None, iterations: int
+) -> str | None:
     if valid is None and iterations and not split[1]:
         return (
             "no text is left for evaluations; "
@@ -453,14 +445,16 @@ def evaluations_have_text(split: tuple[float, ...], valid: Any, iterations: int)
 
 
 @rule("data.valid", "eval_iters")
-def valid_text_is_read(valid: Any, iterations: int) -> str | None:
+def valid_text_is_read(valid: Sources | None, iterations: int) -> str | None:
     if valid is not None and not iterations:
         return "has no effect with eval_iters = 0; leave it out or raise eval_iters"
     return None
 
 
 @rule("data.split", "data.valid", "data.test")
-def split_divides_something(split: tuple[float, ...], valid: Any, test: Any) -> str | None:
+def split_divides_something(
+    split: tuple[float, ...], valid: Sources | None, test: Sources | None
+) -> str | None:
     if split != _DEFAULT_SPLIT and valid is not None and test is not None:
         return "has no effect beside data.valid and data.test; leave it or one of them out"
     return None
@@ -563,16 +557,9 @@ def _without_directory(default: Any) -> Callable[[Any, str | None], str | None]:
 checkpoint_fields_need_a_directory = tuple(
     Rule(
         fields=(f"checkpoint.{name}", "checkpoint.directory"),
-        remedy=_without_directory(default),
+        remedy=_without_directory(default_of(CheckpointConfig, name)),
     )
-    for name, default in (
-        ("interval", None),
-        ("keep_last", 2),
-        ("keep_every", None),
-        ("resume", True),
-        ("asynchronous", False),
-        ("on_damage", "raise"),
-    )
+    for name in ("interval", "keep_last", "keep_every", "resume", "asynchronous", "on_damage")
 )
 
 
@@ -594,7 +581,7 @@ def some_checkpoints_are_deleted(every: int | None, last: int) -> str | None:
 
 
 @rule("checkpoint.on_damage", "checkpoint.resume", "checkpoint.directory")
-def damage_is_met(on_damage: str, resume: Any, directory: str | None) -> str | None:
+def damage_is_met(on_damage: str, resume: bool | str, directory: str | None) -> str | None:
     if on_damage != "raise" and not resume and directory is not None:
         return "has no effect with resume = False; leave it out or resume"
     return None

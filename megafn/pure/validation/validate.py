@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megafn.pure.config.field_types import all_fields, default_of, has_type, type_in_words
-from megafn.pure.config.problems import Problem, config_error, did_you_mean
+from megafn.pure.config.field_types import all_fields, default_of, has_type, type_problem
+from megafn.pure.config.problems import Problem, choice_problem, config_error, did_you_mean
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.config.rule import Rule
 from megafn.pure.families.built_in import BUILT_IN_SPECS, find_spec, own_fields
@@ -27,8 +27,8 @@ def validate(
     that each problem is reported where it is. A field that would have no effect is a problem too:
     nothing that is set is ignored.
 
-    Pure: no file is looked at, and whatever the fields hold, it never raises. `cuda` says whether
-    the devices are CUDA's; with None, what depends on that is not judged.
+    Pure: reads no file, and never raises, whatever values the fields have. cuda: whether the
+    devices are CUDA's; None: not known, and rules that depend on it are not applied.
 
     >>> from megafn.pure.config.records import ModelConfig, ParallelConfig
     >>> model = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=32)
@@ -66,9 +66,7 @@ def validate(
         problems += _family_effect_problems(config, sound, family)
 
     if "global_batch_size" in sound and not _concern_the_schedule(ill_typed):
-        problems += [
-            Problem(*problem) for problem in schedule_problems(config) if problem[0] not in wrong
-        ]
+        problems += [problem for problem in schedule_problems(config) if problem.field not in wrong]
     return tuple(problems)
 
 
@@ -90,7 +88,7 @@ def check(config: TrainConfig, world_size: int, *, cuda: bool | None = None) -> 
 def _type_problems(fields: tuple[tuple[str, Any, Any], ...]) -> Iterator[Problem]:
     for path, value, kind in fields:
         if not has_type(value, kind):
-            yield Problem(path, value, f"give {type_in_words(kind)}")
+            yield type_problem(path, value, kind)
 
 
 def _choice_problems(given: Values) -> Iterator[Problem]:
@@ -105,9 +103,7 @@ def _choice_problems(given: Values) -> Iterator[Problem]:
     for path, choices in CHOICES.items():
         value = given.get(path)
         if value is not None and value not in choices:
-            yield Problem(
-                path, value, f"choose one of {', '.join(choices)}{did_you_mean(value, choices)}"
-            )
+            yield choice_problem(path, value, choices)
 
 
 def _range_problems(given: Values) -> Iterator[Problem]:
@@ -129,12 +125,12 @@ def _rule_problems(rules: tuple[Rule, ...], sound: Values) -> Iterator[Problem]:
 
 def _effect_problems(config: TrainConfig, sound: Values) -> Iterator[Problem]:
     """Fields that are set although the value of another one leaves them without effect."""
-    for paths, reader, alive in DEAD:
-        if reader not in sound or sound[reader] in alive:
+    for paths, decider, needed in DEAD:
+        if decider not in sound or sound[decider] in needed:
             continue
         for path in paths.split():
             if path in sound and sound[path] != _default(config, path):
-                yield _no_effect(path, sound[path], reader, sound[reader], alive)
+                yield _no_effect(path, sound[path], decider, sound[decider], needed)
 
 
 def _family_effect_problems(
@@ -148,12 +144,14 @@ def _family_effect_problems(
             yield _no_effect(path, sound[path], "model.family", family.name, readers)
 
 
-def _no_effect(path: str, value: Any, reader: str, setting: Any, alive: tuple[str, ...]) -> Problem:
+def _no_effect(
+    path: str, value: Any, decider: str, setting: Any, needed: tuple[str, ...]
+) -> Problem:
     return Problem(
         path,
         value,
-        f"has no effect with {reader} = {setting!r}; "
-        f"leave it out or set {reader} to {' or '.join(alive)}",
+        f"has no effect with {decider} = {setting!r}; "
+        f"leave it out or set {decider} to {' or '.join(needed)}",
     )
 
 

@@ -33,7 +33,7 @@ def avg_losses(losses: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
 def gather(tensors: Tree, group: dist.ProcessGroup) -> Tree:
     """Concatenate the tensors of all ranks of `group` along the first dimension, in rank order.
 
-    `tensors`: a tensor, or lists, tuples and dicts of them, nested at will; the result, without
+    `tensors`: a tensor, or lists, tuples and dicts of them, nested in any way; the result, without
     gradient, is nested alike. A scalar becomes [ranks]. As accelerate's
     `gather_across_data_parallel_groups`.
     Raises TypeError for anything else, and ValueError if shapes or dtypes differ over the ranks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -115,27 +116,35 @@ def _keep_functions(step: Any, config: TrainConfig) -> None:
 
 
 def _call_as_accelerate(step: Any, method: str, offered: Mapping[str, Any]) -> Any:
+    """What a method returns, called with those of the offered arguments that it takes."""
     getter = getattr(step, method)
     parameters = inspect.signature(getter).parameters.values()
-    required = [
-        p
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    takes_any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    has_known_names = all(p.name in offered and p.kind is not p.POSITIONAL_ONLY for p in required)
-    if has_known_names and not takes_any_number:
-        return getter(**{p.name: offered[p.name] for p in parameters if p.name in offered})
-
-    calls = _CALLS[method]
-    for names in calls:
-        if len(names) == len(required) or (takes_any_number and len(required) <= len(names)):
-            return getter(*(offered[name] for name in names))
-    raise ConfigError(
-        f"step_function: {type(step).__name__}.{method} takes "
-        f"({', '.join(p.name for p in required)}); let it take ({', '.join(calls[0])}), "
-        "which is what accelerate passes"
+    required = [parameter for parameter in parameters if _is_required(parameter)]
+    takes_any_number = any(parameter.kind is Parameter.VAR_POSITIONAL for parameter in parameters)
+    takes_names = all(
+        parameter.name in offered and parameter.kind is not Parameter.POSITIONAL_ONLY
+        for parameter in required
     )
+    if takes_names and not takes_any_number:
+        names = [parameter.name for parameter in parameters if parameter.name in offered]
+        return getter(**{name: offered[name] for name in names})
+
+    for positional in _CALLS[method]:
+        fits = len(required) == len(positional)
+        if takes_any_number:
+            fits = len(required) <= len(positional)
+        if fits:
+            return getter(*(offered[name] for name in positional))
+    taken = ", ".join(parameter.name for parameter in required)
+    raise ConfigError(
+        f"step_function: {type(step).__name__}.{method} takes ({taken}); "
+        f"let it take ({', '.join(_CALLS[method][0])}), which is what accelerate passes"
+    )
+
+
+def _is_required(parameter: Parameter) -> bool:
+    collects = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return parameter.default is Parameter.empty and not collects
 
 
 def _batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Batch:

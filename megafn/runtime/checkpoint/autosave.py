@@ -1,8 +1,8 @@
 """When `train` saves: at intervals, after the last iteration, on a signal or when its launcher has
 died; and what it deletes.
 
-`save_if_due` and `save_on_signal` take the record of where automatic saving stands and return the
-next one.
+`save_if_due`, `save_on_signal` and `save_before_error` take the record of where automatic saving
+stands, and the first two return the next one.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from megafn.runtime.data.same_batches import first_sample
 from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel.groups import ProcessGroups
+from megafn.runtime.parallel.object_collectives import all_ranks_arrive
 
 _NO_ITERATION = -1
 
@@ -52,6 +53,9 @@ class Autosave:
     newest: int  # iteration of the newest checkpoint, which may still be in progress
     last_batch: Any = None  # rank zero's share of the last global batch
     saving: Saving | None = None  # the save in progress
+    # whether a rank's sink has failed in this iteration: on every rank, or, if no checkpoints are
+    # written, on this one
+    has_failed: bool = False
 
 
 @contextlib.contextmanager
@@ -100,42 +104,70 @@ def save_if_due(
     return autosave
 
 
-def save_on_signal(autosave: Autosave, state: State) -> Autosave:
+def save_on_signal(autosave: Autosave, state: State, *, failed: bool = False) -> Autosave:
     """If any rank received a signal, save the state and raise SystemExit(0), on every rank.
 
     Every rank calls it at the end of each iteration; this is also where a save in the background
     is finished. If a checkpoint cannot be written after a signal, that is a CheckpointError.
+    failed: whether a sink raised on this rank. Then a save in the background is finished, and every
+    rank finds `has_failed` in what is returned.
     """
     directory = autosave.settings.directory
     if directory is None:
-        return autosave
-    signal_number, is_writing = _largest_of_all_ranks(autosave)
-    if not is_writing:
+        return attrs.evolve(autosave, has_failed=failed)
+    news = _largest_of_all_ranks(autosave, failed)
+    if news.signal_number or news.has_failed or not news.is_writing:
         autosave = _finish(autosave)
-    if not signal_number:
+    if news.has_failed:
+        return attrs.evolve(autosave, has_failed=True)
+    if not news.signal_number:
         return autosave
-    autosave = _finish(autosave)
     if state.iteration != autosave.newest:
         autosave = _begin(autosave, state, directory, asynchronous=False, last_chance=True)
         autosave = _finish(autosave, last_chance=True)
-    _leave(autosave, state, signal_number)
+    _leave(autosave, state, news.signal_number)
 
 
-def _largest_of_all_ranks(autosave: Autosave) -> tuple[int, bool]:
-    """(number of a signal that any rank received or 0, whether any rank is still writing).
+# How long a rank that is about to raise waits for the others, which may not be about to.
+LONGEST_WAIT_FOR_OTHERS = 30.0
 
-    If the launcher of any rank has died, the number is LAUNCHER_DIED.
+
+def save_before_error(autosave: Autosave) -> None:
+    """Finish a save in the background, if every rank is about to raise and calls this.
+
+    A rank that is alone with its exception waits for at most LONGEST_WAIT_FOR_OTHERS and
+    half of timeout_seconds; then it leaves, and the checkpoint is not published.
     """
+    saving = autosave.saving
+    if saving is None or saving.ended.is_set():
+        return
+    seconds = min(LONGEST_WAIT_FOR_OTHERS, autosave.pg.timeout_seconds / 2)
+    if all_ranks_arrive(str(saving.hidden), autosave.pg, seconds=seconds):
+        _finish(autosave)
+
+
+@frozen(kw_only=True)
+class _News:
+    """What the ranks tell each other in each iteration: of each number the largest."""
+
+    signal_number: int  # that any rank received, or 0; LAUNCHER_DIED if any launcher has died
+    is_writing: bool
+    has_failed: bool
+
+
+def _largest_of_all_ranks(autosave: Autosave, failed: bool) -> _News:
     saving = autosave.saving
     is_writing = saving is not None and not saving.written.done()
     flags = torch.tensor(
-        [_reason_to_leave(autosave), is_writing],
+        [_reason_to_leave(autosave), is_writing, failed],
         dtype=torch.int32,
         device=autosave.pg.device,
     )
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=autosave.pg.world)
-    signal_number, is_writing = flags.tolist()
-    return signal_number, bool(is_writing)
+    signal_number, is_writing, has_failed = flags.tolist()
+    return _News(
+        signal_number=signal_number, is_writing=bool(is_writing), has_failed=bool(has_failed)
+    )
 
 
 def _reason_to_leave(autosave: Autosave) -> int:
@@ -152,7 +184,12 @@ def _interval_is_over(state: State) -> bool:
 
 
 def _begin(
-    autosave: Autosave, state: State, directory: str, *, asynchronous: bool, last_chance: bool
+    autosave: Autosave,
+    state: State,
+    directory: str,
+    *,
+    asynchronous: bool,
+    last_chance: bool,
 ) -> Autosave:
     last_batch = autosave.last_batch
     try:
@@ -176,7 +213,7 @@ def _finish(autosave: Autosave, *, last_chance: bool = False) -> Autosave:
     if autosave.saving is None:
         return autosave
     try:
-        folder = finish_save(autosave.saving)
+        finish_save(autosave.saving)
     except CheckpointError as error:
         if last_chance:
             raise
@@ -184,7 +221,7 @@ def _finish(autosave: Autosave, *, last_chance: bool = False) -> Autosave:
         # no checkpoint has this iteration now; the next occasion to save it is taken
         return attrs.evolve(autosave, saving=None, newest=_NO_ITERATION)
     if autosave.pg.is_rank_zero:
-        _delete_old_checkpoints(folder.parent, autosave.settings)
+        _delete_old_checkpoints(autosave.saving.folder.parent, autosave.settings)
     return attrs.evolve(autosave, saving=None)
 
 
@@ -198,7 +235,7 @@ def _warn_of_failure(error: CheckpointError, pg: ProcessGroups) -> None:
 
 
 def _delete_old_checkpoints(directory: Path, settings: CheckpointConfig) -> None:
-    """Delete the checkpoints that are not kept.
+    """Delete the checkpoints of the directory that are not kept.
 
     Each loses its name first, so that half of one is never taken for a whole one.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -20,7 +20,7 @@ from attrs import frozen
 from safetensors import SafetensorError, safe_open
 
 from megafn.pure.checkpoint.boxes import Box, Index, overlap
-from megafn.pure.checkpoint.compatibility import resume_problems
+from megafn.pure.checkpoint.compatibility import data_problems, resume_problems
 from megafn.pure.config.problems import config_error
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.config.serialization import from_dict
@@ -31,36 +31,31 @@ from megafn.runtime.checkpoint.state_boxes import fill_state, set_loss_scale
 from megafn.runtime.model.state import State, donate
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
-    broadcast_from_rank_zero,
+    call_on_rank_zero,
     gather_from_all_ranks,
 )
 
 
-def load(state: State, directory: str | Path) -> State:
+def load(state: State, directory: str | Path, *, data: Mapping[str, Any] | None = None) -> State:
     """The state of a checkpoint, in the layout of `state`, whose buffers are donated.
 
     Every rank calls it. directory: a checkpoint, or a folder of them, of which the newest complete
     one is read. It may have been written in any layout. Nothing in it is executed.
+    data: what the run reads, see `describe_data`; rank zero's is compared with the checkpoint's.
     Raises CheckpointError naming the file that is missing or altered, before the state is touched,
     OSError naming one that cannot be read, and ConfigError naming the field if the config is of
     another model or other data.
     """
     state.pg.check_open()
-    path = checkpoint_at(Path(directory)) if state.pg.is_rank_zero else None
-    path = broadcast_from_rank_zero(path, state.pg)
+    path = call_on_rank_zero(partial(checkpoint_at, Path(directory)), state.pg)
     if path is None:
         raise CheckpointError(
             f"{directory} holds no complete checkpoint: name a folder that `save` wrote, or the "
             "one above it"
         )
-    loaded, _ = read_checkpoint(state, path)
-    return loaded
-
-
-def read_checkpoint(state: State, path: Path) -> tuple[State, dict[str, Any]]:
-    """`load` of the checkpoint at a path that every rank knows. Returns its manifest too."""
     manifest = verified_manifest(path, state.pg)
-    return load_verified(state, path, manifest), manifest
+    check_data(manifest, lambda: data, state)
+    return load_verified(state, path, manifest)
 
 
 def load_verified(state: State, path: Path, manifest: Mapping[str, Any]) -> State:
@@ -149,6 +144,30 @@ def damaged_files(path: Path, manifest: Mapping[str, Any], rank: int, world_size
 
 
 # --------------------------------------------------------------------------------------- compare
+
+
+def check_data(
+    manifest: Mapping[str, Any], describe: Callable[[], Mapping[str, Any] | None], state: State
+) -> None:
+    """Raises ConfigError, on every rank, if a run's data is not what a manifest says of it.
+
+    describe: gives tokenizer and corpora of the run, see `describe_data`; None: not known. Rank
+    zero calls it, if the manifest says anything.
+    """
+    saved = manifest.get("data")
+    if saved:
+        call_on_rank_zero(partial(_compare_data, saved, describe, state.config), state.pg)
+
+
+def _compare_data(
+    saved: Mapping[str, Any],
+    describe: Callable[[], Mapping[str, Any] | None],
+    config: TrainConfig,
+) -> None:
+    now = describe()
+    problems = data_problems(saved, now, config) if now is not None else ()
+    if problems:
+        raise config_error(problems)
 
 
 def _check_config(manifest: Mapping[str, Any], config: TrainConfig) -> None:

@@ -10,22 +10,22 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megafn.pure.checkpoint.compatibility import data_problems
-from megafn.pure.config.problems import ConfigError, Problem, config_error
+from megafn.pure.config.problems import Problem, config_error
 from megafn.pure.config.records import CheckpointConfig, data_of, num_micro_batches
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.checkpoint.disk_format import checkpoint_around, checkpoints
-from megafn.runtime.checkpoint.load import load_verified, verified_manifest
+from megafn.runtime.checkpoint.load import check_data, load_verified, verified_manifest
 from megafn.runtime.data.batches import batches as read_batches
-from megafn.runtime.data.corpora import Corpus, corpora
+from megafn.runtime.data.corpora import Corpus
 from megafn.runtime.data.corpus_identity import describe_data
 from megafn.runtime.data.same_batches import first_sample
 from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.model.state import State
-from megafn.runtime.parallel.object_collectives import broadcast_from_rank_zero
+from megafn.runtime.parallel.object_collectives import call_on_rank_zero
 
 MicroBatches = Iterable[Any] | Callable[[int], Iterable[Any]] | None  # see `train`
 
@@ -76,7 +76,7 @@ def resume(
     start = state.iteration
     state, manifest = _load_newest(state)
     if batches is None and state.iteration != start:
-        _check_corpora(state, manifest.get("data") or {}, parts)
+        check_data(manifest, partial(describe_data, state.config, parts), state)
     return state, remaining_batches(batches, state, start, manifest.get("last_sample"))
 
 
@@ -89,18 +89,14 @@ def _load_newest(state: State) -> tuple[State, Mapping[str, Any]]:
     pg = state.pg
     if settings.directory is None:
         return state, {}
-    paths: list[Path] = []
-    if pg.is_rank_zero:
-        _remove_leftovers(Path(settings.directory))
-        paths = list(reversed(checkpoints(settings.directory).values()))
-    paths = broadcast_from_rank_zero(paths, pg)
+    paths = call_on_rank_zero(partial(_newest_first, Path(settings.directory)), pg)
     for path in paths:
         try:
             manifest = verified_manifest(path, pg)
         except CheckpointError as error:
             _refuse_damage(error, settings)
-            if pg.is_rank_zero:
-                _set_aside(path, error, earlier=paths[paths.index(path) + 1 :])
+            earlier = paths[paths.index(path) + 1 :]
+            call_on_rank_zero(partial(_set_aside, path, error, earlier=earlier), pg)
             continue
         state = load_verified(state, path, manifest)
         _print_what_is_left(path, state)
@@ -114,6 +110,12 @@ def _load_newest(state: State) -> tuple[State, Mapping[str, Any]]:
         f"starting fresh: {settings.directory} holds no checkpoint", state.config, pg
     )
     return state, {}
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, after what a killed run left behind is gone."""
+    _remove_leftovers(directory)
+    return list(reversed(checkpoints(directory).values()))
 
 
 def _remove_leftovers(directory: Path) -> None:
@@ -139,7 +141,7 @@ def _set_aside(path: Path, error: CheckpointError, *, earlier: list[Path]) -> No
     before = earlier[0].name if earlier else "none"
     warnings.warn(
         f"{error}; it is now {damaged.name}, the checkpoint before: {before}",
-        stacklevel=5,  # the caller of `train`
+        stacklevel=6,  # the caller of `train`
     )
 
 
@@ -168,47 +170,31 @@ def remaining_batches(
     if state.iteration == start:
         return batches
     if batches is None:
-        _check_data(state, last_sample)
+        _check_last_sample(state, last_sample)
         return None
     iterations = state.iteration - start
     count = iterations * num_micro_batches(state.config, state.pg.dp_size)
     return _skip_batches(batches, count, state, last_sample)
 
 
-def _check_corpora(state: State, saved: Mapping[str, Any], parts: Sequence[Corpus] | None) -> None:
-    """Raises ConfigError, on every rank, if the run's data is not what a manifest says of it."""
-    error = None
-    if state.pg.is_rank_zero and saved:
-        now = describe_data(state.config, parts if parts is not None else corpora(state.config))
-        problems = data_problems(saved, now, state.config)
-        error = config_error(problems) if problems else None
-    error = broadcast_from_rank_zero(error, state.pg)
-    if error is not None:
-        raise error
-
-
-def _check_data(state: State, last_sample: int | None) -> None:
+def _check_last_sample(state: State, last_sample: int | None) -> None:
     """Raises ConfigError, on every rank, if the last sample before the checkpoint is another."""
-    problem = None
-    if state.pg.is_rank_zero and last_sample is not None:
-        problem = _data_problem(state, last_sample)
-    problem = broadcast_from_rank_zero(problem, state.pg)
-    if problem is not None:
-        raise ConfigError(problem)
+    if last_sample is not None:
+        call_on_rank_zero(partial(_compare_last_sample, state, last_sample), state.pg)
 
 
-def _data_problem(state: State, last_sample: int) -> str | None:
+def _compare_last_sample(state: State, last_sample: int) -> None:
     config = state.config
     position = state.consumed_samples - config.global_batch_size
     last_batch = next(read_batches(config, state.pg, consumed_samples=position, count=1))
     if first_sample(last_batch) == last_sample:
-        return None
+        return
     remedy = (
         f"sample {position} is not the one that was read before the checkpoint, so the text or its "
         "order is another (the order of a text read more than once depends on the run's length); "
         "give the data that the run began with"
     )
-    return str(Problem("data.train", data_of(config).train, remedy))
+    raise config_error([Problem("data.train", data_of(config).train, remedy)])
 
 
 def _skip_batches(

@@ -1,8 +1,9 @@
 """Writing a checkpoint: plan, write, publish.
 
-The ranks talk three times. Each lists what it holds, and one gather lets every rank compute the
-same plan of who writes what. Each writes its file, and one gather collects the results. Rank zero
-publishes the checkpoint, and one broadcast says whether that worked.
+The ranks talk four times. Each lists what it holds, and one gather tells whether any of them
+failed. Another lets every rank compute the same plan of who writes what. Each writes its file, and
+one gather collects the results. Rank zero publishes the checkpoint, and one broadcast says whether
+that worked.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 
 from megafn.pure.checkpoint.write_plan import Holding, WritePlan, plan_writes
 from megafn.runtime.checkpoint.atomic_files import (
@@ -44,18 +45,21 @@ from megafn.runtime.model.state import State, check_usable
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
     broadcast_from_rank_zero,
+    errors_on_all_ranks,
     gather_from_all_ranks,
 )
 
 
-def save(state: State, directory: str | Path) -> Path:
+def save(state: State, directory: str | Path, *, data: Mapping[str, Any] | None = None) -> Path:
     """Write a checkpoint of a state below `directory`, which all hosts share; returns its folder.
 
-    Every rank calls it. Raises CheckpointError, on every rank, if it cannot be written or this
-    iteration already has one; checkpoints that were there before are unchanged. RuntimeError for a
-    state that was donated, or whose process groups are closed.
+    Every rank calls it. data: what the run reads, see `describe_data`; rank zero's is stored, and
+    compared when a run resumes from the checkpoint.
+    Raises CheckpointError, on every rank, if it cannot be written or this iteration already has
+    one; checkpoints that were there before are unchanged. RuntimeError for a state that was
+    donated, or whose process groups are closed.
     """
-    return finish_save(begin_save(state, directory))
+    return finish_save(begin_save(state, directory, data=data))
 
 
 # -------------------------------------------------------------------------------- the two halves
@@ -78,6 +82,7 @@ class Saving:
     hidden: Path  # where it is written
     manifest: Mapping[str, Any]
     written: Future[WrittenFile]
+    ended: threading.Event = field(factory=threading.Event)  # `finish_save` was called
 
 
 def begin_save(
@@ -94,30 +99,30 @@ def begin_save(
     `make_manifest`.
     """
     check_usable(state)
-    check_buffers(state)
     pg = state.pg
     folder = Path(directory) / folder_name(state.iteration)
 
-    boxes = _boxes_by_key(state)
-    listing = Listing(
-        stage=pg.place.pp,
-        step=adam_step(state),
-        holdings=_holdings(boxes),
-        room=_make_room(folder) if pg.is_rank_zero else Room(),
-    )
-    listings = gather_from_all_ranks(listing, pg, during=_in_words(folder))
-    room = listings[0].room
-    if room.hidden is None:
-        raise CheckpointError(room.problem)
+    with errors_on_all_ranks(pg, during=_in_words(folder)):
+        check_buffers(state)
+        boxes = _boxes_by_key(state)
+        listing = Listing(
+            stage=pg.place.pp,
+            step=adam_step(state),
+            holdings=_holdings(boxes),
+            hidden=_make_hidden_folder(folder) if pg.is_rank_zero else None,
+        )
+    listings = gather_from_all_ranks(listing, pg)
+    hidden = listings[0].hidden
+    assert hidden is not None  # rank zero made it, or every rank raised
 
     plan = plan_writes([(listing.stage, listing.holdings) for listing in listings])
     tensors = _tensors_to_write(plan, boxes, pg.rank)
     return Saving(
         pg=pg,
         folder=folder,
-        hidden=room.hidden,
+        hidden=hidden,
         manifest=make_manifest(state, plan, _common_step(listings), last_sample, data),
-        written=_start_writing(room.hidden / file_name(pg.rank), tensors, asynchronous),
+        written=_start_writing(hidden / file_name(pg.rank), tensors, asynchronous),
     )
 
 
@@ -126,6 +131,7 @@ def finish_save(saving: Saving) -> Path:
 
     Every rank calls it.
     """
+    saving.ended.set()
     pg = saving.pg
     during = _in_words(saving.folder)
     results = gather_from_all_ranks(_wait_for_own_file(saving), pg, during=during)
@@ -148,21 +154,13 @@ def _in_words(folder: Path) -> str:
 
 
 @frozen(kw_only=True)
-class Room:
-    """The hidden folder that rank zero made, or why it could not; neither on other ranks."""
-
-    hidden: Path | None = None
-    problem: str | None = None
-
-
-@frozen(kw_only=True)
 class Listing:
     """What a rank contributes to the plan."""
 
     stage: int  # pipeline stage
     step: int | None  # see `adam_step`
     holdings: Sequence[Holding]
-    room: Room
+    hidden: Path | None  # where it is written; rank zero only
 
 
 def _boxes_by_key(state: State) -> dict[str, StateBox]:
@@ -181,16 +179,17 @@ def _holdings(boxes: Mapping[str, StateBox]) -> list[Holding]:
     return holdings
 
 
-def _make_room(folder: Path) -> Room:
+def _make_hidden_folder(folder: Path) -> Path:
     """Make a new hidden folder beside a checkpoint's final one.
 
     Its name is random, so that two runs in one directory never write into the same folder.
+    Raises CheckpointError.
     """
     try:
         if folder.exists():
-            return Room(
-                problem=f"{folder} exists already: save to another directory (one for each run), "
-                "or remove it"
+            raise CheckpointError(
+                f"{folder} exists already: save to another directory (one for each run), or remove "
+                "it"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
         for leftover in folder.parent.glob(f".saving-{folder.name}-*"):  # of a run killed in a save
@@ -199,8 +198,8 @@ def _make_room(folder: Path) -> Room:
         hidden.mkdir()
         sync_folder(folder.parent)
     except OSError as error:
-        return Room(problem=f"{folder} could not be written: {error}")
-    return Room(hidden=hidden)
+        raise CheckpointError(f"{folder} could not be written: {error}") from error
+    return hidden
 
 
 def _common_step(listings: Sequence[Listing]) -> int | None:

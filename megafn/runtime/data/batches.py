@@ -15,7 +15,7 @@ from attrs import field, frozen
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig, data_of
 from megafn.pure.sampling import batch_indices
-from megafn.runtime.data.corpora import build_dataset
+from megafn.runtime.data.datasets import build_dataset
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.text.documents import SPLITS
 
@@ -125,9 +125,10 @@ def _read_micro_batch(
     pin: bool,
 ) -> dict[str, torch.Tensor]:
     rows = [dataset[index % len(dataset)] for index in indices]
-    micro_batch = {
-        key: _stack([row[key] for row in rows], pin) for key in rows[0] if key != "dataset_id"
-    }
+    micro_batch = {}
+    for key in rows[0]:
+        if key != "dataset_id":  # the number of the corpus in its blend
+            micro_batch[key] = _stack([row[key] for row in rows], pin)
     _check_token_ids(micro_batch, indices, split, vocab_size)
     return micro_batch
 

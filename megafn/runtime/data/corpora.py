@@ -1,24 +1,14 @@
-"""Corpora: where the tokens of a split are stored, and megatron-core's datasets of them."""
+"""Corpora: the indexed datasets that a split is read from, found and checked."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import os
-import struct
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import BinaryIO
+from collections.abc import Sequence
 
 import numpy as np
 from attrs import frozen
-from megatron.core.datasets import blended_dataset, gpt_dataset
-from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
-from megatron.core.datasets.indexed_dataset import DType
-from megatron.core.datasets.megatron_dataset import MegatronDataset
-from megatron.core.datasets.utils import Split
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig, data_of
@@ -26,6 +16,7 @@ from megafn.runtime.families.built_in import FAMILIES, family_of
 from megafn.runtime.families.family import FamilyData
 from megafn.runtime.text.cache import indexed_text
 from megafn.runtime.text.documents import SPLITS
+from megafn.runtime.text.index_files import DatasetIndex, read_index
 from megafn.runtime.text.indexing import LONG_SENTENCE, indexed_with, largest_id
 from megafn.runtime.text.tokenizer import Tokenizer, identity_of, load_tokenizer
 
@@ -42,7 +33,7 @@ class Corpus:
     tokens: int  # that these documents hold
 
 
-def _family_data(config: TrainConfig) -> FamilyData:
+def family_data(config: TrainConfig) -> FamilyData:
     """How corpora are read for the config's family. Raises ConfigError if they are not."""
     family = family_of(config.model.family)
     if family.data is None:
@@ -81,16 +72,6 @@ class _Location:
 
 
 @frozen(kw_only=True)
-class _Index:
-    """What the .idx of an indexed dataset says, and the last token of its .bin."""
-
-    dtype: np.dtype  # of the token ids
-    lengths: np.ndarray  # of the sequences, int32 [sequences]
-    documents: np.ndarray  # first sequence of each, and the end of the last, int64 [documents + 1]
-    last_token: int
-
-
-@frozen(kw_only=True)
 class _Ids:
     """Where the token ids of each document are in a .bin."""
 
@@ -99,20 +80,13 @@ class _Ids:
     is_read: np.ndarray  # whether megatron-core's dataset reads it, bool [documents]
 
 
-@frozen(kw_only=True)
-class _Header:
-    dtype: np.dtype
-    sequences: int
-    documents: int
-
-
 def corpora(
     config: TrainConfig, split: str = "train", *, tokenizer: Tokenizer | None = None
 ) -> tuple[Corpus, ...]:
     """Find and check the corpora of one split; a text is indexed first (once, into the cache).
 
     A split without a corpus of its own is cut out of `data.train` by the weights of `data.split`,
-    where splits with their own corpus weigh 0. Of a text, every document is cut; of an indexed
+    where splits with their own corpus weigh 0. For a text, every document is cut; for an indexed
     dataset, the list of documents (as megatron-core does it). Costs little once the text is
     indexed; no communication. Call it for "valid" before a long run.
 
@@ -198,9 +172,9 @@ def _corpus(
     weight: float | None,
 ) -> Corpus:
     """Find one source, check it, and count its documents and tokens."""
-    sentences = _family_data(config).sentences(config.model)
+    sentences = family_data(config).sentences(config.model)
     location = _locate(source, split_source, tokenizer, sentences > 0)
-    index = _read_index(location.prefix, split_source.field)
+    index = read_index(location.prefix, split_source.field)
     if location.prefix == source:
         _check_tokenizer(split_source, source, tokenizer)
         _check_end_of_document(index, split_source, source, tokenizer)
@@ -283,7 +257,7 @@ def _check_tokenizer(split_source: _SplitSource, source: str, tokenizer: Tokeniz
 
 
 def _check_end_of_document(
-    index: _Index, split_source: _SplitSource, source: str, tokenizer: Tokenizer
+    index: DatasetIndex, split_source: _SplitSource, source: str, tokenizer: Tokenizer
 ) -> None:
     """Resets and masks need the id that ends documents; a user's indexed data may have another."""
     data = split_source.data
@@ -296,7 +270,7 @@ def _check_end_of_document(
         )
 
 
-def _document_lengths(index: _Index, sentences: int) -> np.ndarray:
+def _document_lengths(index: DatasetIndex, sentences: int) -> np.ndarray:
     """Tokens of each document that megatron-core's dataset reads, 0 for one that it leaves out.
 
     With sentences = 0 each sequence is a document. Else a document must have that many sentences,
@@ -391,7 +365,7 @@ def _id_outside(corpus: Corpus, ids: _Ids, vocab_size: int) -> int | None:
 
 
 def _report_left_out(
-    corpus: Corpus, split_source: _SplitSource, index: _Index, sentences: int
+    corpus: Corpus, split_source: _SplitSource, index: DatasetIndex, sentences: int
 ) -> None:
     """Warn on rank zero of the documents that megatron-core's dataset leaves out."""
     if int(os.environ.get("RANK", "0")) != 0:
@@ -416,202 +390,3 @@ def _report_left_out(
         f"for {split_source.split} are left out: {', '.join(reasons)}",
         stacklevel=3,
     )
-
-
-# ------------------------------------------------------------- the two files of an indexed dataset
-
-_MAGIC = b"MMIDIDX\0\0" + struct.pack("<Q", 1)  # megatron-core's format, version 1
-_HEADER = struct.Struct("<BQQ")  # type code, number of sequences, length of the document list
-_INTEGER_CODES = (1, 2, 3, 4, 5, 8)
-
-
-def _read_index(prefix: str, field: str) -> _Index:
-    """Read and check an indexed dataset; raise ConfigError if its files are damaged."""
-    where = f"{field}: {prefix}"
-    for suffix in (".idx", ".bin"):
-        if not os.path.isfile(prefix + suffix):
-            raise _damaged(where, f"{suffix} is missing")
-    with open(prefix + ".idx", "rb") as file:
-        header = _read_header(file, where)
-        lengths = np.fromfile(file, np.int32, header.sequences)
-        offsets = np.fromfile(file, np.int64, header.sequences)
-        documents = np.fromfile(file, np.int64, header.documents)
-    if not _fit_together(lengths, offsets, documents, header):
-        raise _damaged(
-            where, ".idx is damaged: its lengths, places and documents do not fit together"
-        )
-    expected_size = int(lengths.sum(dtype=np.int64)) * header.dtype.itemsize
-    size = os.path.getsize(prefix + ".bin")
-    if size != expected_size:
-        raise _damaged(
-            where, f".bin is truncated or another's: {size} bytes, {expected_size} by its .idx"
-        )
-    if size == 0:
-        raise _damaged(where, ".bin is empty")
-    last_token = _last_token(prefix + ".bin", header.dtype)
-    return _Index(dtype=header.dtype, lengths=lengths, documents=documents, last_token=last_token)
-
-
-def _damaged(where: str, what: str) -> ConfigError:
-    return ConfigError(
-        f"{where}{what}; write it again (if it is in the cache folder: remove its folder)"
-    )
-
-
-def _read_header(file: BinaryIO, where: str) -> _Header:
-    """Read what the .idx says of its arrays, and check that the file is long enough for them."""
-    raw = file.read(len(_MAGIC) + _HEADER.size)
-    if len(raw) < len(_MAGIC) + _HEADER.size or not raw.startswith(_MAGIC):
-        raise _damaged(where, ".idx is not an index of megatron-core's format, version 1")
-    code, sequences, documents = _HEADER.unpack(raw[len(_MAGIC) :])
-    if code not in _INTEGER_CODES:
-        raise _damaged(where, f".idx: type code {code} is not an integer type")
-    if os.path.getsize(file.name) < len(raw) + 12 * sequences + 8 * documents:
-        raise _damaged(
-            where,
-            f".idx is truncated: {sequences} sequences and {documents - 1} documents do not fit "
-            "into it",
-        )
-    dtype = np.dtype(DType.dtype_from_code(code))
-    return _Header(dtype=dtype, sequences=sequences, documents=documents)
-
-
-def _fit_together(
-    lengths: np.ndarray, offsets: np.ndarray, documents: np.ndarray, header: _Header
-) -> bool:
-    """Whether each sequence follows the one before it in the .bin, and documents cover them all."""
-    begins = np.cumsum(lengths, dtype=np.int64) - lengths
-    return bool(
-        (lengths >= 0).all()
-        and (offsets == begins * header.dtype.itemsize).all()
-        and len(documents) > 0
-        and documents[0] == 0
-        and documents[-1] == header.sequences
-        and (np.diff(documents) >= 0).all()
-    )
-
-
-def _last_token(path: str, dtype: np.dtype) -> int:
-    with open(path, "rb") as file:
-        file.seek(-dtype.itemsize, os.SEEK_END)
-        return int(np.fromfile(file, dtype, 1)[0])
-
-
-# -------------------------------------------------------------------------------- samples of them
-
-
-def build_dataset(
-    config: TrainConfig, split: str = "train", parts: Sequence[Corpus] | None = None
-) -> MegatronDataset | blended_dataset.BlendedDataset:
-    """The samples of one split as megatron-core's dataset: index -> dict of one sequence's tensors.
-
-    For training with the sampler "single" it has as many samples as the run reads, a short corpus
-    repeated and shuffled by megatron-core; else one epoch. Several corpora are blended by their
-    weights, at every point of the run to within a sample each; without weights, by their tokens,
-    and an epoch reads each of them once. Each rank holds the order of samples in memory: 12 bytes
-    a sample and 4 a document, times epochs. No communication.
-    parts: the split's corpora, if they were found before. The files stay open, so the dataset is
-    the same if they are replaced or removed.
-    """
-    tokenizer = tokenizer_of(config)
-    if parts is None:
-        parts = corpora(config, split, tokenizer=tokenizer)
-    kind, mcore = _family_data(config).dataset(config, tokenizer)
-    read = partial(_dataset_of, kind=kind, mcore=mcore, split=split)
-    counts = samples_of_each(config, parts, split)
-    with _without_cache_warnings():
-        datasets = [read(corpus, count) for corpus, count in zip(parts, counts, strict=True)]
-        if len(parts) == 1:
-            return datasets[0]
-        size = _size_of_blend(config, parts, split)
-        if size is None:
-            return _once_each(datasets, mcore)
-        weights = _shares_of_blend(parts)
-        return blended_dataset.BlendedDataset(datasets, weights, size, mcore)
-
-
-def samples_of_each(
-    config: TrainConfig, parts: Sequence[Corpus], split: str
-) -> tuple[int | None, ...]:
-    """How many samples megatron-core is asked for, at least, of each corpus; None: one epoch.
-
-    The order of a corpus's samples depends on it once it takes more than one epoch.
-    """
-    size = _size_of_blend(config, parts, split)
-    if size is None or len(parts) == 1:
-        return (size,) * len(parts)
-    # the blend takes the corpus furthest behind its weight: none gives more than its share and one
-    return tuple(math.ceil(size * share) + 1 for share in _shares_of_blend(parts))
-
-
-def _size_of_blend(config: TrainConfig, parts: Sequence[Corpus], split: str) -> int | None:
-    """Samples of all corpora together; None: one epoch of each."""
-    if split == "train" and data_of(config).sampler == "single":
-        return config.iterations * config.global_batch_size
-    if len(parts) == 1 or parts[0].weight is None:
-        return None
-    return sum((corpus.tokens - 1) // config.model.seq_length for corpus in parts)
-
-
-def _shares_of_blend(parts: Sequence[Corpus]) -> list[float]:
-    """Of each corpus its weight, or its share of all tokens; they sum up to 1."""
-    weights = [float(corpus.weight or corpus.tokens) for corpus in parts]
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]
-
-
-def read_samples(
-    config: TrainConfig, split: str
-) -> tuple[type[MegatronDataset], Callable[[Corpus, int | None], MegatronDataset]]:
-    """megatron-core's class for a family's corpora, and (corpus, samples or None) -> dataset."""
-    kind, mcore = _family_data(config).dataset(config, tokenizer_of(config))
-
-    def read(corpus: Corpus, samples: int | None) -> MegatronDataset:
-        with _without_cache_warnings():
-            return _dataset_of(corpus, samples, kind=kind, mcore=mcore, split=split)
-
-    return kind, read
-
-
-def _dataset_of(
-    corpus: Corpus,
-    samples: int | None,
-    *,
-    kind: type[MegatronDataset],
-    mcore: BlendedMegatronDatasetConfig,
-    split: str,
-) -> MegatronDataset:
-    """At least `samples` samples of one corpus, or one epoch if None."""
-    return kind(
-        kind.build_low_level_dataset(corpus.prefix, mcore),
-        corpus.prefix,
-        np.arange(corpus.begin, corpus.end, dtype=np.int32),
-        samples,
-        Split[split],
-        mcore,
-    )
-
-
-def _once_each(
-    datasets: Sequence[MegatronDataset], mcore: BlendedMegatronDatasetConfig
-) -> blended_dataset.BlendedDataset:
-    """One epoch of each corpus, interleaved in proportion to their samples."""
-    sizes = [len(dataset) for dataset in datasets]
-    return blended_dataset.BlendedDataset(datasets, sizes, None, mcore)
-
-
-@contextlib.contextmanager
-def _without_cache_warnings() -> Iterator[None]:
-    """Leave out megatron-core's warnings that indices are not saved, which is intended here."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "path_to_cache is None" not in record.getMessage()
-
-    loggers = [module.logger for module in (gpt_dataset, blended_dataset)]
-    for logger in loggers:
-        logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(is_other)

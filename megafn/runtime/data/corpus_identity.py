@@ -15,7 +15,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.sampling import epochs_in_words
-from megafn.runtime.data.corpora import Corpus, read_samples, samples_of_each, tokenizer_of
+from megafn.runtime.data.corpora import Corpus, corpora, tokenizer_of
+from megafn.runtime.data.datasets import read_samples, samples_of_each
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
 from megafn.runtime.text.tokenizer import identity_of
@@ -87,15 +88,18 @@ def check_same_corpora(
     for split, corpora_of_rank_zero in identities_by_rank[0].items():
         for i, expected in enumerate(corpora_of_rank_zero):
             others = {}
-            for rank, of_rank in enumerate(identities_by_rank):
-                corpora_of_split = of_rank.get(split, ())
-                identity = corpora_of_split[i] if i < len(corpora_of_split) else None
+            for rank, identities_of_rank in enumerate(identities_by_rank):
+                identity = _nth_or_none(identities_of_rank.get(split, ()), i)
                 if identity is None or identity.content != expected.content:
                     others[rank] = identity
             if others:
                 problems.append(_difference(split, expected, others))
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def _nth_or_none(identities: Sequence[CorpusIdentity], n: int) -> CorpusIdentity | None:
+    return identities[n] if n < len(identities) else None
 
 
 def _difference(
@@ -121,18 +125,24 @@ def _in_words(identity: CorpusIdentity | None) -> str:
 # ------------------------------------------------------------------- what a checkpoint says of them
 
 
-def describe_data(config: TrainConfig, parts: Sequence[Corpus]) -> dict[str, Any]:
+def describe_data(config: TrainConfig, parts: Sequence[Corpus] | None = None) -> dict[str, Any]:
     """The tokenizer and the corpora of a training run, as a checkpoint's manifest holds them.
 
     Of each corpus its identity, weight and how often it is read, which decides its order. For GPT
-    that is computed; the datasets of BERT and T5 are built to see it. No communication.
+    that is computed; the datasets of BERT and T5 are built to see it. No communication. A custom
+    loop calls it once, when it opens the data, and passes the result to `save` and `load`.
+    parts: the corpora of config.data's training split, if they were found before.
+    Raises ConfigError as `batches` does.
     """
+    if parts is None:
+        parts = corpora(config)
+    tokenizer = tokenizer_of(config)
     described = []
     counts = samples_of_each(config, parts, "train")
     for corpus, identity, samples in zip(parts, identify(parts), counts, strict=True):
         epochs = _epochs(config, corpus, samples)
         described.append({**attrs.asdict(identity), "weight": corpus.weight, "epochs": epochs})
-    return {"tokenizer": attrs.asdict(identity_of(tokenizer_of(config))), "corpora": described}
+    return {"tokenizer": attrs.asdict(identity_of(tokenizer)), "corpora": described}
 
 
 def _epochs(config: TrainConfig, corpus: Corpus, samples: int | None) -> str:

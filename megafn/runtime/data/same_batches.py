@@ -12,11 +12,14 @@ import torch
 
 from megafn.pure.layout import Groups, coordinates
 from megafn.runtime.parallel.groups import ProcessGroups
+from megafn.runtime.parallel.object_collectives import errors_on_all_ranks
 from megafn.runtime.parallel.tensor_collectives import gather_rows
 
 T = TypeVar("T")
 
-_ENDED = -1  # instead of a fingerprint, which is 0 or more
+# instead of a fingerprint, which is 0 or more
+_ENDED = -1
+_FAILED = -2
 
 
 def fingerprint(value: Any, start: int = 0) -> int:
@@ -55,8 +58,8 @@ def _fingerprint_of_tensor(tensor: torch.Tensor, start: int) -> int:
 def first_sample(batch: Iterable[Any]) -> int:
     """The fingerprint of the first row of the first micro-batch of this rank's share.
 
-    On rank zero this is the first sample of the global batch, whatever the layout. Checkpoints
-    store it, so that a resumed run recognises whether its data are those read before.
+    On rank zero this is the first sample of the global batch, in every layout. Checkpoints store
+    it, so that a resumed run recognises whether its data are those read before.
     """
     micro_batch = next(iter(batch))
     if isinstance(micro_batch, Mapping):
@@ -76,14 +79,22 @@ def check_same_batches(
     Each batch costs one all-gather of a number over all ranks. If data-parallel ranks read the same
     first batch for training, rank zero warns.
     Raises ValueError, on every rank, if ranks that differ only in tp, cp or pp read different
-    batches.
+    batches. An exception of one rank's batches is raised on every rank.
     """
     iterator = iter(batches)
     first_ranks = _first_rank_of_each_position(pg.groups)
     for i in range(count):
-        batch = next(iterator, None)
-        mark = _ENDED if batch is None else fingerprint(batch)
+        batch = None
+        failure = None
+        try:
+            batch = next(iterator, None)
+            mark = _ENDED if batch is None else fingerprint(batch)
+        except Exception as error:
+            failure = error
+            mark = _FAILED
         marks = gather_rows(torch.tensor([mark], device=pg.device), pg.world).flatten().cpu()
+        if (marks == _FAILED).any():
+            _raise_failure(failure, pg)
         if batch is None or (marks == _ENDED).any():
             return
         _check_same_marks(marks, first_ranks, pg.groups)
@@ -92,13 +103,21 @@ def check_same_batches(
         yield batch
 
 
+def _raise_failure(failure: Exception | None, pg: ProcessGroups) -> None:
+    """Raise the exception of this rank's batches, or that of another rank's."""
+    with errors_on_all_ranks(pg):
+        if failure is not None:
+            raise failure
+
+
 def _first_rank_of_each_position(groups: Groups) -> torch.Tensor:
     """For each rank the first rank of its data-parallel position, which reads the same, [ranks]."""
     first_of_position: dict[int, int] = {}
-    first_ranks = [
-        first_of_position.setdefault(coordinates(groups, rank).dp, rank)
-        for rank in range(groups.world_size)
-    ]
+    first_ranks = []
+    for rank in range(groups.world_size):
+        position = coordinates(groups, rank).dp
+        first_of_position.setdefault(position, rank)
+        first_ranks.append(first_of_position[position])
     return torch.tensor(first_ranks)
 
 

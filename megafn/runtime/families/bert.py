@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from attrs import frozen
 from megatron.core.datasets.bert_dataset import (
     BERTMaskedWordPieceDataset,
     BERTMaskedWordPieceDatasetConfig,
@@ -58,6 +59,9 @@ from megafn.runtime.text.tokenizer import Tokenizer
 _KEYS = "'input_ids', or 'text', 'labels' and 'loss_mask'"
 _LABEL_KEYS = {"labels", "classes", "flags", "targets"}
 
+# What the last chunk returns, see `bert_chunk_forward`.
+Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
 
 def bert_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> Batch:
     """A micro-batch of masked tokens, or of labelled sequences, from one of two kinds of raw batch.
@@ -73,38 +77,37 @@ def bert_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -
     """
     check_mapping(raw, _KEYS)
     if "text" in raw:
-        return _from_keys(raw, config, pg, "text", "padding_mask", "types", "is_random")
+        return _from_keys(raw, _MEGATRON_KEYS, config, pg)
     if "input_ids" in raw:
-        return _from_keys(
-            raw,
-            config,
-            pg,
-            "input_ids",
-            "attention_mask",
-            "token_type_ids",
-            "next_sentence_label",
-        )
+        return _from_keys(raw, _HUGGING_FACE_KEYS, config, pg)
     raise unknown_keys(raw, _KEYS)
 
 
-def _from_keys(
-    raw: Raw,
-    config: TrainConfig,
-    pg: ProcessGroups,
-    tokens_key: str,
-    mask_key: str,
-    types_key: str,
-    order_key: str,
-) -> Batch:
-    """The micro-batch of a raw batch whose keys have these names."""
+@frozen(kw_only=True)
+class _RawKeys:
+    """Under which keys a raw batch has its tensors."""
+
+    tokens: str
+    mask: str
+    types: str
+    order: str
+
+
+_MEGATRON_KEYS = _RawKeys(tokens="text", mask="padding_mask", types="types", order="is_random")
+_HUGGING_FACE_KEYS = _RawKeys(
+    tokens="input_ids", mask="attention_mask", types="token_type_ids", order="next_sentence_label"
+)
+
+
+def _from_keys(raw: Raw, keys: _RawKeys, config: TrainConfig, pg: ProcessGroups) -> Batch:
     model = config.model
-    tokens = integers(raw, tokens_key)
-    real = real_tokens(raw, mask_key, tokens)
+    tokens = integers(raw, keys.tokens)
+    real = real_tokens(raw, keys.mask, tokens)
     batch = {"tokens": tokens}
     mask = padding_mask(real)
     if mask is not None:
         batch["attention_mask"] = mask
-    types = _token_types(raw, types_key, real, model.num_tokentypes)
+    types = _token_types(raw, keys.types, real, model.num_tokentypes)
     if model.num_tokentypes:
         batch["tokentype_ids"] = types
     if given(raw, "position_ids"):
@@ -116,8 +119,8 @@ def _from_keys(
         check_labels(labels, model.vocab_size)
         batch |= {"labels": labels, "loss_mask": (labels != IGNORE).long()}
     if model.num_labels is None and model.bert_binary_head:
-        batch["is_random"] = _sentence_order(raw, order_key, tokens.size(0))
-    check_ids(f"batch[{tokens_key!r}]", tokens, model.vocab_size)
+        batch["is_random"] = _sentence_order(raw, keys.order, tokens.size(0))
+    check_ids(f"batch[{keys.tokens!r}]", tokens, model.vocab_size)
     check_length(tokens.size(1), batch.get("position_ids"), config)
     return on_device(batch, pg)
 
@@ -231,7 +234,7 @@ def _classes(labels: torch.Tensor, count: int) -> torch.Tensor:
 # -------------------------------------------------------------------------- forward and losses
 
 
-def bert_forward(model: torch.nn.Module, batch: Batch) -> Any:
+def bert_forward(model: torch.nn.Module, batch: Batch) -> Output:
     """What `bert_chunk_forward` returns."""
     return model(
         batch["tokens"],
@@ -261,7 +264,7 @@ def weigh_sentence_pairs(micro_batches: Sequence[Batch], pg: ProcessGroups) -> S
     return [{**batch, "tokens_per_pair": weight} for batch in micro_batches]
 
 
-def bert_loss(output: Any, batch: Batch, pg: ProcessGroups) -> Loss:
+def bert_loss(output: Output, batch: Batch, pg: ProcessGroups) -> Loss:
     """Mean loss of masked tokens plus mean loss of sentence order; or the mean loss of labels.
 
     Both means are over the whole global batch. Everything is divided by the number of masked
@@ -269,11 +272,11 @@ def bert_loss(output: Any, batch: Batch, pg: ProcessGroups) -> Loss:
     cross-entropy of one class, binary cross-entropy of several (the mean over num_labels), or mean
     squared error, as transformers' MegatronBertForSequenceClassification, counted by sequences.
     """
-    if "labels" not in batch:
-        return _label_loss(output, batch, pg)
     if isinstance(output, tuple):
         logits, order = output
         return _masked_and_order_loss(logits, order, batch, pg)
+    if "labels" not in batch:
+        return _label_loss(output, batch, pg)
     return token_loss(output, batch, pg)
 
 
@@ -296,7 +299,7 @@ def _masked_and_order_loss(
 
 
 def _label_loss(output: torch.Tensor, batch: Batch, pg: ProcessGroups) -> Loss:
-    """Of logits [batch, num_labels], by the kind of labels that the batch has."""
+    """The loss of logits [batch, num_labels], by the kind of labels that the batch has."""
     here = _has_first_position(pg)
     logits = output.float()
     rows, count = logits.shape
@@ -380,7 +383,7 @@ def bert_chunk_forward(
     position_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     tokentype_ids: torch.Tensor | None = None,
-) -> Any:
+) -> Output:
     """tokens, position_ids, tokentype_ids [batch, sequence / cp] -> on the last stage, one of:
 
     - logits [sequence / cp, batch, padded vocabulary / tp];

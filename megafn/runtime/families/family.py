@@ -35,8 +35,24 @@ class FamilyData:
     sentences: Callable[[ModelConfig], int]
 
 
+def dataset_settings(config: TrainConfig) -> dict[str, Any]:
+    """Arguments that the configs of all of megatron-core's datasets have in common."""
+    return dict(
+        random_seed=config.seed,
+        sequence_length=config.model.seq_length,
+        # not used: `build_dataset` is given the corpora, and the documents of the split
+        blend=(["megafn"], None),
+        split="1",
+        # "" (None means a folder beside the data): each rank builds the indices in memory. In a
+        # cache folder megatron-core writes them on global rank 0 only, not atomically, and the
+        # others wait at a barrier: a second host has no files, a second run reads half of one, and
+        # an error on rank 0 hangs the rest.
+        path_to_cache="",
+    )
+
+
 def next_token_batch(batch: dict[str, torch.Tensor]) -> Batch:
-    """ "text" [batch, sequence + 1] beside "tokens" and "labels", whichever the batch has."""
+    """Adds "tokens" and "labels" to a batch with "text" [batch, sequence + 1], or the reverse."""
     if "text" in batch and "tokens" not in batch:
         # before the rest: the micro-batch's shape is that of its inputs
         text = batch["text"]

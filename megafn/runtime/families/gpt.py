@@ -27,9 +27,10 @@ from megafn.runtime.families.batch_checks import (
     unknown_keys,
     zeros_and_ones,
 )
-from megafn.runtime.families.family import DatasetAndConfig, Family, FamilyData
+from megafn.runtime.families.family import DatasetAndConfig, Family, FamilyData, dataset_settings
 from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.chunk import Chunk, ChunkFunctions, ChunkPlan
+from megafn.runtime.model.key_value_cache import KeyValueCache
 from megafn.runtime.model.layers import Attention, layer_spec
 from megafn.runtime.model.losses import IGNORE, token_loss
 from megafn.runtime.model.parts import (
@@ -80,7 +81,7 @@ def gpt_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) ->
 
 
 def _from_dataset(raw: Raw) -> dict[str, torch.Tensor]:
-    """Of megatron-core's keys: tokens and labels, already shifted."""
+    """From megatron-core's keys: tokens and labels, already shifted."""
     tokens = integers(raw, "tokens")
     labels = integers(raw, "labels", tokens.shape)
     loss_mask = (labels != IGNORE).long()
@@ -93,7 +94,7 @@ def _from_dataset(raw: Raw) -> dict[str, torch.Tensor]:
 
 
 def _from_text(raw: Raw) -> dict[str, torch.Tensor]:
-    """Of one sequence that is one token longer than the inputs."""
+    """From one sequence that is one token longer than the inputs."""
     text = integers(raw, "text")
     if given(raw, "attention_mask"):
         raise ValueError(
@@ -114,15 +115,17 @@ def _from_text(raw: Raw) -> dict[str, torch.Tensor]:
 
 
 def _from_collator(raw: Raw) -> dict[str, torch.Tensor]:
-    """Of Hugging Face's keys: labels are the inputs, shifted here."""
+    """From Hugging Face's keys: labels are the inputs, shifted here."""
     tokens = integers(raw, "input_ids")
     real = real_tokens(raw, "attention_mask", tokens)
-    labels = integers(raw, "labels", tokens.shape) if given(raw, "labels") else tokens
-    no_label = torch.full_like(labels[:, :1], IGNORE)
-    if not given(raw, "labels"):
-        labels = labels.masked_fill(~real, IGNORE)
+    if given(raw, "labels"):
+        labels = integers(raw, "labels", tokens.shape)
+    else:
+        labels = tokens.masked_fill(~real, IGNORE)
     # the label of a position is the next token, and padding predicts nothing
-    labels = torch.cat([labels[:, 1:], no_label], dim=1).masked_fill(~real, IGNORE)
+    no_label = torch.full_like(labels[:, :1], IGNORE)
+    labels = torch.cat([labels[:, 1:], no_label], dim=1)
+    labels = labels.masked_fill(~real, IGNORE)
     batch = {"tokens": tokens, "labels": labels, "loss_mask": (labels != IGNORE).long()}
     mask = causal_and_padding_mask(real)
     if mask is not None:
@@ -198,13 +201,21 @@ def gpt_chunk_forward(
     tokens: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
+    cache: KeyValueCache | None = None,
 ) -> torch.Tensor:
     """tokens, position_ids [batch, sequence / cp] -> logits, on the last stage.
 
     Logits [sequence / cp, batch, padded vocabulary / tp]; on earlier stages the hidden state.
     attention_mask: bool [batch or 1, 1, sequence / cp or 1, sequence], True = hidden.
+    cache: keys and values of the tokens before these, when generating; then the tokens are whole,
+    not cut over cp, and logits are of the last position only, unless under sequence parallelism,
+    which cuts positions.
     """
-    hidden = one_stack_hidden(chunk, chunk.decoder, tokens, position_ids, attention_mask)
+    hidden = one_stack_hidden(
+        chunk, chunk.decoder, tokens, position_ids, attention_mask, cache=cache
+    )
+    if cache is not None and chunk.post_process and not chunk.config.sequence_parallel:
+        hidden = hidden[-1:]
     return vocabulary_logits(chunk, hidden) if chunk.post_process else hidden
 
 
@@ -215,21 +226,13 @@ def gpt_data(config: TrainConfig, tokenizer: Tokenizer) -> DatasetAndConfig:
     """megatron-core's dataset class for next-token prediction, and its config."""
     data = data_of(config)
     return GPTDataset, GPTDatasetConfig(
-        random_seed=config.seed,
-        sequence_length=config.model.seq_length,
+        **dataset_settings(config),
         # nothing is padded; or it would lose the tokens of the pad's id
         tokenizer=attrs.evolve(tokenizer, pad=-1),
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
         create_attention_mask=data.reset_attention_mask,
-        blend=(["megafn"], None),
-        split="1",  # `build_dataset` is given the documents of the split
-        # "" (None means a folder beside the data): each rank builds the indices in memory. In a
-        # cache folder megatron-core writes them on global rank 0 only, not atomically, and the
-        # others wait at a barrier: a second host has no files, a second run reads half of one, and
-        # an error on rank 0 hangs the rest.
-        path_to_cache="",
     )
 
 

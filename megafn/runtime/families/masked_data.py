@@ -12,6 +12,7 @@ from megatron.core.datasets.masked_dataset import MaskedWordPieceDataset
 from megafn.pure.config.family_record import family_name
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig, data_of
+from megafn.runtime.families.family import dataset_settings
 from megafn.runtime.text.tokenizer import Tokenizer
 
 _ALL = 2**62  # samples: as many as one epoch has
@@ -66,8 +67,7 @@ def masked_settings(
     vocab_size = config.model.vocab_size
     _check_special_ids(config, tokenizer, special_tokens)
     return dict(
-        random_seed=config.seed,
-        sequence_length=config.model.seq_length,
+        **dataset_settings(config),
         # megatron-core marks padding by the pad id, in masks and token types too, which is right
         # only if that is 0; here it is -1, which no token has
         tokenizer=attrs.evolve(
@@ -77,9 +77,6 @@ def masked_settings(
             inv_vocab={i: token for i, token in tokenizer.inv_vocab.items() if i < vocab_size},
             additional_special_tokens_ids=sentinels_in_vocabulary(config, tokenizer),
         ),
-        blend=(["megafn"], None),
-        split="1",
-        path_to_cache="",  # as `gpt_data`
         masking_probability=data.mask_prob,
         short_sequence_probability=data.short_seq_prob,
         masking_do_full_word=True,

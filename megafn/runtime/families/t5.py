@@ -17,6 +17,7 @@ import attrs
 import numpy as np
 import torch
 import torch.nn.functional as F
+from attrs import frozen
 from megatron.core.datasets.t5_dataset import (
     T5MaskedWordPieceDataset,
     T5MaskedWordPieceDatasetConfig,
@@ -87,52 +88,56 @@ def t5_batch(raw: Mapping[str, Any], config: TrainConfig, pg: ProcessGroups) -> 
     """
     check_mapping(raw, _KEYS)
     if "text_enc" in raw and "text_dec" in raw and given(raw, "labels"):
-        return _from_keys(raw, config, pg, "text_enc", "text_dec", "enc_mask", "dec_mask")
+        return _from_keys(raw, _MEGATRON_KEYS, config, pg)
     if "input_ids" in raw and given(raw, "labels"):
-        return _from_keys(
-            raw,
-            config,
-            pg,
-            "input_ids",
-            "decoder_input_ids",
-            "attention_mask",
-            "decoder_attention_mask",
-        )
+        return _from_keys(raw, _HUGGING_FACE_KEYS, config, pg)
     raise unknown_keys(raw, _KEYS)
 
 
-def _from_keys(
-    raw: Raw,
-    config: TrainConfig,
-    pg: ProcessGroups,
-    tokens_key: str,
-    decoder_key: str,
-    mask_key: str,
-    decoder_mask_key: str,
-) -> Batch:
-    """The micro-batch of a raw batch whose keys have these names."""
+@frozen(kw_only=True)
+class _RawKeys:
+    """Under which keys a raw batch has its tensors."""
+
+    tokens: str
+    mask: str
+    decoder_tokens: str
+    decoder_mask: str
+
+
+_MEGATRON_KEYS = _RawKeys(
+    tokens="text_enc", mask="enc_mask", decoder_tokens="text_dec", decoder_mask="dec_mask"
+)
+_HUGGING_FACE_KEYS = _RawKeys(
+    tokens="input_ids",
+    mask="attention_mask",
+    decoder_tokens="decoder_input_ids",
+    decoder_mask="decoder_attention_mask",
+)
+
+
+def _from_keys(raw: Raw, keys: _RawKeys, config: TrainConfig, pg: ProcessGroups) -> Batch:
     model = config.model
-    tokens = integers(raw, tokens_key)
+    tokens = integers(raw, keys.tokens)
     labels = integers(raw, "labels")
     if labels.size(0) != tokens.size(0):
         raise ValueError(
             f"batch['labels'] of shape {list(labels.shape)}: expected {tokens.size(0)} rows, "
-            f"as batch[{tokens_key!r}] has."
+            f"as batch[{keys.tokens!r}] has."
         )
-    real = real_tokens(raw, mask_key, tokens)
-    decoder_real = real_tokens(raw, decoder_mask_key, labels)
+    real = real_tokens(raw, keys.mask, tokens)
+    decoder_real = real_tokens(raw, keys.decoder_mask, labels)
     if given(raw, "loss_mask"):
         no_loss = zeros_and_ones(raw, "loss_mask", labels.shape) == 0
         labels = labels.masked_fill(no_loss, IGNORE)
-    if given(raw, decoder_key):
-        decoder_tokens = integers(raw, decoder_key, labels.shape)
+    if given(raw, keys.decoder_tokens):
+        decoder_tokens = integers(raw, keys.decoder_tokens, labels.shape)
     else:
         decoder_tokens = _shifted_right(labels, model.decoder_start_token_id)
     labels = labels.masked_fill(~decoder_real, IGNORE)
-    check_ids(f"batch[{tokens_key!r}]", tokens, model.vocab_size)
+    check_ids(f"batch[{keys.tokens!r}]", tokens, model.vocab_size)
     check_labels(labels, model.vocab_size)
-    check_ids(f"batch[{decoder_key!r}]", decoder_tokens, model.vocab_size)
-    _check_something_to_read(mask_key, real)
+    check_ids(f"batch[{keys.decoder_tokens!r}]", decoder_tokens, model.vocab_size)
+    _check_something_to_read(keys.mask, real)
     check_length(tokens.size(1), None, config)
     check_length(labels.size(1), None, config)
     batch = {
@@ -318,7 +323,8 @@ def t5_chunk_forward(
     """
     cut = chunk.tp_group.size() if chunk.config.sequence_parallel else 1
     length = tokens.size(1) // cut
-    memory = received = None
+    memory = None
+    received = None
     if chunk.received is not None:
         memory = chunk.received[:length]
         received = chunk.received[length:]

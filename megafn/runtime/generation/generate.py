@@ -1,147 +1,315 @@
-"""Logits of whole sequences on every rank, in any layout, and text sampled from them."""
+"""Text from a model in its training layout: prompts continued token by token."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Sequence
 
-from megafn.pure.config.problems import ConfigError
-from megafn.pure.config.sequence_unit import sequence_unit
-from megafn.runtime.families.batch_checks import check_ids
+import torch
+import torch.distributed as dist
+from attrs import define, frozen
+
+from megafn.pure.generation import GenerationConfig, check_generation
+from megafn.pure.layout import Coordinates, rank_of
 from megafn.runtime.families.built_in import family_of
-from megafn.runtime.families.step import Batch, Step, cut_sequence
+from megafn.runtime.generation.decoding import (
+    Decoding,
+    Pass,
+    can_use_a_cache,
+    last_logits,
+    next_pass,
+    run_chunk,
+)
+from megafn.runtime.generation.logits import logits as logits_of
+from megafn.runtime.generation.prompts import Prompts, as_ids, check_prompts, padded_batch
+from megafn.runtime.generation.sampling import next_tokens
 from megafn.runtime.model.eval_mode import eval_mode
+from megafn.runtime.model.key_value_cache import KeyValueCache
 from megafn.runtime.model.state import State, check_usable
-from megafn.runtime.parallel.megatron_context import megatron_context
-from megafn.runtime.training.forward_backward import run_schedule
-from megafn.runtime.training.whole_logits import Output, whole_logits
+from megafn.runtime.parallel import cpu
+from megafn.runtime.parallel.megatron_context import derive_seed, megatron_context
+from megafn.runtime.parallel.object_collectives import broadcast_from_rank_zero
+
+# (number of the prompt, token id, its log-probability or None), on rank zero as tokens come.
+OnToken = Callable[[int, int, float | None], None]
+
+
+@frozen(kw_only=True)
+class Generated:
+    """New tokens of each prompt, a stop id included, and their log-probabilities if asked for."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...] | None = None
 
 
 @torch.no_grad()
-def logits(state: State, tokens: torch.Tensor) -> Output:
-    """Logits [batch, sequence, vocabulary] of tokens [batch, sequence], equal on every rank.
-
-    For GPT those of the next token. For BERT those of each token itself (with the binary head a
-    tuple, with logits of the order [batch, 2] second), or those of labels [batch, num_labels].
-    Gathered over tensor and context parallel and sent to every pipeline stage. Every rank passes
-    the same tokens. The model is evaluated without dropout and keeps its mode.
-
-    Raises ConfigError for T5, whose decoder needs its own input, and ValueError for an id outside
-    the vocabulary or a sequence longer than a learned position table; RuntimeError for a state that
-    was donated, or whose process groups are closed.
-    """
-    check_usable(state)
-    config = state.config
-    parallel = config.parallel
-    pg = state.pg
-    family = family_of(config.model.family)
-    if not family.reads_tokens_only:
-        raise ConfigError(
-            f"model.family = {family.name!r}: needs more than token ids; set return_logits, and "
-            "evaluate gives the logits of a batch"
-        )
-    check_ids("tokens", tokens, config.model.vocab_size)
-    unit = sequence_unit(parallel.tp, parallel.cp, parallel.sequence_parallel)
-    micro_batch = family.step.batch(_padded(tokens, unit), config, pg)
-    outputs = _outputs(state, family.step, cut_sequence(micro_batch, pg))
-    (whole,) = whole_logits(outputs[:1], config, pg, every_stage=True)
-    return _without_padding(whole, tokens.size(1))
-
-
-def _padded(tokens: torch.Tensor, unit: int) -> Batch:
-    """A raw micro-batch of the tokens, padded to a multiple of `unit` tokens."""
-    length = tokens.size(1)
-    padding = -length % unit
-    if padding == 0:
-        return {"input_ids": tokens}
-    input_ids = torch.nn.functional.pad(tokens, (0, padding))
-    is_real = torch.arange(length + padding) < length
-    return {"input_ids": input_ids, "attention_mask": is_real.long().expand_as(input_ids)}
-
-
-def _outputs(state: State, step: Step, micro_batch: Batch) -> list[Output]:
-    """What the model puts out for a micro-batch, in evaluation mode; [] before the last stage."""
-    pg = state.pg
-    # megatron-core's interleaved schedule needs a multiple of pp micro-batches
-    copies = pg.pp.size() if len(state.chunks) > 1 else 1
-    with megatron_context(pg, state.config.seed, "logits"), eval_mode(state.chunks):
-        return run_schedule(
-            state.chunks,
-            [micro_batch] * copies,
-            step.forward,
-            lambda _, output, non_loss_data: output,
-            pg,
-            forward_only=True,
-            collect=True,
-        )
-
-
-def _without_padding(whole: Output, length: int) -> Output:
-    """`whole` with its logits of tokens cut to the given length."""
-    if isinstance(whole, tuple):
-        of_tokens, *others = whole
-        return (of_tokens[:, :length], *others)
-    return whole[:, :length] if whole.dim() == 3 else whole
-
-
 def generate(
     state: State,
-    tokens: torch.Tensor,
-    *,
-    count: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> torch.Tensor:
-    """tokens [batch, sequence] and `count` sampled tokens more of each sequence, on the CPU.
+    prompts: Prompts,
+    config: GenerationConfig | None = None,
+    on_token: OnToken | None = None,
+) -> Generated:
+    """Continue prompts with the model of a state, in any layout.
 
-    The model sees the last `seq_length` tokens. temperature 0 takes the most likely token; top_k
-    samples only from that many of the most likely. The samples are a function of (seed, tokens), so
-    every rank returns the same.
-    Raises ValueError for an empty prompt, a negative temperature, top_k below 1, and a family that
-    does not predict the next token.
+    prompts: the token ids of each, of any lengths; or a tensor [batch, sequence]. Every rank passes
+    the same ones and gets the same answer; data- and context-parallel ranks all compute all of it.
+    on_token: see `OnToken`; other ranks than zero don't call it.
+    Keys and values of the tokens before are kept, unless the model has modules that may look at
+    other positions than attention does: then each token costs a pass over all before it. With
+    pipeline parallelism the prompts are cut into as many parts as there are stages, which all
+    compute at once. The model is evaluated without dropout, and keeps its mode.
+
+    Raises ValueError, on every rank and before anything is computed, for an empty prompt, an id
+    outside the vocabulary, a prompt that with its new tokens is longer than a learned position
+    table, prompts that differ between ranks, and a family that does not predict the next token;
+    ConfigError for the fields of `config`; RuntimeError for a state that was donated, or whose
+    process groups are closed. What `on_token` raises is raised at the end.
     """
-    _check_arguments(state, tokens, temperature, top_k)
-    generator = torch.Generator().manual_seed(seed)
-    tokens = tokens.cpu()
-    for _ in range(count):
-        window = tokens[:, -state.config.model.seq_length :]
-        all_logits = logits(state, window)
-        # The type leaves room for BERT's tuple; a family that predicts the next token has a tensor.
-        assert isinstance(all_logits, torch.Tensor)
-        next_logits = all_logits[:, -1].float().cpu()
-        next_tokens = _sample(next_logits, temperature, top_k, generator)
-        tokens = torch.cat([tokens, next_tokens], dim=1)
-    return tokens
+    check_usable(state)
+    config = config if config is not None else GenerationConfig()
+    ids = _checked_on_all_ranks(state, prompts, config)
+    output = _Output(config=config, tokens=[[] for _ in ids], logprobs=[[] for _ in ids])
+    if state.pg.is_rank_zero:
+        output.on_token = on_token
+    with megatron_context(state.pg, state.config.seed, "generate"), eval_mode(state.chunks):
+        if can_use_a_cache(state):
+            with cpu.device_requests_not_answered():
+                _decode(state, ids, output)
+        else:
+            _decode_without_cache(state, ids, output)
+    _raise_error_of_on_token(output, state)
+    return output.generated()
 
 
-def _check_arguments(
-    state: State, tokens: torch.Tensor, temperature: float, top_k: int | None
-) -> None:
+# ---------------------------------------------------------------------------------- what is asked
+
+
+def _checked_on_all_ranks(
+    state: State, prompts: Prompts, config: GenerationConfig
+) -> tuple[tuple[int, ...], ...]:
+    """The prompts' ids. If they are refused, or differ between ranks, every rank raises."""
+    ids: tuple[tuple[int, ...], ...] = ()
+    error = None
+    try:
+        _check_family(state)
+        check_generation(config, state.config.model.vocab_size)
+        ids = as_ids(prompts)
+        check_prompts(ids, config, state.config.model)
+    except ValueError as refused:
+        error = refused
+    digest = derive_seed(ids, config, str(error))
+    extremes = torch.tensor([digest, -digest], device=state.pg.device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=state.pg.world)
+    if error is not None:
+        raise error
+    largest, smallest = extremes[0].item(), -extremes[1].item()
+    if largest != smallest:
+        raise ValueError(
+            "prompts: differ between ranks, or their GenerationConfig does; pass the same on all"
+        )
+    return ids
+
+
+def _check_family(state: State) -> None:
     family = family_of(state.config.model.family)
     if not family.predicts_next_token:
         raise ValueError(
             f"model.family = {family.name!r}: does not predict the next token; "
             "call megafn.logits for what it predicts"
         )
-    if tokens.dim() != 2 or tokens.size(1) == 0:
-        raise ValueError(
-            f"tokens of shape {list(tokens.shape)}: expected [batch, sequence]; "
-            "give at least one token of each sequence"
+
+
+# -------------------------------------------------------------------------------- what is returned
+
+
+@define(kw_only=True, eq=False)
+class _Output:
+    """The new tokens until now."""
+
+    config: GenerationConfig
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    on_token: OnToken | None = None
+    error: Exception | None = None  # of on_token
+
+    def is_done(self, row: int) -> bool:
+        tokens = self.tokens[row]
+        return len(tokens) == self.config.max_new_tokens or (
+            bool(tokens) and tokens[-1] in self.config.stop_token_ids
         )
-    if temperature < 0:
-        raise ValueError(f"temperature = {temperature}: must be at least 0; raise it")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k = {top_k}: must be at least 1; raise it, or leave it out")
+
+    def add(self, rows: Sequence[int], drawn: torch.Tensor) -> None:
+        """The next token of each row that is not done; drawn: ids and log-probabilities [2, batch].
+
+        Raises ValueError if the model's logits were not numbers.
+        """
+        for row, token, logprob in zip(rows, *drawn.tolist(), strict=True):
+            if token < 0:
+                raise ValueError(
+                    f"prompts[{row}]: the model's logits are not numbers (NaN); check its weights"
+                )
+            if not self.is_done(row):
+                self.tokens[row].append(int(token))
+                self.logprobs[row].append(logprob)
+                self._report(row, int(token), logprob)
+
+    def _report(self, row: int, token: int, logprob: float) -> None:
+        if self.on_token is None:
+            return
+        try:
+            self.on_token(row, token, logprob if self.config.logprobs else None)
+        except Exception as error:  # the other ranks are told at the end
+            self.error = error
+            self.on_token = None
+
+    def generated(self) -> Generated:
+        return Generated(
+            tokens=tuple(map(tuple, self.tokens)),
+            logprobs=tuple(map(tuple, self.logprobs)) if self.config.logprobs else None,
+        )
 
 
-def _sample(
-    next_logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+def _raise_error_of_on_token(output: _Output, state: State) -> None:
+    text = None
+    if output.error is not None:
+        text = f"on_token raised {type(output.error).__name__} on rank zero: {output.error}"
+    text = broadcast_from_rank_zero(text, state.pg)
+    if output.error is not None:
+        raise output.error
+    if text is not None:
+        raise RuntimeError(text)
+
+
+# ------------------------------------------------------------------------------------- with a cache
+
+
+@frozen(kw_only=True, eq=False)
+class _Arrival:
+    """Tokens of a part on their way from the rank that drew them to all others.
+
+    drawn: ids and log-probabilities [2, batch]. sending: None on the ranks that receive.
+    """
+
+    drawn: torch.Tensor
+    sending: dist.Work | None
+
+
+def _decode(state: State, prompts: Sequence[Sequence[int]], output: _Output) -> None:
+    """Add tokens to `output` until every prompt is done.
+
+    In each round every part of the prompts gets one token. The parts go through the chunks of a
+    stage one after the other, so that all stages compute at once, and the token that a part got
+    is waited for when its next round begins. All ranks do this in the same order.
+    """
+    parts = _parts(state, prompts, output.config)
+    last_chunk = len(state.chunks) - 1
+    arrivals: dict[int, _Arrival] = {}
+    sends: list[dist.Work] = []
+    for step in range(output.config.max_new_tokens):
+        passes: dict[int, Pass] = {}
+        for number, chunk in enumerate(state.chunks):
+            for index, part in enumerate(parts):
+                if number == 0:
+                    if step > 0:
+                        _receive_tokens(arrivals.pop(index, None), part, state, output)
+                    if not _is_done(part, output):
+                        passes[index] = next_pass(part, state.config)
+                if index not in passes:
+                    continue
+                hidden = run_chunk(chunk, number, passes[index], state, sends)
+                if number == last_chunk:
+                    drawn = _draw(hidden, part, passes[index], state, output.config, step)
+                    arrivals[index] = _send_tokens(drawn, state)
+    for index, part in enumerate(parts):
+        _receive_tokens(arrivals.pop(index, None), part, state, output)
+    for send in sends:
+        send.wait()
+
+
+def _parts(
+    state: State, prompts: Sequence[Sequence[int]], config: GenerationConfig
+) -> list[Decoding]:
+    """The prompts cut into one part for each pipeline stage, as far as there are prompts."""
+    count = min(state.pg.pp.size(), len(prompts))
+    parts = []
+    for number in range(count):
+        first = number * len(prompts) // count
+        end = (number + 1) * len(prompts) // count
+        batch = padded_batch(range(first, end), prompts, state.pg.device)
+        capacity = batch.tokens.size(1) + config.max_new_tokens
+        parts.append(Decoding(batch=batch, cache=KeyValueCache(capacity=capacity)))
+    return parts
+
+
+def _is_done(part: Decoding, output: _Output) -> bool:
+    return all(output.is_done(row) for row in part.batch.rows)
+
+
+def _draw(
+    hidden: torch.Tensor,
+    part: Decoding,
+    one_pass: Pass,
+    state: State,
+    config: GenerationConfig,
+    step: int,
 ) -> torch.Tensor:
-    """One token [batch, 1] for each row of logits [batch, vocabulary]."""
-    if top_k is not None:
-        largest = next_logits.topk(min(top_k, next_logits.size(-1))).values
-        next_logits = next_logits.masked_fill(next_logits < largest[:, -1:], float("-inf"))
-    if temperature == 0:
-        return next_logits.argmax(-1, keepdim=True)
-    probabilities = (next_logits / temperature).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)
+    """Ids and log-probabilities [2, batch] of the next tokens; empty before the last stage."""
+    rows = part.batch.rows
+    if not state.pg.is_last_stage:
+        return torch.empty(2, len(rows), dtype=torch.float64, device=state.pg.device)
+    ids, logprobs = next_tokens(last_logits(hidden, one_pass, state), config, rows, step)
+    return torch.stack([ids.double(), logprobs.double()])
+
+
+def _drawing_rank(state: State) -> int:
+    """One rank decides for all, because replicas may round differently."""
+    groups = state.pg.groups
+    return rank_of(groups, Coordinates(pp=groups.pp_size - 1))
+
+
+def _send_tokens(drawn: torch.Tensor, state: State) -> _Arrival:
+    source = _drawing_rank(state)
+    sending = None
+    if state.pg.rank == source:
+        sending = dist.broadcast(drawn, source, group=state.pg.world, async_op=True)
+    return _Arrival(drawn=drawn, sending=sending)
+
+
+def _receive_tokens(
+    arrival: _Arrival | None, part: Decoding, state: State, output: _Output
+) -> None:
+    """Wait for a part's tokens; add them to the output, and to what the next pass reads."""
+    if arrival is None:
+        return
+    if arrival.sending is not None:
+        arrival.sending.wait()
+    else:
+        dist.broadcast(arrival.drawn, _drawing_rank(state), group=state.pg.world)
+    output.add(part.batch.rows, arrival.drawn)
+    part.append(arrival.drawn[0].long())
+
+
+# ---------------------------------------------------------------------------------- without a cache
+
+
+def _decode_without_cache(state: State, prompts: Sequence[Sequence[int]], output: _Output) -> None:
+    """Add tokens to `output` until every prompt is done; each costs a pass over all before it.
+
+    Rows are padded at their end, where causality hides it.
+    """
+    rows = range(len(prompts))
+    for step in range(output.config.max_new_tokens):
+        if all(output.is_done(row) for row in rows):
+            return
+        sequences = [[*prompts[row], *output.tokens[row]] for row in rows]
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        for row in rows:
+            tokens[row, : lengths[row]] = torch.tensor(sequences[row])
+        all_logits = logits_of(state, tokens)
+        # The type leaves room for BERT's tuple; a family that predicts the next token has a tensor.
+        assert isinstance(all_logits, torch.Tensor)
+        last = all_logits[torch.arange(len(prompts)), lengths - 1]
+        ids, logprobs = next_tokens(last, output.config, rows, step)
+        drawn = torch.stack([ids.double(), logprobs.double()])
+        dist.broadcast(drawn, _drawing_rank(state), group=state.pg.world)
+        output.add(rows, drawn)

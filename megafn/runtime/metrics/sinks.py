@@ -185,7 +185,7 @@ def open_sinks(
     """The sinks of a config, for a run from iteration `start` on; () on ranks other than zero.
 
     They are called every `log.interval` iterations, after the last one, and with each evaluation.
-    One that fails with an OSError, of a full disk say, is reported in a warning and called no more.
+    If one fails with an OSError (a full disk), that is a warning, and it is not called again.
     """
     log = config.log
     if not pg.is_rank_zero:
@@ -194,16 +194,16 @@ def open_sinks(
     opened = []
     if log.progress:
         bar = progress(config.iterations, start)
-        opened.append(_until_it_fails(bar, "log.progress = True: standard error"))
+        opened.append(_guarded(bar, "log.progress = True: standard error"))
     if log.tensorboard_dir is not None:
         where = f"log.tensorboard_dir = {log.tensorboard_dir!r}"
-        opened.append(_until_it_fails(_opened(tensorboard(log.tensorboard_dir), where), where))
+        opened.append(_guarded(_opened(tensorboard(log.tensorboard_dir), where), where))
     if log.jsonl is not None:
         where = f"log.jsonl = {log.jsonl!r}"
-        opened.append(_until_it_fails(_opened(jsonl(log.jsonl), where), where))
+        opened.append(_guarded(_opened(jsonl(log.jsonl), where), where))
     with contextlib.ExitStack() as stack:
         sinks = [stack.enter_context(sink) for sink in opened]
-        yield tuple(_now_and_then(sink, config) for sink in sinks)
+        yield tuple(_at_intervals(sink, config) for sink in sinks)
 
 
 @contextlib.contextmanager
@@ -220,8 +220,8 @@ def _opened(opening: contextlib.AbstractContextManager[Sink], where: str) -> Ite
 
 
 @contextlib.contextmanager
-def _until_it_fails(opening: contextlib.AbstractContextManager[Sink], where: str) -> Iterator[Sink]:
-    """A sink that is skipped from its first OSError on, which is a warning that says where."""
+def _guarded(opening: contextlib.AbstractContextManager[Sink], where: str) -> Iterator[Sink]:
+    """A sink that is not called again after an OSError, which becomes a warning that says where."""
     guard = _Guard(where)
     with _failure_as_warning(guard):
         sink = opening.__enter__()
@@ -262,7 +262,7 @@ def _failure_as_warning(guard: _Guard) -> Iterator[None]:
             )
 
 
-def _now_and_then(sink: Sink, config: TrainConfig) -> Sink:
+def _at_intervals(sink: Sink, config: TrainConfig) -> Sink:
     """A sink that leaves out the records between two intervals."""
 
     def thinned(metrics: Metrics) -> None:

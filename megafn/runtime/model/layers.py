@@ -38,6 +38,7 @@ from megafn.pure.config.records import (
     RecomputeConfig,
     TrainConfig,
 )
+from megafn.runtime.model.key_value_cache import KeyValueCache
 from megafn.runtime.parallel.context import cp_positions
 from megafn.runtime.parallel.groups import ProcessGroups
 
@@ -153,7 +154,7 @@ class Norm(torch.nn.Module):
             self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
             # megatron-core sums the gradients of such parameters over tp
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.bias is None:
@@ -177,6 +178,10 @@ class Attention(MegatronModule):
 
     Context parallel: keys and values are gathered over cp, and each of the rank's two chunks of
     queries attends to what comes before it (Llama 3, arXiv 2407.21783, section 3.3.2).
+
+    packed_seq_params: a KeyValueCache, or None. With a cache, key and value are of the new tokens,
+    queries attend to what is cached too, and the mask hides all that is to be hidden (None: what
+    causality hides). Context-parallel ranks then all have the whole sequence.
 
     Sliding window: queries attend in blocks, each to the keys that its windows cover, so that time
     and memory grow with sequence * window. A sequence that the window covers needs no band.
@@ -213,14 +218,18 @@ class Attention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: KeyValueCache | None = None,
     ) -> torch.Tensor:
         # [batch, heads, sequence, d]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         mask = attention_mask
         if mask is not None and not mask.is_floating_point():
             mask = ~mask  # True = visible, as torch has it
-        if self.cp.size() > 1:
+        if packed_seq_params is not None:  # generation: see KeyValueCache
+            key, value = packed_seq_params.extend(self, key, value)
+            is_causal = self.causal and mask is None and query.size(2) > 1
+            context = self._attend(query, key, value, mask, is_causal)
+        elif self.cp.size() > 1:
             context = self._attend_cp(query, key, value, mask)
         elif self._is_banded(key.size(2)):
             context = self._attend_in_window(query, key, value, mask, first=0)
@@ -276,11 +285,12 @@ class Attention(MegatronModule):
         seen = first + query.size(2)
         if self._is_banded(seen):
             return self._attend_in_window(query, key, value, mask, first)
-        if mask is None:
+        positions = torch.arange(first, seen, device=query.device)
+        visible = self._with_causality(mask, positions)
+        if visible is None:
             visible = causal_lower_right(query.size(2), seen)
         else:
-            positions = torch.arange(first, seen, device=query.device)
-            visible = self._with_causality(mask, positions)[..., :seen]
+            visible = visible[..., :seen]
         return self._attend(query, key[:, :, :seen], value[:, :, :seen], visible)
 
     def _is_banded(self, keys: int) -> bool:

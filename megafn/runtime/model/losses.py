@@ -262,8 +262,8 @@ def _reduce_slice(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _same_on_all_ranks(tops: Tensor, totals: Tensor, size: int) -> Tensor:
     """Whether every token's largest logit and sum are the same on every rank, a bool scalar.
 
-    Then each rank holds the whole vocabulary, and the loss would be log(tp) too large. A row of
-    equal logits, whose sum is its length, is no evidence.
+    Then each rank holds the whole vocabulary, and the loss would be log(tp) too large. Rows of
+    equal logits, whose sum is their length, prove nothing.
     """
     same = (tops == tops[0]) & (totals == totals[0])
     return same.all() & (totals != size).any()

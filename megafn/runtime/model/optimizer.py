@@ -197,7 +197,7 @@ def squared_norm_share(optimizer: MegatronOptimizer, pg: ProcessGroups) -> torch
 
 
 def norm_from_square(squared: float) -> float:
-    """The norm; infinity if its square is beyond fp32, whichever ranks the parts came from."""
+    """The norm of the whole model; infinity if its square is beyond fp32."""
     return math.inf if squared > FLOAT32_MAX else math.sqrt(squared)
 
 

@@ -18,8 +18,9 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
-from megafn.pure.config.records import TrainConfig, padded_vocab_size
+from megafn.pure.config.records import ModelConfig, TrainConfig, padded_vocab_size
 from megafn.runtime.model.chunk import Chunk, ChunkPlan
+from megafn.runtime.model.key_value_cache import KeyValueCache
 from megafn.runtime.model.layers import Norm
 from megafn.runtime.model.rotary import rotary_angles_at
 from megafn.runtime.parallel.context import cp_positions
@@ -96,18 +97,21 @@ def embed(
 
     At the positions given, or at the tokens' places in the whole sequence.
     """
-    cp = chunk.cp_group.size()
-    sequence = tokens.size(1) * cp
-    model = chunk.plan.config.model
+    if position_ids is None:
+        cp = chunk.cp_group.size()
+        sequence = tokens.size(1) * cp
+        _check_position_table(sequence, chunk.plan.config.model)
+        places = cp_positions(sequence, cp, chunk.plan.pg.place.cp, tokens.device)
+        position_ids = places.expand_as(tokens)
+    return chunk.embedding(tokens, position_ids, tokentype_ids)
+
+
+def _check_position_table(sequence: int, model: ModelConfig) -> None:
     if model.position_embedding == "learned_absolute" and sequence > model.position_rows:
         raise ValueError(
             f"sequence length = {sequence}: the position table has {model.position_rows} rows; "
             f"raise model.max_position_embeddings or shorten the sequence."
         )
-    if position_ids is None:
-        places = cp_positions(sequence, cp, chunk.plan.pg.place.cp, tokens.device)
-        position_ids = places.expand_as(tokens)
-    return chunk.embedding(tokens, position_ids, tokentype_ids)
 
 
 def rotary_angles(
@@ -133,19 +137,23 @@ def one_stack_hidden(
     position_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     tokentype_ids: torch.Tensor | None = None,
+    cache: KeyValueCache | None = None,
 ) -> torch.Tensor:
-    """The hidden state after the chunk's layers, of the embedding or of what the block received."""
+    """The hidden state after the chunk's layers, of the embedding or of what the block received.
+
+    cache: keys and values of the tokens before these, when generating.
+    """
     hidden = None
     if chunk.pre_process:
         hidden = embed(chunk, tokens, position_ids, tokentype_ids)
     angles = rotary_angles(chunk, tokens, position_ids)
-    return block(hidden, attention_mask, rotary_pos_emb=angles)
+    return block(hidden, attention_mask, rotary_pos_emb=angles, packed_seq_params=cache)
 
 
 def vocabulary_logits(chunk: Chunk, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [sequence / cp, batch, padded vocabulary / tp] of the last hidden state.
 
-    Those of padding, which is no token, are the dtype's minimum.
+    The logits of padding are the dtype's minimum.
     """
     shared = chunk.shared_embedding_or_output_weight() if chunk.plan.ties_output else None
     logits, _ = chunk.output_layer(hidden, weight=shared)
@@ -175,8 +183,10 @@ class _HidePadding(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         first = gradient.size(-1) - context.count
-        if gradient[..., first:].any():
-            # never from a softmax; a copy, for another function may read this gradient
-            gradient = gradient.clone()
-            gradient[..., first:] = 0
+        # A softmax gives zeros there. On a CPU it is cheap to see that; on a GPU the look would
+        # wait until the device has done everything before it, so the copy is always made.
+        if gradient.device.type == "cpu" and not gradient[..., first:].any():
+            return gradient, None
+        gradient = gradient.clone()  # another function may read the one that was given
+        gradient[..., first:] = 0
         return gradient, None

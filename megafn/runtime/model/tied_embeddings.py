@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 def mark_copy(
@@ -26,7 +27,10 @@ def mark_copy(
 
 
 def finalize_grads(
-    chunks: list[torch.nn.Module], *arguments: Any, pg_collection: Any, **options: Any
+    chunks: list[torch.nn.Module],
+    *arguments: Any,
+    pg_collection: ProcessGroupCollection,
+    **options: Any,
 ) -> None:
     """megatron-core's `finalize_model_grads`, then the sums over copies of other tables.
 

@@ -18,7 +18,12 @@ from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.megatron_context import derive_seed
 
 _WORD_TABLE = "embedding.word_embeddings.weight"
-_CUT_OVER_THE_VOCABULARY = (_WORD_TABLE, "output_layer.weight", "output_layer.bias")
+_CUT_OVER_THE_VOCABULARY = (
+    _WORD_TABLE,
+    "output_layer.weight",
+    "output_layer.bias",
+    "output_layer.lora_b.weight",
+)
 _LAYER = re.compile(r"(^|\.)layers\.\d+$")
 
 
@@ -104,6 +109,16 @@ def local_parameters(
         )
 
 
+def names_in_the_whole_model(
+    chunk: torch.nn.Module,
+) -> list[tuple[str, torch.nn.Module]]:
+    """Every module inside a chunk's layers and beside them, by its name in the whole model."""
+    layers = _layers_in_the_whole_model(chunk)
+    return [
+        (_name_in_the_whole_model(name, layers), module) for name, module in chunk.named_modules()
+    ]
+
+
 def _layers_in_the_whole_model(chunk: torch.nn.Module) -> dict[str, str]:
     """Names of the chunk's layers: on a second stage "decoder.layers.0" may be number 4."""
     names = {}
@@ -152,6 +167,23 @@ def initialize_weights(
             continue
         whole = initial_value(part.name, part.shape, model, seed)
         part.parameter.copy_(part.cut(whole))
+
+
+@torch.no_grad()
+def initialize_added_weights(
+    chunk: torch.nn.Module, model: ModelConfig, pg: ProcessGroups, seed: int
+) -> None:
+    """Give an `initial_value` to what was added to a chunk and asks for one.
+
+    Those are the parameters whose name the family's spec does not know and whose attribute
+    `initialize_by_name` is True.
+    """
+    known = spec_of(model).initial_distribution
+    for part in local_parameters(chunk, model, pg):
+        asked = getattr(part.parameter, "initialize_by_name", False)
+        if asked and known(part.name, part.shape, model) is None:
+            whole = initial_value(part.name, part.shape, model, seed)
+            part.parameter.copy_(part.cut(whole))
 
 
 @torch.no_grad()

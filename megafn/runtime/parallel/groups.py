@@ -102,8 +102,7 @@ def world_size() -> int:
     """Number of processes of this run.
 
     That of torch's default process group, else WORLD_SIZE as torchrun sets it, else 1. Warns if
-    this process is one of several tasks of Slurm that were not told their ranks: each of them would
-    run alone.
+    this process is one of several tasks of Slurm without ranks: each of them would run alone.
     """
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()

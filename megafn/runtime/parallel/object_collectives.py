@@ -2,14 +2,23 @@
 
 For control (paths, manifests, errors), not for the training step: each call pickles its object and
 waits for every rank of the layout.
+
+What can fail on one rank (a file that only rank zero reads, a copy of the data that only one host
+has) and is followed by a collective goes through `call_on_rank_zero` or `errors_on_all_ranks`:
+else the other ranks would wait for that rank until the timeout.
 """
 
 from __future__ import annotations
 
+import contextlib
+import pickle
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch.distributed as dist
+from attrs import frozen
 
 from megafn.runtime.parallel.groups import ProcessGroups
 
@@ -49,6 +58,84 @@ def gather_from_all_ranks(value: T, pg: ProcessGroups, *, during: str | None = N
     values = [value] * pg.world_size
     dist.all_gather_object(values, value, group=pg.world)
     return values
+
+
+@frozen(kw_only=True, eq=False)
+class _Outcome(Generic[T]):
+    """What a function returned on rank zero, or the exception that it raised."""
+
+    value: T | None = None
+    error: Exception | None = None
+
+
+def call_on_rank_zero(function: Callable[[], T], pg: ProcessGroups) -> T:
+    """What a function returns on rank zero, which alone calls it, on every rank.
+
+    An exception that it raises is raised on every rank. Every rank must call this; the function
+    must not communicate, and what it returns must be picklable. Communicates as
+    `broadcast_from_rank_zero`.
+    """
+    outcome: _Outcome[T] = _Outcome()
+    if pg.is_rank_zero:
+        try:
+            outcome = _Outcome(value=function())
+        except Exception as error:
+            broadcast_from_rank_zero(_Outcome(error=_picklable(error)), pg)
+            raise
+    outcome = broadcast_from_rank_zero(outcome, pg)
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def errors_on_all_ranks(pg: ProcessGroups, *, during: str | None = None) -> Iterator[None]:
+    """An exception in the body of the `with`, on any rank, is raised on every rank at its end.
+
+    Every rank must enter it; the body should not communicate, since a rank that fails no longer
+    does. If several ranks fail, each raises its own exception, and the others that of the first of
+    them. Communicates as `gather_from_all_ranks`.
+    """
+    try:
+        yield
+    except Exception as error:
+        gather_from_all_ranks(_picklable(error), pg, during=during)
+        raise
+    for error_of_rank in gather_from_all_ranks(None, pg, during=during):
+        if error_of_rank is not None:
+            raise error_of_rank
+
+
+def all_ranks_arrive(meeting: str, pg: ProcessGroups, *, seconds: float) -> bool:
+    """Whether every rank calls this for the same meeting, each within that time of the first.
+
+    Unlike a collective it may be called by a rank that does not know whether the others come, for
+    instance after an exception. meeting: a name that is used once. Communicates through the store
+    where the processes met, not through `pg`.
+    """
+    end = time.monotonic() + seconds
+    key = f"megafn/meeting/{meeting}"
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        arrived = store.add(key, 1)
+        while arrived < pg.world_size and time.monotonic() < end:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            arrived = store.add(key, 0)
+    except (dist.DistError, RuntimeError):  # the process that holds the store is gone
+        return False
+    return arrived == pg.world_size
+
+
+_SECONDS_BETWEEN_LOOKS = 0.05
+
+
+def _picklable(error: Exception) -> Exception:
+    """The exception itself, or one that says the same if it cannot be pickled and read again."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _wait_for_all_ranks(during: str, pg: ProcessGroups) -> None:

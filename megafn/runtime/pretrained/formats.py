@@ -9,10 +9,12 @@ from attrs import frozen
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.pretrained.hugging_face import HUGGING_FACE
 from megafn.runtime.pretrained.megafn_checkpoint import FORMAT_OF_MEGAFN
+from megafn.runtime.pretrained.mp_rank import MP_RANK
+from megafn.runtime.pretrained.torch_dist import TORCH_DIST
 from megafn.runtime.pretrained.weight_source import WeightFormat
 
 # A path is of the first format that finds something there.
-FORMATS: tuple[WeightFormat, ...] = (FORMAT_OF_MEGAFN, HUGGING_FACE)
+FORMATS: tuple[WeightFormat, ...] = (FORMAT_OF_MEGAFN, HUGGING_FACE, TORCH_DIST, MP_RANK)
 
 
 @frozen(kw_only=True)

@@ -41,7 +41,8 @@ def from_pretrained(state: State, path: str | Path) -> State:
     """The state with the weights at a path, in the layout of `state`, whose buffers are donated.
 
     Every rank calls it, and reads only what it holds of each parameter. path: a Hugging Face
-    directory, or a checkpoint of megafn in any layout, or a directory of them, of which the newest
+    directory, a checkpoint of megafn in any layout, or one of Megatron-LM (torch_dist, or the
+    mp_rank_* files that accelerate writes too); or a directory of checkpoints, of which the newest
     is read. Nothing in the files is executed.
     Weights only: the optimizer is fresh, its fp32 masters are set, and the run is at the position
     of its config, iteration 0 unless consumed_samples is set.

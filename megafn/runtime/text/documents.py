@@ -286,7 +286,13 @@ def _move_to_white_space(text: str, cut: int, lowest: int, reach: int) -> int:
     return min(after_white_space, key=lambda i: abs(i - cut), default=cut)
 
 
-# ---------------------------------------------------------------------------------- sentences
+# ------------------------------------------------------------------------- words and sentences
+
+# Where a long text may be cut, because most tokenizers begin a new word there: before white space
+# or a Chinese comma or full stop, between two letters.
+BETWEEN_WORDS = re.compile(
+    "(?<=[^\\W\\d_])[ \\n\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b](?=[^\\W\\d_])"
+)
 
 # Marks that end a sentence if white space follows, and those that always do: of Chinese and
 # Japanese, Hindi and other languages of India, Arabic and Urdu, Armenian, Ethiopic, Burmese, Khmer.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice, tee
@@ -21,6 +20,7 @@ from megafn.pure.config.field_types import default_of
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import DataConfig
 from megafn.runtime.text.documents import (
+    BETWEEN_WORDS,
     SPLITS,
     cut_sentences,
     documents_and_positions,
@@ -42,10 +42,11 @@ LONG_SENTENCE = 512
 DEFAULT_SPLIT: tuple[float, ...] = default_of(DataConfig, "split")
 DEFAULT_JSON_KEY: str = default_of(DataConfig, "json_key")
 
-# the file beside an indexed dataset's .bin and .idx that says what its largest token id is
-_IDS = ".ids.json"
-# the file that says which tokenizer wrote an indexed dataset, beside its .bin and .idx
-_WRITTEN_BY = ".tokenizer.json"
+# The file beside an indexed dataset's .bin and .idx that says which tokenizer wrote it, and what
+# its largest token id is; and the two files in which an older megafn said so.
+_TOKENS = ".tokens.json"
+_OLD_IDS = ".ids.json"
+_OLD_TOKENIZER = ".tokenizer.json"
 
 _LONGEST = 2**31 - 1  # tokens of a sequence: the index holds lengths as int32
 
@@ -69,9 +70,9 @@ def index_text(
     With split_sentences, as BERT's and T5's datasets require, each sentence (see `cut_sentences`)
     is a sequence of its document, without eod. A sentence of more than 512 tokens is stored as
     several, because megatron-core would leave out the whole document.
-    Files appear whole under `{prefix}_{split}.bin` and `.idx`, or not at all. Beside them an
-    `.ids.json` holds the largest token id, and a `.tokenizer.json` the tokenizer's name and digest.
-    Those of an earlier call with this prefix are replaced, or removed if their split is empty now.
+    Files appear whole under `{prefix}_{split}.bin` and `.idx`, or not at all. Beside them a
+    `.tokens.json` holds the largest token id, and the tokenizer's name and digest. Those of an
+    earlier call with this prefix are replaced, or removed if their split is empty now.
     The longest document is held in memory; it is encoded in fragments, cut where the ids stay the
     same, and by a tokenizer.json on all cores.
     eod_token: as for `load_tokenizer`, if the tokenizer is a name.
@@ -105,9 +106,7 @@ def index_text(
             largest[name] = max(largest.get(name, 0), int(ids.max()))
         for name, builder in builders.items():
             builder.finalize(f"{folder}/{name}.idx")
-            content = json.dumps({"largest_id": largest[name]}) + "\n"
-            Path(f"{folder}/{name}{_IDS}").write_text(content)
-            _write_identity(f"{folder}/{name}{_WRITTEN_BY}", identity_of(tokenizer))
+            _describe_tokens(f"{folder}/{name}{_TOKENS}", largest[name], identity_of(tokenizer))
         _publish(folder, prefix, builders)
     return {name: f"{prefix}_{name}" for name in SPLITS if name in builders}
 
@@ -126,11 +125,6 @@ _FRAGMENT = 2**15
 _BATCH = 2**20
 
 _CANDIDATES = 16  # places for a cut that are tried
-
-# Where a text may be cut: before white space or a Chinese comma or full stop, between two letters.
-_BETWEEN_WORDS = re.compile(
-    "(?<=[^\\W\\d_])[ \\n\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b](?=[^\\W\\d_])"
-)
 
 
 @frozen(kw_only=True)
@@ -193,7 +187,7 @@ def _cut_for_encoding(text: str, tokenizer: Tokenizer) -> Iterator[str]:
     """Cut a long text where the ids stay the same, into fragments of `_FRAGMENT` or more."""
     start = 0
     while tokenizer.may_cut is not None and len(text) - start > 2 * _FRAGMENT:
-        candidates = islice(_BETWEEN_WORDS.finditer(text, start + _FRAGMENT), _CANDIDATES)
+        candidates = islice(BETWEEN_WORDS.finditer(text, start + _FRAGMENT), _CANDIDATES)
         cuts = (match.start() for match in candidates)
         cut = next((i for i in cuts if tokenizer.may_cut(text, i)), None)
         if cut is None:
@@ -306,28 +300,34 @@ def _check_ids(ids: np.ndarray, where: str, tokenizer: Tokenizer) -> None:
 def _publish(folder: str, prefix: Path, written: Collection[str]) -> None:
     """Move the files of the splits that were written to their prefix; remove those of the rest."""
     # a reader opens .idx first, so it comes last
-    for suffix in (_IDS, _WRITTEN_BY, ".bin", ".idx"):
+    for suffix in (_TOKENS, ".bin", ".idx"):
         for name in SPLITS:
             target = Path(f"{prefix}_{name}{suffix}")
             if name in written:
                 os.replace(f"{folder}/{name}{suffix}", target)
             else:
                 target.unlink(missing_ok=True)
+    for suffix in (_OLD_IDS, _OLD_TOKENIZER):
+        for name in SPLITS:
+            Path(f"{prefix}_{name}{suffix}").unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------ what is known of the token ids
+
+
+def _describe_tokens(path: str, largest: int, tokenizer: TokenizerIdentity) -> None:
+    content = {"largest_id": largest, "tokenizer": attrs.asdict(tokenizer)}
+    Path(path).write_text(json.dumps(content) + "\n")
 
 
 def largest_id(prefix: str) -> int | None:
     """The largest token id of an indexed dataset, or None if it was not written by `index_text`."""
-    try:
-        return int(json.loads(Path(f"{prefix}{_IDS}").read_bytes())["largest_id"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-# ---------------------------------------------------------------- which tokenizer wrote the ids
-
-
-def _write_identity(path: str, identity: TokenizerIdentity) -> None:
-    Path(path).write_text(json.dumps(attrs.asdict(identity)) + "\n")
+    for suffix in (_TOKENS, _OLD_IDS):
+        try:
+            return int(json.loads(Path(f"{prefix}{suffix}").read_bytes())["largest_id"])
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    return None
 
 
 def indexed_with(prefix: str) -> TokenizerIdentity | None:
@@ -335,9 +335,13 @@ def indexed_with(prefix: str) -> TokenizerIdentity | None:
 
     Raises ConfigError if the file that names the tokenizer is damaged.
     """
-    path = Path(f"{prefix}{_WRITTEN_BY}")
+    path = Path(f"{prefix}{_TOKENS}")
+    is_old = not path.exists()
+    if is_old:
+        path = Path(f"{prefix}{_OLD_TOKENIZER}")
     try:
-        fields = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        fields = content if is_old else content["tokenizer"]
         return TokenizerIdentity(name=str(fields["name"]), digest=str(fields["digest"]))
     except FileNotFoundError:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,23 +14,26 @@ from attrs import frozen
 from megafn.pure.config.records import TrainConfig, num_micro_batches
 from megafn.runtime.checkpoint.autosave import (
     open_autosave,
+    save_before_error,
     save_if_due,
     save_on_signal,
 )
 from megafn.runtime.checkpoint.directory_lock import lock_directory
 from megafn.runtime.data.batches import batches as read_batches
 from megafn.runtime.data.batches import group_batches
-from megafn.runtime.data.corpora import Corpus, build_dataset
+from megafn.runtime.data.corpora import Corpus
 from megafn.runtime.data.corpora import corpora as find_corpora
 from megafn.runtime.data.corpus_identity import check_same_corpora, describe_data, identify
+from megafn.runtime.data.datasets import build_dataset
 from megafn.runtime.data.given_batches import check_valid_batches, passes_over, without_short_end
 from megafn.runtime.data.same_batches import check_same_batches
 from megafn.runtime.families.step import Step, tokens_of
-from megafn.runtime.metrics.records import Report
-from megafn.runtime.metrics.sinks import open_sinks
+from megafn.runtime.metrics.records import Metrics, Report
+from megafn.runtime.metrics.sinks import Sink, open_sinks
 from megafn.runtime.model.state import State, check_usable
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.megatron_context import megatron_context
+from megafn.runtime.parallel.object_collectives import call_on_rank_zero, errors_on_all_ranks
 from megafn.runtime.training.arguments import MicroBatches, Sinks
 from megafn.runtime.training.step import evaluate, train_step
 
@@ -81,26 +85,36 @@ def fit_in_locked_directory(
     """`fit`, by a caller that holds the lock of checkpoint.directory."""
     config = state.config
     pg = state.pg
-    data = _open_data(state, step, batches, valid_batches, corpora or {})
+    compared: Mapping[str, Sequence[Corpus]] = {}
+    if batches is None:
+        splits = splits_read(config, state.iteration, valid_batches)
+        compared = same_corpora(config, splits, pg, corpora)
+    description = _description(compared, config, pg)
 
-    with (
-        open_sinks(config, pg, state.iteration) as sinks,
-        open_autosave(state, data.description) as autosave,
-    ):
-        for batch in data.training:
-            state, metrics = train_step(state, batch, step)
-            # before everything that can fail: what was trained is not lost
-            ended = state.iteration == config.iterations
-            autosave = save_if_due(autosave, state, batch, ended=ended)
-            if data.held_out is not None and _evaluation_is_due(state.iteration, config):
-                metrics = attrs.evolve(metrics, valid=_validate(state, step, data.held_out()))
-            for sink in (*sinks, *on_metrics):
-                sink(metrics)
-            autosave = save_on_signal(autosave, state)
-            _stop_if_skipped_too_often(state)
-        if state.iteration < config.iterations:  # the batches ended early
-            autosave = save_if_due(autosave, state, ended=True)
-            save_on_signal(autosave, state)
+    with contextlib.ExitStack() as stack:
+        with errors_on_all_ranks(pg):
+            data = _open_data(state, step, batches, valid_batches, compared)
+            sinks = stack.enter_context(open_sinks(config, pg, state.iteration))
+            autosave = stack.enter_context(open_autosave(state, description))
+        try:
+            for batch in data.training:
+                state, metrics = train_step(state, batch, step)
+                # before everything that can fail: what was trained is not lost
+                ended = state.iteration == config.iterations
+                autosave = save_if_due(autosave, state, batch, ended=ended)
+                if data.held_out is not None and _evaluation_is_due(state.iteration, config):
+                    metrics = attrs.evolve(metrics, valid=_validate(state, step, data.held_out()))
+                error = _error_of_sinks((*sinks, *on_metrics), metrics)
+                autosave = save_on_signal(autosave, state, failed=error is not None)
+                if autosave.has_failed:
+                    _raise_error_of_sinks(error, config, pg)
+                _stop_if_skipped_too_often(state)
+            if state.iteration < config.iterations:  # the batches ended early
+                autosave = save_if_due(autosave, state, ended=True)
+                save_on_signal(autosave, state)
+        except Exception:
+            save_before_error(autosave)
+            raise
 
     if state.iteration < config.iterations:
         warnings.warn(
@@ -120,7 +134,35 @@ class Data:
 
     training: GlobalBatches
     held_out: Callable[[], GlobalBatches] | None  # for each evaluation; None: there is none
-    description: Mapping[str, Any] | None  # of the corpora, for checkpoints, see `describe_data`
+
+
+def same_corpora(
+    config: TrainConfig,
+    splits: Sequence[str],
+    pg: ProcessGroups,
+    found: Mapping[str, Sequence[Corpus]] | None = None,
+) -> dict[str, Sequence[Corpus]]:
+    """The corpora of each of the splits, compared over all ranks.
+
+    found: of some splits those that were found before; the others are found now.
+    """
+    found = found or {}
+    corpora = {}
+    with errors_on_all_ranks(pg):
+        for split in splits:
+            corpora[split] = found[split] if split in found else find_corpora(config, split)
+        identities = {split: identify(parts) for split, parts in corpora.items()}
+    check_same_corpora(identities, pg)
+    return corpora
+
+
+def _description(
+    corpora: Mapping[str, Sequence[Corpus]], config: TrainConfig, pg: ProcessGroups
+) -> Mapping[str, Any] | None:
+    """What checkpoints say of the corpora; None if there are none of either."""
+    if not corpora or config.checkpoint.directory is None:
+        return None
+    return call_on_rank_zero(partial(describe_data, config, corpora["train"]), pg)
 
 
 def _open_data(
@@ -134,28 +176,20 @@ def _open_data(
     pg = state.pg
     held_out = None
     evaluations = count_evaluations(state.iteration, config)
-    description = None
-    if batches is None:
-        splits = ("train", "valid") if evaluations > 0 and valid_batches is None else ("train",)
-        corpora = {
-            split: corpora[split] if split in corpora else find_corpora(config, split)
-            for split in splits
-        }
-        description = _check_corpora(corpora, config, pg)
     if valid_batches is not None and evaluations > 0:
         check_valid_batches(valid_batches, config, pg.dp_size, evaluations)
         # the random numbers that an evaluation has
         with megatron_context(pg, config.seed, "evaluate"):
             passes = passes_over(valid_batches)
         held_out = partial(_next_pass, passes, step, config, pg)
-    elif batches is None and evaluations > 0:
+    elif "valid" in corpora:
         held_out = partial(
             read_batches,
             config,
             pg,
             split="valid",
             count=config.eval_iters,
-            dataset=build_dataset(config, "valid", corpora.get("valid")),
+            dataset=build_dataset(config, "valid", corpora["valid"]),
         )
     training = global_batches(
         batches,
@@ -166,21 +200,7 @@ def _open_data(
         count=config.iterations - state.iteration,
         corpora=corpora.get("train"),
     )
-    return Data(training=training, held_out=held_out, description=description)
-
-
-def _check_corpora(
-    corpora: Mapping[str, Sequence[Corpus]], config: TrainConfig, pg: ProcessGroups
-) -> Mapping[str, Any] | None:
-    """Compare the corpora over all ranks. Returns what checkpoints say of them, on rank zero.
-
-    None if no checkpoint is written, and on other ranks.
-    """
-    identities = {split: identify(parts) for split, parts in corpora.items()}
-    check_same_corpora(identities, pg)
-    if config.checkpoint.directory is None or not pg.is_rank_zero:
-        return None
-    return describe_data(config, corpora["train"])
+    return Data(training=training, held_out=held_out)
 
 
 def global_batches(
@@ -230,10 +250,38 @@ def count_evaluations(iteration: int, config: TrainConfig) -> int:
     return at_intervals + (last % interval > 0)
 
 
+def splits_read(
+    config: TrainConfig, iteration: int, valid_batches: MicroBatches | None
+) -> tuple[str, ...]:
+    """The splits of config.data that a run without `batches` reads after an iteration."""
+    if valid_batches is None and count_evaluations(iteration, config) > 0:
+        return ("train", "valid")
+    return ("train",)
+
+
 def _evaluation_is_due(iteration: int, config: TrainConfig) -> bool:
     if iteration == config.iterations:
         return True
     return config.eval_interval is not None and iteration % config.eval_interval == 0
+
+
+def _error_of_sinks(sinks: Sequence[Sink], metrics: Metrics) -> Exception | None:
+    """Call the sinks. Returns what one of them raises, after which the rest are not called."""
+    try:
+        for sink in sinks:
+            sink(metrics)
+    except Exception as error:
+        return error
+    return None
+
+
+def _raise_error_of_sinks(error: Exception | None, config: TrainConfig, pg: ProcessGroups) -> None:
+    """Raise the error of this rank's sinks, or that of another rank."""
+    if config.checkpoint.directory is None and error is not None:
+        raise error  # the other ranks do not know of it
+    with errors_on_all_ranks(pg):
+        if error is not None:
+            raise error
 
 
 def _validate(state: State, step: Step, held_out: GlobalBatches) -> Report:

@@ -17,8 +17,8 @@ from megafn.runtime.families.step import Batch, Step, cut_sequence, tokens_of
 from megafn.runtime.model.losses import Loss
 from megafn.runtime.parallel.groups import ProcessGroups
 
-# What a model function's module puts out for one micro-batch: a tensor, or a tuple of tensors.
-Output = Any
+# What a model's last chunk returns for one micro-batch: a tensor, or a tuple of tensors.
+Output = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 @frozen(kw_only=True, eq=False)
@@ -158,7 +158,7 @@ def _detached(output: Output) -> Output:
 
 
 def _sums(loss: Loss, count: torch.Tensor, pg: ProcessGroups) -> MicroBatchSums:
-    """A copy of the loss's numbers: the schedule goes on to change the loss in place."""
+    """A copy of the loss's numbers: the schedule changes the loss in place afterwards."""
     names = tuple(sorted(loss.report))
     values = [loss.sum.detach(), count, *(loss.report[name] for name in names)]
     on_device = [value.to(device=pg.device, dtype=torch.float64) for value in values]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megafn.runtime.model import tied_embeddings
 from megafn.runtime.model.state import State
@@ -22,7 +21,7 @@ def finalize_grads(
     chunks: list[torch.nn.Module],
     num_tokens: torch.Tensor,
     *,
-    pg_collection: Any,
+    pg_collection: ProcessGroupCollection,
     force_all_reduce: bool = False,
 ) -> None:
     """Sum gradients over the ranks that hold copies, and divide them by the global token count.

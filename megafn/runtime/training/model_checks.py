@@ -18,8 +18,9 @@ from attrs import frozen
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megafn.pure.config.problems import ConfigError
+from megafn.pure.config.problems import ConfigError, Problem, config_error
 from megafn.pure.config.records import TrainConfig
+from megafn.runtime.model.lora import Adapters, chunks_adapters
 from megafn.runtime.model.state import State
 from megafn.runtime.model.weights import LocalParameter, local_parameters
 from megafn.runtime.parallel.groups import ProcessGroups
@@ -52,17 +53,19 @@ def _broadcast_from_first(tensor: torch.Tensor, group: dist.ProcessGroup) -> Non
 
 @frozen(kw_only=True)
 class _Trainable:
-    """What one rank has to say about what it trains."""
+    """What one rank trains."""
 
     stage: int
     count: int
     digest: str  # of names and whether they are trained
     problem: str | None
+    adapters: tuple[Adapters, ...]  # of its chunks
 
 
 def check_frozen(chunks: Sequence[torch.nn.Module], config: TrainConfig, pg: ProcessGroups) -> None:
     """Raise ConfigError, on every rank, if what is frozen differs between copies, or all is frozen.
 
+    Or if `lora` names a module that no stage has.
     The copies of a table on several stages, and the replicas of a stage, exchange gradients: if
     only some of them did, they would wait for the others. A stage may be frozen as a whole.
     """
@@ -76,11 +79,13 @@ def check_frozen(chunks: Sequence[torch.nn.Module], config: TrainConfig, pg: Pro
         count=sum(trained.values()),
         digest=hashlib.sha256(repr(sorted(trained.items())).encode()).hexdigest(),
         problem=_half_frozen_table(trained, pg),
+        adapters=chunks_adapters(chunks),
     )
     every_rank = gather_from_all_ranks(own, pg)
     problems = [rank.problem for rank in every_rank if rank.problem is not None]
     if problems:
         raise ConfigError(problems[0])
+    _check_adapters([adapters for rank in every_rank for adapters in rank.adapters])
     if not any(rank.count for rank in every_rank):
         raise ConfigError(
             "prepare_model or model function: no parameter of the model is trainable; leave "
@@ -89,8 +94,28 @@ def check_frozen(chunks: Sequence[torch.nn.Module], config: TrainConfig, pg: Pro
     _check_replicas(every_rank)
 
 
+def _check_adapters(adapters: Sequence[Adapters]) -> None:
+    """Raise ConfigError if `lora` was given a name that no chunk of the model has."""
+    matched = {name for of_chunk in adapters for name in of_chunk.matched}
+    for of_chunk in adapters:
+        lora = of_chunk.lora
+        for field, names in (("modules", lora.modules), ("train_modules", lora.train_modules)):
+            unmatched = [name for name in names if name not in matched]
+            if unmatched:
+                raise config_error(
+                    [
+                        Problem(
+                            f"lora.{field}",
+                            unmatched[0],
+                            "no module of the model has this name; give the last parts of its "
+                            'path, such as "linear_qkv" or "mlp.linear_fc1"',
+                        )
+                    ]
+                )
+
+
 def _half_frozen_table(trained: dict[tuple[str, int], bool], pg: ProcessGroups) -> str | None:
-    """Of a table that several stages hold and that only some of them train."""
+    """The problem of a table that several stages hold and only some of them train, or None."""
     if pg.pp.size() == 1:
         return None
     stages = [trained] * pg.pp.size()

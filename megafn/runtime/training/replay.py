@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megafn.pure.checkpoint.compatibility import schedule_changes
@@ -13,18 +15,20 @@ from megafn.pure.layout import build_groups
 from megafn.pure.validation.validate import check
 from megafn.runtime.accelerate.train_steps import step_of
 from megafn.runtime.checkpoint.disk_format import checkpoints
-from megafn.runtime.checkpoint.load import read_checkpoint
+from megafn.runtime.checkpoint.load import check_data, load_verified, verified_manifest
 from megafn.runtime.checkpoint.resume import remaining_batches
+from megafn.runtime.data.corpora import Corpus
+from megafn.runtime.data.corpus_identity import describe_data
 from megafn.runtime.families.step import Step
 from megafn.runtime.metrics.records import Metrics
 from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel import cpu
 from megafn.runtime.parallel.groups import ProcessGroups, init_groups, world_size
-from megafn.runtime.parallel.object_collectives import broadcast_from_rank_zero
+from megafn.runtime.parallel.object_collectives import call_on_rank_zero
 from megafn.runtime.pretrained.start import from_pretrained
 from megafn.runtime.training.arguments import Batches, ModelFunction, OptimizerFunction
-from megafn.runtime.training.fit import global_batches
+from megafn.runtime.training.fit import global_batches, same_corpora
 from megafn.runtime.training.setup import build_state
 from megafn.runtime.training.step import train_step
 
@@ -45,7 +49,8 @@ def replay(
     numbers are too, bit for bit. Give a `step` that looks closer at what happens in it. Rank zero
     warns if the checkpoint's config had another schedule, optimizer, precision or length: the step
     was another one if it ran under that.
-    Raises ConfigError for an iteration that the run does not have.
+    Raises ConfigError for an iteration that the run does not have, and if config.data is not what
+    the checkpoint was written with.
     """
     world = world_size()
     check(config, world, cuda=cpu.device().type == "cuda")
@@ -60,7 +65,8 @@ def replay(
     groups = build_groups(config.parallel, world, model=config.model)
     with init_groups(groups, timeout_seconds=config.timeout_seconds) as pg:
         state = build_state(config, pg, model=model, optimizer=optimizer)
-        state, last_sample = _newest_before(state, iteration)
+        parts = same_corpora(config, ("train",), pg)["train"] if batches is None else None
+        state, last_sample = _newest_before(state, iteration, parts)
         remaining = remaining_batches(batches, state, start, last_sample)
         for batch in global_batches(
             remaining,
@@ -69,6 +75,7 @@ def replay(
             pg,
             consumed_samples=state.consumed_samples,
             count=iteration - state.iteration,
+            corpora=parts,
         ):
             state, metrics = train_step(state, batch, step)
     if state.iteration < iteration:
@@ -87,17 +94,23 @@ def _check_iteration(iteration: int, start: int, config: TrainConfig) -> None:
         )
 
 
-def _newest_before(state: State, iteration: int) -> tuple[State, int | None]:
+def _newest_before(
+    state: State, iteration: int, parts: Sequence[Corpus] | None
+) -> tuple[State, int | None]:
     """The newest checkpoint before an iteration, and the fingerprint of the last sample read.
 
-    The state as it is, and None, if there is no such checkpoint.
+    The state as it is, and None, if there is no such checkpoint. parts: the corpora that are read,
+    which are compared with the checkpoint's; None: others' batches are read.
     """
     config = state.config
     pg = state.pg
-    path = broadcast_from_rank_zero(_path_before(config, iteration), pg)
+    path = call_on_rank_zero(partial(_path_before, config, iteration), pg)
     last_sample = None
     if path is not None:
-        state, manifest = read_checkpoint(state, path)
+        manifest = verified_manifest(path, pg)
+        if parts is not None:
+            check_data(manifest, partial(describe_data, config, parts), state)
+        state = load_verified(state, path, manifest)
         last_sample = manifest["last_sample"]
         _warn_of_changes(from_dict(manifest["config"]), config, iteration, pg)
     elif config.checkpoint.pretrained is not None:

@@ -18,8 +18,10 @@ from megafn.runtime.families.build import build_chunk
 from megafn.runtime.model.layers import check_parallel_layers
 from megafn.runtime.model.optimizer import build_optimizer, complete_groups
 from megafn.runtime.model.state import State
+from megafn.runtime.model.weights import initialize_added_weights
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.megatron_context import megatron_context
+from megafn.runtime.parallel.object_collectives import errors_on_all_ranks
 from megafn.runtime.training.arguments import ModelFunction, OptimizerFunction
 from megafn.runtime.training.gradients import finalize_grads
 from megafn.runtime.training.model_checks import (
@@ -44,7 +46,8 @@ def setup(
     config.optimizer.name names.
     Raises ConfigError if the config does not fit the layout, the groups are of another one, nothing
     is trainable, only some copies of a shared table are frozen, or checkpoint.pretrained is set,
-    which `train` reads.
+    which `train` reads. What the model function or prepare_model raises on one rank is raised on
+    every rank.
     """
     pretrained = config.checkpoint.pretrained
     if pretrained is not None:
@@ -68,9 +71,11 @@ def build_state(
     _check_groups(config, pg)
     build = model or config.model_function or build_chunk
     with megatron_context(pg, config.seed, "setup"):
-        modules = [_build_chunk(build, config, pg, i) for i in range(config.parallel.vpp)]
+        with errors_on_all_ranks(pg):
+            modules = [_build_chunk(build, config, pg, i) for i in range(config.parallel.vpp)]
         check_frozen(modules, config, pg)
         for i, module in enumerate(modules):
+            initialize_added_weights(module, config.model, pg, config.seed)
             start_alike(module, config, pg)
             is_last = pg.is_last_stage and i == config.parallel.vpp - 1
             connect_frozen_parts(module, config, is_last=is_last)

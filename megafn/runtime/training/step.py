@@ -171,15 +171,15 @@ def _forward_backward(
         state.config,
         state.pg,
         forward_only=forward_only,
-        on_logits=outputs.append if state.config.return_logits else None,
+        on_logits=None if state.config.return_logits is None else outputs.append,
     )
 
 
 def _logits(state: State, outputs: list[Output]) -> Logits | None:
-    asked = state.config.return_logits
-    if not asked:
+    stages = state.config.return_logits
+    if stages is None:
         return None
-    return whole_logits(outputs, state.config, state.pg, every_stage=asked == "every_stage")
+    return whole_logits(outputs, state.config, state.pg, every_stage=stages == "every_stage")
 
 
 def _guarded_update(state: State, totals: Totals, overflow: bool) -> Update:

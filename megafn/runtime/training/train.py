@@ -23,7 +23,7 @@ from megafn.runtime.training.arguments import (
     OptimizerFunction,
     Sinks,
 )
-from megafn.runtime.training.fit import count_evaluations, fit_in_locked_directory
+from megafn.runtime.training.fit import count_evaluations, fit_in_locked_directory, splits_read
 from megafn.runtime.training.setup import build_state
 
 
@@ -97,7 +97,4 @@ def check_data(
             "data = None: name a text or an indexed dataset in config.data, or give train your own "
             "batches."
         )
-    found = {"train": corpora(config, "train")}
-    if config.eval_iters and valid_batches is None:
-        found["valid"] = corpora(config, "valid")
-    return found
+    return {split: corpora(config, split) for split in splits_read(config, start, valid_batches)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, TypeAlias, overload
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,7 @@ from megafn.pure.config.records import TrainConfig
 from megafn.runtime.parallel.context import cp_positions
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.tensor_collectives import gather_rows
-
-# what a model puts out for a micro-batch: a tensor, or a tuple of outputs
-Output: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
+from megafn.runtime.training.forward_backward import Output
 
 
 @overload

@@ -1,0 +1,120 @@
+"""Prompts of different lengths as one batch, and what each token may attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from attrs import frozen
+
+from megafn.pure.config.records import ModelConfig
+from megafn.pure.generation import GenerationConfig
+
+# Token ids of each prompt: sequences of integers, or one tensor [batch, sequence].
+Prompts = torch.Tensor | Iterable[Sequence[int]]
+
+
+def as_ids(prompts: Prompts) -> tuple[tuple[int, ...], ...]:
+    """The token ids of each prompt. Raises ValueError if they are not integers."""
+    if isinstance(prompts, torch.Tensor) and prompts.dim() != 2:
+        raise ValueError(
+            f"prompts of shape {list(prompts.shape)}: expected a tensor [batch, sequence], or a "
+            "list with the token ids of each prompt"
+        )
+    return tuple(_ids_of(prompt, row) for row, prompt in enumerate(prompts))
+
+
+def _ids_of(prompt: Sequence[int] | torch.Tensor, row: int) -> tuple[int, ...]:
+    listed = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    try:
+        ids = tuple(listed)
+    except TypeError:
+        ids = (None,)
+    if isinstance(prompt, str) or not all(type(token) is int for token in ids):
+        raise ValueError(
+            f"prompts[{row}] = {str(prompt)[:60]!r}: expected a sequence of token ids; encode text "
+            "with load_tokenizer(...).encode"
+        )
+    return ids
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], config: GenerationConfig, model: ModelConfig
+) -> None:
+    """Raises ValueError for no or an empty prompt, an unknown id, and one that is too long."""
+    if not prompts:
+        raise ValueError("prompts = []: give at least one prompt")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompts[{row}] is empty: give at least one token")
+        for token in prompt:
+            if not 0 <= token < model.vocab_size:
+                raise ValueError(
+                    f"prompts[{row}] has the id {token}: must be from 0 to {model.vocab_size - 1} "
+                    "(model.vocab_size); encode with the model's own tokenizer"
+                )
+        length = len(prompt) + config.max_new_tokens
+        # the last new token is never an input
+        if model.position_embedding == "learned_absolute" and length - 1 > model.position_rows:
+            raise ValueError(
+                f"prompts[{row}] has {len(prompt)} tokens, with {config.max_new_tokens} new ones "
+                f"{length}: the position table has {model.position_rows} rows; shorten the prompt "
+                "or lower max_new_tokens"
+            )
+
+
+@frozen(kw_only=True, eq=False)
+class PaddedBatch:
+    """Prompts padded at their beginning, and the tokens that were added to them.
+
+    rows: the numbers of the prompts. tokens: [batch, sequence]. padding: [batch], how many tokens
+    of padding each row begins with; None if no row has any.
+    """
+
+    rows: tuple[int, ...]
+    tokens: torch.Tensor
+    padding: torch.Tensor | None
+
+    def positions(self, start: int, end: int) -> torch.Tensor:
+        """Positions [batch, end - start] of the columns from start to end - 1; padding has 0."""
+        columns = torch.arange(start, end, device=self.tokens.device).expand(len(self.rows), -1)
+        if self.padding is None:
+            return columns
+        return (columns - self.padding[:, None]).clamp(min=0)
+
+    def hidden(self, start: int, end: int, queries: int, window: int | None) -> torch.Tensor | None:
+        """Mask bool [batch or 1, 1, queries, end], True = hidden; None if causality hides enough.
+
+        Of the columns from `start`, of which there are `queries`; those from `end` on are filling.
+        """
+        if self.padding is None and (window is None or end <= window):
+            return None
+        device = self.tokens.device
+        query = torch.arange(start, start + queries, device=device)[:, None]
+        key = torch.arange(end, device=device)
+        hidden = (key > query)[None]
+        if window is not None:
+            hidden = hidden | (key <= query - window)
+        if self.padding is not None:
+            hidden = hidden | (key < self.padding[:, None, None])
+        # padding sees itself: attention to nothing is not a number
+        hidden = hidden & (key != query)
+        # filling sees something real, too
+        hidden[:, end - start :] = False
+        return hidden[:, None]
+
+
+def padded_batch(
+    rows: Sequence[int], prompts: Sequence[Sequence[int]], device: torch.device
+) -> PaddedBatch:
+    """The prompts with these numbers as one batch."""
+    width = max(len(prompts[row]) for row in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    padding = torch.tensor([width - len(prompts[row]) for row in rows])
+    for place, row in enumerate(rows):
+        tokens[place, width - len(prompts[row]) :] = torch.tensor(prompts[row])
+    return PaddedBatch(
+        rows=tuple(rows),
+        tokens=tokens.to(device),
+        padding=padding.to(device) if padding.any() else None,
+    )
