@@ -65,50 +65,92 @@ def padded(whole):
 
 @contextlib.contextmanager
 def cores_models(config):
-    """megatron-core's own GPTModels of this rank, with `weights_of` the model."""
+    """megatron-core's own models of this rank, with `weights_of` the model: several if vpp > 1."""
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel  # warns that Apex is not there
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    model, parallel = config.model, config.parallel
+    parallel = config.parallel
     with contextlib.ExitStack() as leaving:
         pg = leaving.enter_context(mf.init_groups(mf.build_groups(parallel, mf.world_size())))
         virtual = parallel.vpp if parallel.vpp > 1 else None
         parallel_state.initialize_model_parallel(parallel.tp, parallel.pp, virtual)
         leaving.callback(parallel_state.destroy_model_parallel)
         leaving.enter_context(megatron_context(pg, 1))
-        spec = get_gpt_layer_local_spec(normalization=model.normalization)
-        chunks = []
-        for i in range(parallel.vpp):
-            chunk = GPTModel(
-                mf.transformer_config(config, pg),
-                spec,
-                PADDED,
-                model.seq_length,
-                pre_process=pg.place.pp == 0 and i == 0,
-                post_process=pg.place.pp == parallel.pp - 1 and i == parallel.vpp - 1,
-                share_embeddings_and_output_weights=model.tie_word_embeddings,
-                position_embedding_type=model.position_embedding,
-                vp_stage=i if parallel.vpp > 1 else None,
-            )
-            chunks.append(chunk.eval())
+        build = {"gpt": cores_gpt, "bert": cores_bert, "t5": cores_t5}[config.model.family]
+        chunks = [build(config, pg, i).eval() for i in range(parallel.vpp)]
         fill(chunks, config, pg)
         yield chunks, pg
 
 
+def cores_gpt(config, pg, i):
+    from megatron.core.models.gpt import GPTModel  # warns that Apex is not there
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    model, parallel = config.model, config.parallel
+    return GPTModel(
+        mf.transformer_config(config, pg),
+        get_gpt_layer_local_spec(normalization=model.normalization),
+        PADDED,
+        model.seq_length,
+        pre_process=pg.place.pp == 0 and i == 0,
+        post_process=pg.place.pp == parallel.pp - 1 and i == parallel.vpp - 1,
+        share_embeddings_and_output_weights=model.tie_word_embeddings,
+        position_embedding_type=model.position_embedding,
+        vp_stage=i if parallel.vpp > 1 else None,
+    )
+
+
+def cores_bert(config, pg, i):
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+    from megatron.core.models.bert.bert_model import BertModel
+
+    model = config.model
+    return BertModel(
+        mf.transformer_config(config, pg),
+        model.num_tokentypes,
+        bert_layer_local_spec,
+        PADDED,
+        model.seq_length,
+        share_embeddings_and_output_weights=model.tie_word_embeddings,
+        add_binary_head=model.bert_binary_head,
+    )
+
+
+def cores_t5(config, pg, i):
+    from megatron.core.models.T5 import T5Model  # warns that Apex is not there
+    from megatron.core.models.T5.t5_spec import (
+        decoder_model_with_local_spec,
+        encoder_model_with_local_spec,
+    )
+
+    model, core = config.model, mf.transformer_config(config, pg)
+    return T5Model(
+        core,
+        core,
+        encoder_model_with_local_spec(),
+        decoder_model_with_local_spec(),
+        PADDED,
+        model.position_rows,
+        share_embeddings_and_output_weights=model.tie_word_embeddings,
+        position_embedding_type=model.position_embedding,
+    )
+
+
 @torch.no_grad()
 def fill(chunks, config, pg):
-    """Layers are numbered from 0 in each chunk: chunk i of a stage follows chunk i of the others"""
+    """Layers count from 0 in each chunk; chunk i of a stage follows chunk i of earlier stages."""
     whole = weights_of(config.model)
     parallel = config.parallel
     for i, chunk in enumerate(chunks):
-        before = (i * parallel.pp + pg.place.pp) * len(chunk.decoder.layers)
+        chunks_before = i * parallel.pp + pg.place.pp
+        before = chunks_before * config.model.num_layers // (parallel.pp * parallel.vpp)
         for name, parameter in chunk.named_parameters():
             parts = name.split(".")
             if "layers" in parts:
                 parts[2] = str(int(parts[2]) + before)
             if name == "output_layer.weight" and config.model.tie_word_embeddings:
                 parts = ["embedding", "word_embeddings", "weight"]
+            if parts[:2] == ["lm_head", "output_layer"]:
+                parts = parts[1:]  # T5
             value = whole[".".join(parts)]
             if parts[0] == "output_layer" or parts[1] == "word_embeddings":
                 value = padded(value)
@@ -155,14 +197,14 @@ def _optimizer_state(pg):
 def write(configs, directory):
     """Writes what megatron-core's models of each config hold in both formats.
 
-    In one process it returns their logits of `TOKENS` too, {name of the config: [b, s, PADDED]}.
+    In one process it returns GPT's logits of `TOKENS` too, {name of the config: [b, s, PADDED]}.
     """
     from megatron.core import dist_checkpointing, parallel_state
 
     logits = {}
     for name, config in configs.items():
         with cores_models(config) as (chunks, pg), torch.no_grad():
-            if mf.world_size() == 1:
+            if mf.world_size() == 1 and config.model.family == "gpt":
                 positions = torch.arange(TOKENS.size(1)).expand_as(TOKENS)
                 hidden = torch.ones(1, 1, *[TOKENS.size(1)] * 2).triu(1).bool()
                 logits[name] = chunks[0](TOKENS, positions, hidden)

@@ -50,22 +50,24 @@ INTERLEAVED = dict(tp=2, pp=2, vpp=2)
 def written(pool, tmp_path_factory):
     """A folder of checkpoints, and the logits that megatron-core's own models give."""
     folder = tmp_path_factory.mktemp("megatron")
-    (logits,) = pool(1, write, {"gpt2": tiny(**GPT2), "llama": tiny(**LLAMA)}, folder)
+    models = {"gpt2": GPT2, "llama": LLAMA, "bert": BERT, "t5": T5}
+    of_one = {name: tiny(**fields) for name, fields in models.items()}
+    (logits,) = pool(1, write, of_one, folder)
     of_four = {
         "gpt2-vpp": tiny(**GPT2, **INTERLEAVED),
         "gpt2-four": tiny(**GPT2, **FOUR),
         "llama-four": tiny(**LLAMA, **FOUR),
     }
     pool(4, write, of_four, folder)
-    write_legacy(tiny(**BERT, **FOUR), legacy_bert, folder / "bert")
-    write_legacy(tiny(**T5, **FOUR), legacy_t5, folder / "t5")
+    write_legacy(tiny(**BERT, **FOUR), legacy_bert, folder / "bert-legacy")
+    write_legacy(tiny(**T5, **FOUR), legacy_t5, folder / "t5-legacy")
     return folder, logits
 
 
 def of(model):
     """Where the checkpoints of a model lie."""
     if model in ("bert", "t5"):
-        return [model]
+        return [f"{model}/torch_dist", f"{model}/mp_rank", f"{model}-legacy"]
     names = [model, f"{model}-four"] + (["gpt2-vpp"] if model == "gpt2" else [])
     return [f"{name}/{kind}" for name in names for kind in ("torch_dist", "mp_rank")]
 
@@ -220,7 +222,7 @@ def damaged(folder):
         LLAMA | dict(tie_word_embeddings=True),
         "llama/torch_dist",
     )
-    cases[r"model\.family = 'gpt': the weights at .*bert"] = (GPT2, "bert")
+    cases[r"model\.family = 'gpt': the weights at .*bert"] = (GPT2, "bert-legacy")
     return cases
 
 

@@ -9,6 +9,7 @@ of each tensor.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from attrs import frozen
 
@@ -168,13 +169,19 @@ def is_stored_head(stored: str) -> bool:
     return _HEAD.match(stored) is not None
 
 
-def is_second_copy(stored: str, stage: int, tied: bool) -> bool:
-    """Whether a stage's tensor repeats one that another name or the first stage has.
+# Names of a table or a bias that has another name too.
+_SECOND_NAMES = {
+    "word_embeddings_for_head.weight": f"{LEGACY}embedding.word_embeddings.weight",
+    "position_embeddings.weight": "embedding.position_embeddings.weight",  # T5
+    "lm_head.output_layer.weight": "output_layer.weight",  # T5
+    "lm_head.output_layer.bias": "output_layer.bias",
+}
 
-    That is the table of a tied output layer on the last stage, and T5's second name of a table.
+
+def is_second_name(stored: str, names: Collection[str]) -> bool:
+    """Whether a stored tensor is also there under a name that `core_names` prefers.
+
+    >>> is_second_name("lm_head.output_layer.bias", {"lm_head.output_layer.bias"})
+    False
     """
-    if stored in ("word_embeddings_for_head.weight", "position_embeddings.weight"):
-        return True
-    if stored.startswith("lm_head.output_layer."):
-        return True
-    return tied and stage > 0 and stored == "output_layer.weight"
+    return _SECOND_NAMES.get(stored) in names

@@ -20,6 +20,7 @@ from megafn.pure.pretrained.megatron_tensors import (
     core_names,
     is_buffer,
     is_cut_over_vocabulary,
+    is_second_name,
     is_stored_head,
     legacy_name,
 )
@@ -147,12 +148,15 @@ def weight_source(
 ) -> WeightSource:
     """An open checkpoint as a source of weights.
 
-    tensors: the weights by their names, without copies of others. arguments: those of its run, {}
-    if it has none. model: that is read into.
+    tensors: the weights by their names. arguments: those of its run, {} if it has none. model: that
+    is read into.
     Raises CheckpointError if there are no weights, ConfigError for a model that megafn lacks.
     """
     if not tensors:
         raise CheckpointError(f"{path} holds no weights of a model; name another checkpoint")
+    tensors = {
+        name: tensor for name, tensor in tensors.items() if not is_second_name(name, tensors)
+    }
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     described = model_of_arguments(arguments, fields_of_tensors(shapes), model, str(path))
     weights = MegatronWeights(

@@ -22,7 +22,6 @@ from megafn.pure.config.records import ModelConfig
 from megafn.pure.pretrained.megatron_tensors import (
     LEGACY,
     cut_of,
-    is_second_copy,
     modern_legacy_name,
 )
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
@@ -154,8 +153,8 @@ def _of_tensor_rank(stages: list[Mapping[str, Any]], tied: bool) -> Parameters:
     for _, stage, chunk in sorted(chunks, key=lambda chunk: chunk[:2]):
         layers = dict(layers_before)
         for name, tensor in _flattened(chunk):
-            if is_second_copy(name, stage, tied):
-                continue
+            if tied and stage > 0 and name == "output_layer.weight":
+                continue  # a copy of the word embeddings
             match = _LAYER.fullmatch(name)
             if match:
                 stack, number, rest = match.groups()
