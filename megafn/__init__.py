@@ -111,7 +111,7 @@ _HOME = {
     "train": "runtime.training.train",
     "replay": "runtime.training.replay",
     "save": "runtime.checkpoint.save",
-    "load": "runtime.checkpoint.load",
+    "load": "runtime.pretrained.load",
     "latest": "runtime.checkpoint.disk_format",
     "CheckpointError": "runtime.checkpoint.atomic_files",
     "from_pretrained": "runtime.pretrained.start",
@@ -204,7 +204,6 @@ if TYPE_CHECKING:
     from megafn.runtime.accelerate.train_steps import step_of as step_of
     from megafn.runtime.checkpoint.atomic_files import CheckpointError as CheckpointError
     from megafn.runtime.checkpoint.disk_format import latest as latest
-    from megafn.runtime.checkpoint.load import load as load
     from megafn.runtime.checkpoint.save import save as save
     from megafn.runtime.data.batches import (
         batches as batches,
@@ -271,6 +270,7 @@ if TYPE_CHECKING:
         export as export,
         to_pretrained as to_pretrained,
     )
+    from megafn.runtime.pretrained.load import load as load
     from megafn.runtime.pretrained.start import from_pretrained as from_pretrained
     from megafn.runtime.text.demo_text import demo_text as demo_text
     from megafn.runtime.text.documents import read_documents as read_documents

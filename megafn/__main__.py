@@ -13,7 +13,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-from megafn.commands import check, data, demo, export, inspect, tokenizer, train
+from megafn.commands import check, data, demo, export, generate, inspect, tokenizer, train
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
@@ -23,6 +23,7 @@ COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "export": export,
     "inspect": inspect,
+    "generate": generate,
 }
 
 

@@ -68,6 +68,39 @@ def test_the_given_case_obeys_the_law(pool, references, pytestconfig):
     hold(json.loads(case), pool, references)
 
 
+ARCHITECTURES = dict(
+    position_embedding="rope",
+    rope_scaling=8.0,
+    layers_without_rope=[1, 2],
+    sliding_window=11,
+    parallel_residual=True,
+    softmax_scale=0.7,
+)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(processes=2, pp=2, vpp=2, granularity="full", data="documents"),
+        dict(processes=4, cp=4, granularity="selective", data="padded"),
+        dict(
+            processes=4,
+            tp=2,
+            cp=2,
+            sequence_parallel=True,
+            granularity="full",
+            hidden_dropout=0.1,
+            attention_dropout=0.1,
+            data="uneven",
+        ),
+    ],
+    ids=["pp2-vpp2-full", "cp4-selective", "tp2-cp2-sp-full-dropout"],
+)
+def test_fields_of_architectures_obey_the_law_together(layout, pool, references):
+    """Those that Llama 3.1, Mistral, SmolLM3 and GPT-NeoX brought, with masks and recomputation."""
+    hold(ARCHITECTURES | layout, pool, references)
+
+
 @pytest.mark.parametrize("bug", NAMES)
 def test_a_planted_bug_is_seen_in_a_case_known_to_show_it(bug, pool, references):
     with pytest.raises(AssertionError):

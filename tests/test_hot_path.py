@@ -115,6 +115,15 @@ def test_a_step_moves_numbers_to_the_host_once_and_pickles_nothing(processes, la
         assert others == [ONCE] * 3 and evaluation == ONCE
 
 
+def test_adapters_are_compared_over_tp_until_they_have_gradients_and_then_cost_nothing(pool):
+    """A's gradient is zero in the first step; B's is not, and moves in it."""
+    adapters = mf.lora(rank=2, alpha=2.0, modules=("linear_qkv", "linear_proj"))
+    config = short(vocab_size=96, tp=2, prepare_model=adapters, init_lr=1e-2)
+    for (_, second, *others), _ in pool(2, counts_of, config, STEP):
+        assert second.pop("runtime/training/model_checks.py: tolist") == 2
+        assert [second, *others] == [ONCE] * 3
+
+
 def test_under_log_everything_a_step_moves_numbers_to_the_host_twice(pool):
     config = short(vocab_size=96, pp=2)
     config = attrs.evolve(config, log=mf.LogConfig(everything=True))

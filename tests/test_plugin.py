@@ -20,7 +20,7 @@ from megafn.pure.accelerate.plugin import from_plugin
 from megafn.pure.accelerate.plugin_fields import PluginFields, from_env
 from megafn.pure.accelerate.sources import inherited_step_problem
 from megafn.pure.config.problems import ConfigError
-from megafn.pure.config.records import DataConfig, ModelConfig, TrainConfig
+from megafn.pure.config.records import DataConfig, ModelConfig, RopeScaling, TrainConfig
 from megafn.pure.config.serialization import to_dict
 from megafn.pure.schedule import make_schedule
 from megafn.runtime.families.built_in import step_fn
@@ -587,6 +587,24 @@ def test_hugging_face_configs_give_the_model():
         add_bias_linear=False,
         tie_word_embeddings=False,
     )
+    scaling = dict(
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=256,
+    )
+    llama.rope_parameters = dict(rope_type="llama3", rope_theta=5e5, **scaling)
+    scaled = made(model=llama, seq_length=32).model
+    assert scaled.rope_scaling == RopeScaling(**scaling) and scaled.rotary_base == 5e5
+    for change, told in (
+        ({"rope_type": "yarn"}, "only llama3 is"),
+        ({"factor": None}, "factor is"),
+    ):
+        llama.rope_parameters = dict(rope_type="llama3", **scaling) | change
+        with pytest.raises(ConfigError, match=f"^model.rope_scaling = .*: .*{told}"):
+            model_fields(llama)
+    mistral = transformers.MistralConfig(num_hidden_layers=8, sliding_window=48)
+    assert made(model=mistral, seq_length=64).model.sliding_window == 48
     bert = model_fields(
         transformers.MegatronBertConfig(
             num_hidden_layers=3, hidden_size=64, num_attention_heads=4, intermediate_size=80
@@ -1099,7 +1117,11 @@ def test_t5_1_1_is_not_tied_under_transformers_5():
     transformers = pytest.importorskip("transformers")
     for tied in (True, False):
         config = transformers.T5Config(tie_word_embeddings=tied)
-        assert model_fields(config)["model.tie_word_embeddings"] is tied
+        fields = model_fields(config)
+        assert fields["model.tie_word_embeddings"] is tied
+        assert fields["model.scale_decoder_outputs"] is tied
+        assert fields["model.softmax_scale"] == 1.0
+        assert fields["model.output_layer_bias"] is False
 
 
 def test_a_subclass_of_accelerates_own_step_runs_or_is_refused_with_what_replaces_it():

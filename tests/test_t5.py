@@ -686,3 +686,17 @@ def test_the_operations_of_a_t5_are_those_that_torch_counts(pool):
     config = tiny(**T5 | SHAPES["wide-heads"] | dict(num_decoder_layers=3, activation="swiglu"))
     assert 3 * pool(1, counted, config)[0] == mf.training_flops(config.model, 2)
     assert mf.sample_tokens(config.model) == 40
+
+
+def test_the_table_that_reads_scaled_outputs_begins_larger():
+    words, output = "embedding.word_embeddings.weight", "output_layer.weight"
+    for changes, larger in (
+        ({}, None),
+        (dict(scale_decoder_outputs=True), words),
+        (dict(scale_decoder_outputs=True, **UNTIED), output),
+    ):
+        model = tiny(**T5 | changes).model
+        for name in (words, output):
+            std = 0.02 * (32**0.5 if name == larger else 1)
+            drawn = mf.family_of("t5").spec.initial_distribution(name, (97, 32), model)
+            assert drawn == mf.Normal(std)

@@ -57,32 +57,114 @@ RECOMPUTED = [
 ]
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTED, ids=["uniform", "block"])
 @pytest.mark.parametrize(
     "model, data",
     [(UNTIED, uneven), (PAIRS, bert_rows), (T5 | RELATIVE | dict(steps=4), pairs)],
     ids=["gpt", "bert", "t5"],
 )
-def test_layers_after_a_frozen_front_are_trained_under_recomputation(model, data, recompute):
+def test_layers_after_a_frozen_front_are_trained_under_recomputation(model, data):
     plain = short(prepare_model=frozen_front, **model)
-    recomputed = attrs.evolve(plain, recompute=mf.RecomputeConfig(**recompute))
-    assert_equal(run_trained(plain, data), [run_trained(recomputed, data)])
+    single = run_trained(plain, data)
+    for recompute in RECOMPUTED:
+        recomputed = attrs.evolve(plain, recompute=mf.RecomputeConfig(**recompute))
+        assert_equal(single, [run_trained(recomputed, data)])
+
+
+UNIFORM, BLOCK = RECOMPUTED
+SP = dict(tp=2, sequence_parallel=True)
+T5_MODEL = T5 | RELATIVE | dict(steps=4)
+FROZEN_FRONTS = {
+    "gpt": (UNTIED, uneven, [dict(pp=2), dict(pp=2) | UNIFORM, SP | BLOCK, dict(pp=2, vpp=2)]),
+    "bert": (
+        PAIRS | UNTIED,
+        bert_rows,
+        [SP | UNIFORM, dict(pp=2) | BLOCK, dict(pp=2, vpp=2) | UNIFORM],
+    ),
+    "t5": (T5_MODEL | UNTIED, pairs, [dict(tp=2) | UNIFORM, SP | BLOCK, dict(pp=2) | BLOCK]),
+}
+
+
+def run_many_trained(configs, data):
+    """`run_trained` of several layouts of one number of processes, one after the other."""
+    return [run_trained(config, data) for config in configs]
+
+
+@pytest.mark.parametrize("name", FROZEN_FRONTS)
+def test_a_frozen_front_obeys_the_law(name, pool):
+    """Among them a first stage on which nothing is trained."""
+    model, data, layouts = FROZEN_FRONTS[name]
+    single = run_trained(short(prepare_model=frozen_front, **model), data)
+    configs = [short(prepare_model=frozen_front, **model, **layout) for layout in layouts]
+    for results in zip(*pool(2, run_many_trained, configs, data), strict=True):
+        assert_equal(single, results)
+
+
+def frozen_tables(provider):
+    """Every table, in all its copies: words, positions, distances, and the tied output layer."""
+    chunk = provider()
+    for name, parameter in chunk.named_parameters():
+        if name.startswith("embedding.") or "relative_attention_bias" in name:
+            parameter.requires_grad_(False)
+        if name == "output_layer.weight":
+            parameter.requires_grad_(False)
+    return chunk
+
+
+def run_without_tables(configs, data):
+    """The results of several layouts without the tables, which must not move."""
+    results = []
+    for config in configs:
+        curve, before, after = run_layout(config, data)
+        for (name, first, *_), (_, last, *_) in zip(before, after, strict=True):
+            assert not is_table(name) or torch.equal(first, last), name
+        results.append(
+            (curve, *([p for p in end if not is_table(p[0])] for end in (before, after)))
+        )
+    return results
+
+
+def is_table(name):
+    return name.startswith("embedding.") or "relative_attention_bias" in name
 
 
 @pytest.mark.parametrize(
-    "processes, layout",
+    "model, data, layouts",
     [
-        (2, dict(pp=2)),
-        (2, dict(pp=2, **RECOMPUTED[0])),
-        (2, dict(tp=2, sequence_parallel=True, **RECOMPUTED[1])),
+        (dict(), uneven, [dict(pp=2), SP | UNIFORM]),
+        (T5_MODEL, pairs, [dict(pp=2) | UNIFORM, dict(tp=2)]),
     ],
-    ids=["pp2", "pp2-uniform", "tp2-sp-block"],
+    ids=["gpt", "t5"],
 )
-def test_a_frozen_front_obeys_the_law(processes, layout, pool):
-    """Among them a first stage on which nothing is trained."""
-    (single,) = pool(1, run_trained, short(prepare_model=frozen_front, **UNTIED))
-    config = short(prepare_model=frozen_front, **UNTIED, **layout)
-    assert_equal(single, pool(processes, run_trained, config))
+def test_tables_that_are_frozen_in_all_their_copies_obey_the_law(model, data, layouts, pool):
+    (single,) = run_without_tables([short(prepare_model=frozen_tables, **model)], data)
+    configs = [short(prepare_model=frozen_tables, **model, **layout) for layout in layouts]
+    for results in zip(*pool(2, run_without_tables, configs, data), strict=True):
+        assert_equal(single, results)
+
+
+def only_biases(provider):
+    """What is trained are the biases of frozen weights, and norms."""
+    chunk = provider()
+    for parameter in chunk.parameters():
+        parameter.requires_grad_(parameter.dim() == 1)
+    return chunk
+
+
+def run_biases(configs, data):
+    results = []
+    for config in configs:
+        curve, *ends = run_layout(config, data)
+        results.append((curve, *([p for p in end if p[1].dim() == 1] for end in ends)))
+    return results
+
+
+def test_biases_of_frozen_weights_obey_the_law(pool):
+    """megatron-core gives them no gradient, in a column-parallel layer."""
+    (single,) = run_biases([short(prepare_model=only_biases, **PAIRS)], bert_rows)
+    layouts = [dict(tp=2), SP | UNIFORM, dict(pp=2) | BLOCK]
+    configs = [short(prepare_model=only_biases, **PAIRS, **layout) for layout in layouts]
+    for results in zip(*pool(2, run_biases, configs, bert_rows), strict=True):
+        assert_equal(single, results)
 
 
 def test_a_model_with_nothing_to_train_is_refused():
@@ -183,6 +265,56 @@ def test_replicas_of_an_added_module_start_alike_and_stay_alike(layout, pool):
 )
 def test_a_parameter_that_is_cut_without_a_mark_is_refused_in_the_first_step(layout, pool):
     for error in pool(2, refusal, short(prepare_model=with_an_unmarked_gain, **layout)):
+        assert "mlp.linear_fc1.gain" in error and "tensor_model_parallel = True" in error
+
+
+class Gated(torch.nn.Module):
+    """A column-parallel layer times 1 + gate * gain. The gate starts at zero, so that the gain has
+    no gradient until the gate was updated; nothing says that the gain is cut."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        columns = module.weight.shape[0]
+        self.gate = torch.nn.Parameter(torch.zeros(columns))
+        self.gate.tensor_model_parallel = True
+        self.gate.partition_dim = 0
+        self.gain = torch.nn.Parameter(torch.ones(columns))
+
+    def forward(self, hidden):
+        output, bias = self.module(hidden)
+        return output * (1 + self.gate * self.gain), bias
+
+
+def with_a_gate(provider):
+    chunk = provider()
+    for layer in chunk.decoder.layers:
+        layer.mlp.linear_fc1 = Gated(layer.mlp.linear_fc1)
+    return chunk
+
+
+def late_refusal(config):
+    """What is left to compare after each step, until one is refused, and the error."""
+    unproven = []
+    with mf.init_groups(
+        mf.build_groups(config.parallel, mf.world_size()), timeout_seconds=20
+    ) as pg:
+        state = mf.setup(config, pg)
+        with pytest.raises(mf.ConfigError) as error:
+            for i in range(4):
+                batch = share(uneven(config, i), config, pg)
+                state, _ = mf.train_step(state, batch, mf.step_fn("gpt"))
+                unproven.append(sorted(state.unproven.names))
+        return unproven, str(error.value)
+
+
+def test_a_parameter_whose_first_gradients_are_zero_is_compared_once_they_are_not(pool):
+    """The second step's warm-up leaves the gate at zero for one more step."""
+    config = short(prepare_model=with_a_gate, tp=2, warmup_iters=2)
+    for unproven, error in pool(2, late_refusal, config):
+        assert unproven and all(
+            len(names) == 4 and "linear_fc1.gain" in names[0] for names in unproven
+        )
         assert "mlp.linear_fc1.gain" in error and "tensor_model_parallel = True" in error
 
 

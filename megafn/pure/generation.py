@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from attrs import field, frozen
 
 from megafn.pure.config.problems import Problem, config_error
+
+
+def _as_tuple(ids: Iterable[int]) -> tuple[int, ...]:
+    return tuple(ids)
 
 
 @frozen(kw_only=True)
@@ -30,7 +34,7 @@ class GenerationConfig:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
-    stop_token_ids: tuple[int, ...] = field(default=(), converter=tuple)
+    stop_token_ids: tuple[int, ...] = field(default=(), converter=_as_tuple)
     logprobs: bool = False
 
 

@@ -18,7 +18,7 @@ from megafn.pure.config.problems import (
     config_error,
     did_you_mean,
 )
-from megafn.pure.config.records import ModelConfig
+from megafn.pure.config.records import ModelConfig, RopeScaling
 from megafn.pure.pretrained.activations import OF_T5, PLAIN
 
 _BERT_HEADS = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification")
@@ -29,9 +29,9 @@ _REQUIRED = object()
 def model_fields(model: Any) -> dict[str, Any]:
     """`model.*` fields of a Hugging Face config, or of a model that has one, or of a ModelConfig.
 
-    gpt2, llama, megatron-bert and t5 are known. Dropout is that of the config. Sequence lengths are
-    left to the caller, who knows the data; "model.max_position_embeddings" is the length of the
-    position table.
+    gpt2, llama, mistral, megatron-bert and t5 are known. Dropout is that of the config. Sequence
+    lengths are left to the caller, who knows the data; "model.max_position_embeddings" is the
+    length of the position table.
 
     Raises ConfigError if the model has what megatron-core's layers do not have.
 
@@ -140,7 +140,16 @@ def _gpt2(source: _Source) -> dict[str, Any]:
 def _llama(source: _Source) -> dict[str, Any]:
     _refuse_unless(source, "mlp_bias", False)
     _refuse_unless(source, "attention_bias", False)
+    return _llama_or_mistral(source)
+
+
+def _mistral(source: _Source) -> dict[str, Any]:
+    return _llama_or_mistral(source) | {"sliding_window": _read(source, "sliding_window", None)}
+
+
+def _llama_or_mistral(source: _Source) -> dict[str, Any]:
     _refuse_unless(source, "hidden_act", "silu")
+    rope = _rotary_parameters(source)
     return dict(
         family="gpt",
         num_layers=_read(source, "num_hidden_layers"),
@@ -152,7 +161,8 @@ def _llama(source: _Source) -> dict[str, Any]:
         vocab_size=_read(source, "vocab_size"),
         max_position_embeddings=_read(source, "max_position_embeddings"),
         position_embedding="rope",
-        rotary_base=_rotary_base(source),
+        rotary_base=float(rope.get("rope_theta") or _read(source, "rope_theta", None) or 10_000.0),
+        rope_scaling=_rope_scaling(source, rope),
         activation="swiglu",
         normalization="RMSNorm",
         norm_epsilon=_read(source, "rms_norm_eps", 1e-6),
@@ -163,16 +173,25 @@ def _llama(source: _Source) -> dict[str, Any]:
     )
 
 
-def _rotary_base(source: _Source) -> float:
-    # transformers 5 has rope_parameters, transformers 4 rope_scaling and rope_theta.
-    rope = _read(source, "rope_parameters", None) or _read(source, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
+def _rotary_parameters(source: _Source) -> dict[str, Any]:
+    """transformers 5 has rope_parameters, transformers 4 rope_scaling beside rope_theta."""
+    return _read(source, "rope_parameters", None) or _read(source, "rope_scaling", None) or {}
+
+
+def _rope_scaling(source: _Source, rope: dict[str, Any]) -> RopeScaling | None:
+    """That of rope_type "llama3"; no other is built."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
         raise _refusal(
-            "rope_scaling",
-            rope,
-            "scaled rotary positions are not built; give a config without them",
+            "rope_scaling", rope, "of scaled rotary positions only llama3 is built; give that"
         )
-    return float(rope.get("rope_theta") or _read(source, "rope_theta", None) or 10_000.0)
+    names = [field.name for field in attrs.fields(RopeScaling)]
+    missing = [name for name in names if rope.get(name) is None]
+    if missing:
+        raise _refusal("rope_scaling", rope, f"{missing[0]} is missing; give it")
+    return RopeScaling(**{name: rope[name] for name in names})
 
 
 def _megatron_bert(source: _Source) -> dict[str, Any]:
@@ -217,6 +236,7 @@ def _t5(source: _Source) -> dict[str, Any]:
     start = _read(source, "decoder_start_token_id", None)
     if start is None:
         start = _read(source, "pad_token_id", None) or 0
+    tied = _t5_is_tied(source)
     return dict(
         family="t5",
         num_layers=_read(source, "num_layers"),
@@ -236,13 +256,16 @@ def _t5(source: _Source) -> dict[str, Any]:
         add_bias_linear=False,
         hidden_dropout=_read(source, "dropout_rate", 0.1),
         attention_dropout=_read(source, "dropout_rate", 0.1),
-        tie_word_embeddings=_t5_is_tied(source),
+        softmax_scale=1.0,
+        tie_word_embeddings=tied,
+        scale_decoder_outputs=tied,
+        output_layer_bias=False,
         decoder_start_token_id=start,
     )
 
 
 def _t5_is_tied(source: _Source) -> bool:
-    """Whether T5's output layer shares the word embeddings' table.
+    """Whether T5's output layer shares the word embeddings' table, and reads scaled outputs.
 
     transformers 5 says tie_word_embeddings = True of every T5, T5 1.1 and Flan too, and keeps what
     their config said in scale_decoder_outputs: T5 1.0, which is tied, scales by d_model**-0.5.
@@ -256,6 +279,7 @@ def _t5_is_tied(source: _Source) -> bool:
 _READERS: dict[str, Callable[[_Source], dict[str, Any]]] = {
     "gpt2": _gpt2,
     "llama": _llama,
+    "mistral": _mistral,
     "megatron-bert": _megatron_bert,
     "t5": _t5,
 }

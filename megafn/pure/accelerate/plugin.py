@@ -75,8 +75,8 @@ def from_plugin(
 
     plugin: a MegatronLMPlugin of accelerate 0.27 to 1.15, of which every field that is not at
         accelerate's default is read. Or give the fields by name, or some of them beside it.
-    model: a Hugging Face config, or a model that has one (gpt2, llama, megatron-bert, t5), or a
-        ModelConfig. Its sizes are used, its weights are not.
+    model: a Hugging Face config, or a model that has one (gpt2, llama, mistral, megatron-bert, t5),
+        or a ModelConfig. Its sizes are used, its weights are not.
     optimizer, scheduler: torch's, or accelerate's dummies. Or give `lr`, `weight_decay` and the
         fields of the schedule.
         The optimizer that a scheduler holds is read if there is no other.

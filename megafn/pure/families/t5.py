@@ -5,7 +5,7 @@ from __future__ import annotations
 from megafn.pure.config.records import DataConfig, ModelConfig, ParallelConfig
 from megafn.pure.config.rule import Rule, rule
 from megafn.pure.config.sequence_unit import sequence_unit
-from megafn.pure.families.family_spec import FamilySpec, StageLayout
+from megafn.pure.families.family_spec import Constant, FamilySpec, Normal, StageLayout
 from megafn.pure.families.parameter_shapes import t5_parameter_shapes
 from megafn.pure.families.stages import RECOMPUTE, one_stack_layout, recompute_problem
 from megafn.pure.families.transformer import initial_distribution, layer_flops
@@ -228,6 +228,22 @@ def t5_training_flops(model: ModelConfig, sequences: int) -> float:
     return 3.0 * sequences * (encoder + decoder + output_layer)
 
 
+def t5_initial_distribution(
+    name: str, shape: tuple[int, ...], model: ModelConfig
+) -> Constant | Normal | None:
+    """As for the other families, but the table that reads scaled outputs is as much larger.
+
+    So the first logits are as large as without the scale. transformers' T5 begins with larger
+    tables too.
+    """
+    distribution = initial_distribution(name, shape, model)
+    tied = model.tie_word_embeddings
+    table = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
+    if model.scale_decoder_outputs and name == table:
+        return Normal(model.init_method_std * model.hidden_size**0.5)
+    return distribution
+
+
 def t5_sample_tokens(model: ModelConfig) -> int:
     """Tokens of the encoder and of the decoder."""
     return model.seq_length + model.decoder_length
@@ -261,7 +277,7 @@ T5_SPEC = FamilySpec(
         sample_has_room_for_spans,
     ),
     training_flops=t5_training_flops,
-    initial_distribution=initial_distribution,
+    initial_distribution=t5_initial_distribution,
     sample_tokens=t5_sample_tokens,
     stage_layout=t5_stage_layout,
     parameter_shapes=t5_parameter_shapes,

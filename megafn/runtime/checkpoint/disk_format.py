@@ -44,6 +44,7 @@ from megafn.pure.checkpoint.boxes import Index
 from megafn.pure.checkpoint.write_plan import WritePlan
 from megafn.pure.config.serialization import to_dict, without_functions
 from megafn.pure.pretrained.pretrained import pretrained_to_dict
+from megafn.runtime.checkpoint.adapters import adapters_to_dict
 from megafn.runtime.checkpoint.atomic_files import CHECKSUMS
 from megafn.runtime.checkpoint.state_boxes import loss_scale
 from megafn.runtime.model.state import State
@@ -150,6 +151,7 @@ def make_manifest(
         "config": to_dict(without_functions(state.config)),
         "tensors": tensors,
         "pretrained": pretrained_to_dict(state.pretrained),
+        "adapters": adapters_to_dict(state),
         "last_sample": last_sample,
         "data": data,
     }

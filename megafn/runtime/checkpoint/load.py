@@ -25,9 +25,10 @@ from megafn.pure.config.problems import config_error
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.config.serialization import from_dict
 from megafn.pure.pretrained.pretrained import pretrained_from_dict
+from megafn.runtime.checkpoint.adapters import ReadBase, check_adapters, needs_base
 from megafn.runtime.checkpoint.atomic_files import CheckpointError, find_damage, read_checksums
 from megafn.runtime.checkpoint.disk_format import FOLDER, FORMAT, MANIFEST, latest, tensor_key
-from megafn.runtime.checkpoint.state_boxes import fill_state, set_loss_scale
+from megafn.runtime.checkpoint.state_boxes import fill_state, frozen_names, set_loss_scale
 from megafn.runtime.model.state import State, donate
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
@@ -36,16 +37,14 @@ from megafn.runtime.parallel.object_collectives import (
 )
 
 
-def load(state: State, directory: str | Path, *, data: Mapping[str, Any] | None = None) -> State:
-    """The state of a checkpoint, in the layout of `state`, whose buffers are donated.
-
-    Every rank calls it. directory: a checkpoint, or a folder of them, of which the newest complete
-    one is read. It may have been written in any layout. Nothing in it is executed.
-    data: what the run reads, see `describe_data`; rank zero's is compared with the checkpoint's.
-    Raises CheckpointError naming the file that is missing or altered, before the state is touched,
-    OSError naming one that cannot be read, and ConfigError naming the field if the config is of
-    another model or other data.
-    """
+def load_checkpoint(
+    state: State,
+    directory: str | Path,
+    read_base: ReadBase,
+    *,
+    data: Mapping[str, Any] | None = None,
+) -> State:
+    """`load`, by a caller that can read weights of other formats."""
     state.pg.check_open()
     path = call_on_rank_zero(partial(checkpoint_at, Path(directory)), state.pg)
     if path is None:
@@ -55,16 +54,21 @@ def load(state: State, directory: str | Path, *, data: Mapping[str, Any] | None 
         )
     manifest = verified_manifest(path, state.pg)
     check_data(manifest, lambda: data, state)
-    return load_verified(state, path, manifest)
+    return load_verified(state, path, manifest, read_base)
 
 
-def load_verified(state: State, path: Path, manifest: Mapping[str, Any]) -> State:
+def load_verified(
+    state: State, path: Path, manifest: Mapping[str, Any], read_base: ReadBase
+) -> State:
     """`load` of a checkpoint whose files were verified, see `verified_manifest`."""
     if manifest["format"] != FORMAT:
         raise CheckpointError(
             f"{path / MANIFEST} has format {manifest['format']}: this megafn reads format {FORMAT}"
         )
     _check_config(manifest, state.config)
+    check_adapters(manifest, state)
+    if needs_base(manifest):
+        state = read_base(state, manifest)
     state = donate(state)
     _fill(state, path, manifest)
     return attrs.evolve(
@@ -214,12 +218,14 @@ def _fill(state: State, path: Path, manifest: Mapping[str, Any]) -> None:
     """Copy the checkpoint into the state. Raises CheckpointError, on every rank, if one fails."""
     problem = None
     try:
+        unchanged = frozen_names(state) if needs_base(manifest) else frozenset()
         with open_boxes(path, manifest["tensors"]) as reader:
             fill_state(
                 state,
                 partial(copy_box, reader),
                 _kinds_by_name(manifest),
                 manifest["optimizer_step"],
+                unchanged=unchanged,
             )
     except (CheckpointError, SafetensorError, OSError) as error:
         # a custom model with other parameters, or a disk that fails now

@@ -16,6 +16,7 @@ from typing import Any
 
 from megafn.pure.config.problems import Problem, config_error
 from megafn.pure.config.records import CheckpointConfig, data_of, num_micro_batches
+from megafn.runtime.checkpoint.adapters import ReadBase
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.checkpoint.disk_format import checkpoint_around, checkpoints
 from megafn.runtime.checkpoint.load import check_data, load_verified, verified_manifest
@@ -63,7 +64,10 @@ def _directory_remedy(directory: Path, settings: CheckpointConfig) -> str | None
 
 
 def resume(
-    state: State, batches: MicroBatches = None, parts: Sequence[Corpus] | None = None
+    state: State,
+    batches: MicroBatches,
+    read_base: ReadBase,
+    parts: Sequence[Corpus] | None = None,
 ) -> tuple[State, Iterable[Any] | None]:
     """The state of the newest checkpoint in checkpoint.directory, if any, and the batches after it.
 
@@ -71,10 +75,11 @@ def resume(
     is read; one that cannot be read now keeps its name, and is an OSError. If the data is the
     config's, tokenizer and corpora are compared with the checkpoint's, and the last sample read
     before it is read again and compared: other data, or another order, is a ConfigError.
+    read_base: gives a state the weights beneath its adapters, see `checkpoint.adapters`.
     parts: the corpora of config.data's training split, if they were found before.
     """
     start = state.iteration
-    state, manifest = _load_newest(state)
+    state, manifest = _load_newest(state, read_base)
     if batches is None and state.iteration != start:
         check_data(manifest, partial(describe_data, state.config, parts), state)
     return state, remaining_batches(batches, state, start, manifest.get("last_sample"))
@@ -83,7 +88,7 @@ def resume(
 # ---------------------------------------------------------------------------------------- state
 
 
-def _load_newest(state: State) -> tuple[State, Mapping[str, Any]]:
+def _load_newest(state: State, read_base: ReadBase) -> tuple[State, Mapping[str, Any]]:
     """The state of the newest whole checkpoint and its manifest; {} if there is no checkpoint."""
     settings = state.config.checkpoint
     pg = state.pg
@@ -98,7 +103,7 @@ def _load_newest(state: State) -> tuple[State, Mapping[str, Any]]:
             earlier = paths[paths.index(path) + 1 :]
             call_on_rank_zero(partial(_set_aside, path, error, earlier=earlier), pg)
             continue
-        state = load_verified(state, path, manifest)
+        state = load_verified(state, path, manifest, read_base)
         _print_what_is_left(path, state)
         return state, manifest
     if paths:

@@ -21,6 +21,7 @@ import torch
 from attrs import field, frozen
 
 from megafn.pure.checkpoint.write_plan import Holding, WritePlan, plan_writes
+from megafn.runtime.checkpoint.adapters import refers_to_base
 from megafn.runtime.checkpoint.atomic_files import (
     CheckpointError,
     publish,
@@ -166,7 +167,7 @@ class Listing:
 def _boxes_by_key(state: State) -> dict[str, StateBox]:
     """What this rank holds, once: chunks of one stage may share a table."""
     boxes: dict[str, StateBox] = {}
-    for box in state_boxes(state):
+    for box in state_boxes(state, trained_only=refers_to_base(state)):
         boxes.setdefault(tensor_key(box.tensor, box.box[0]), box)
     return boxes
 

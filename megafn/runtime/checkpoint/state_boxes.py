@@ -50,10 +50,15 @@ def check_buffers(state: State) -> None:
 
 
 @torch.no_grad()
-def state_boxes(state: State) -> Iterator[StateBox]:
-    """Every box that this process holds; other processes may hold the same ones."""
+def state_boxes(state: State, *, trained_only: bool = False) -> Iterator[StateBox]:
+    """Every box that this process holds; other processes may hold the same ones.
+
+    trained_only: without the parameters that are frozen.
+    """
     index = _index_optimizer(state.optimizer)
     for part in _parameters(state):
+        if trained_only and not part.parameter.requires_grad:
+            continue
         shard = _shard_of(part.parameter, index)
         if shard is None:
             continue
@@ -231,6 +236,11 @@ def _grad_scalers(state: State) -> Iterator[Any]:
 def held_shapes(state: State) -> dict[str, Index]:
     """The whole shape of each parameter that this process holds a part of, by its name."""
     return {part.name: part.shape for part in _parameters(state)}
+
+
+def frozen_names(state: State) -> frozenset[str]:
+    """Names of the parameters of this process that are not trained."""
+    return frozenset(part.name for part in _parameters(state) if not part.parameter.requires_grad)
 
 
 def _parameters(state: State) -> Iterator[LocalParameter]:

@@ -10,7 +10,7 @@ from attrs import frozen
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
-from megafn.pure.config.records import ModelConfig, TrainConfig
+from megafn.pure.config.records import ModelConfig, ParallelConfig, TrainConfig
 from megafn.pure.families.family_spec import FamilySpec
 from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.chunk import ChunkFunctions
@@ -91,6 +91,22 @@ class TrainStepCalls:
 
 
 @frozen(kw_only=True)
+class EncoderDecoder:
+    """How `megafn.generate` runs a family whose encoder reads the prompts and whose decoder writes.
+
+    Each pipeline stage has one chunk, of one half or, without a pipeline, of both.
+    first_decoder_stage(parallel): the stage at which the decoder begins; 0 without a pipeline.
+    encode(chunk, tokens, mask): this chunk's share of the encoder, see `families.t5.t5_encode`.
+    decode(chunk, tokens, position_ids, mask, cache, memory, memory_mask): its share of the decoder,
+        see `families.t5.t5_decode`.
+    """
+
+    first_decoder_stage: Callable[[ParallelConfig], int]
+    encode: Callable[..., torch.Tensor]
+    decode: Callable[..., torch.Tensor]
+
+
+@frozen(kw_only=True)
 class Family:
     """A family of models: what distinguishes it from others, and nothing else knows its name.
 
@@ -103,7 +119,8 @@ class Family:
     data: how corpora are read; None if the family is trained on batches only.
     train_step_calls: how accelerate's train steps read batches and call the model.
     reads_tokens_only: `megafn.logits` can run it on token ids; its step takes {"input_ids"}.
-    predicts_next_token: `megafn.generate` can write with it.
+    predicts_next_token: `megafn.generate` continues prompts with it.
+    encoder_decoder: how `megafn.generate` answers prompts with it; None: it does not.
     """
 
     spec: FamilySpec
@@ -113,6 +130,7 @@ class Family:
     train_step_calls: TrainStepCalls = TrainStepCalls()
     reads_tokens_only: bool = True
     predicts_next_token: bool = False
+    encoder_decoder: EncoderDecoder | None = None
 
     @property
     def name(self) -> str:

@@ -29,7 +29,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
 from megafn.pure.config.problems import ConfigError
-from megafn.pure.config.records import ModelConfig, TrainConfig, data_of
+from megafn.pure.config.records import ModelConfig, ParallelConfig, TrainConfig, data_of
 from megafn.pure.families.t5 import T5_SPEC, decoder_stage
 from megafn.runtime.families.batch_checks import (
     Raw,
@@ -45,7 +45,13 @@ from megafn.runtime.families.batch_checks import (
     unknown_keys,
     zeros_and_ones,
 )
-from megafn.runtime.families.family import DatasetAndConfig, Family, FamilyData, TrainStepCalls
+from megafn.runtime.families.family import (
+    DatasetAndConfig,
+    EncoderDecoder,
+    Family,
+    FamilyData,
+    TrainStepCalls,
+)
 from megafn.runtime.families.masked_data import (
     masked_settings,
     sample_index,
@@ -53,6 +59,7 @@ from megafn.runtime.families.masked_data import (
 )
 from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.chunk import Chunk, ChunkFunctions, ChunkPlan
+from megafn.runtime.model.key_value_cache import EncoderMemory, KeyValueCache
 from megafn.runtime.model.layers import Norm, layer_spec
 from megafn.runtime.model.losses import IGNORE, cross_entropy, token_loss
 from megafn.runtime.model.parts import (
@@ -349,6 +356,55 @@ def t5_chunk_forward(
     )
     if not chunk.post_process:
         return torch.cat([memory, hidden])
+    return _decoder_logits(chunk, hidden)
+
+
+def t5_encode(
+    chunk: Chunk, tokens: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """tokens [batch, s] -> the hidden state [s (/ tp), batch, hidden] after the encoder here.
+
+    attention_mask: bool [batch or 1, 1, 1, s], True = hidden.
+    """
+    relative = chunk.encoder_relative_pos_emb
+    return _run_half(chunk, chunk.encoder, tokens, chunk.received, attention_mask, relative)
+
+
+def t5_decode(
+    chunk: Chunk,
+    tokens: torch.Tensor,
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: KeyValueCache,
+    memory: EncoderMemory,
+    memory_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """New decoder tokens [batch, t] -> on the last stage, logits, as `gpt_chunk_forward` with a
+    cache; on earlier stages the hidden state [t (/ tp), batch, hidden].
+
+    attention_mask: bool [batch or 1, 1, t, tokens until now], True = hidden. memory_mask: bool
+    [batch or 1, 1, 1, s].
+    """
+    hidden = _run_half(
+        chunk,
+        chunk.decoder,
+        tokens,
+        chunk.received,
+        attention_mask,
+        chunk.decoder_relative_pos_emb,
+        position_ids=position_ids,
+        cache=cache,
+        context=memory,
+        context_mask=memory_mask,
+    )
+    if not chunk.post_process:
+        return hidden
+    if not chunk.config.sequence_parallel:
+        hidden = hidden[-1:]
+    return _decoder_logits(chunk, hidden)
+
+
+def _decoder_logits(chunk: Chunk, hidden: torch.Tensor) -> torch.Tensor:
     model = chunk.plan.config.model
     if model.scale_decoder_outputs:
         hidden = hidden * model.hidden_size**-0.5
@@ -362,39 +418,67 @@ def _run_half(
     received: torch.Tensor | None,
     mask: torch.Tensor | None,
     relative: RelativePositionEmbedding | None,
-    **context: torch.Tensor | None,
+    position_ids: torch.Tensor | None = None,
+    cache: KeyValueCache | None = None,
+    **context: torch.Tensor | EncoderMemory | None,
 ) -> torch.Tensor:
-    """A half's layers here, on what they received or on the embedding of tokens."""
+    """A half's layers here, on what they received or on the embedding of tokens.
+
+    cache: keys and values of the tokens before these, when generating.
+    """
     embedded = None
     if block.pre_process:
-        embedded = embed(chunk, tokens)
+        embedded = embed(chunk, tokens, position_ids)
     else:
         block.set_input_tensor(received)
     if relative is not None:
-        mask = _with_relative_bias(chunk, relative, tokens, mask)
-    angles = rotary_angles(chunk, tokens, None)
-    return block(embedded, mask, rotary_pos_emb=angles, **context)
+        first = 0 if cache is None else cache.start
+        keys = tokens.size(1) if cache is None else cache.start + cache.new
+        mask = _with_relative_bias(chunk, relative, first, tokens.size(1), keys, mask)
+    angles = rotary_angles(chunk, tokens, position_ids)
+    return block(embedded, mask, rotary_pos_emb=angles, packed_seq_params=cache, **context)
 
 
 def _with_relative_bias(
     chunk: Chunk,
     relative: RelativePositionEmbedding,
-    tokens: torch.Tensor,
+    first: int,
+    queries: int,
+    keys: int,
     hidden: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Biases of relative positions as a mask to add, [batch or 1, heads / tp, length, length].
+    """Biases of relative positions as a mask to add, [batch or 1, heads / tp, queries, keys].
 
-    As a mask, because megatron-core passes that through a recomputation with its gradient.
+    Of queries at positions `first`, first + 1, ... to keys from 0 on. As a mask, because
+    megatron-core passes that through a recomputation with its gradient.
     """
-    length = tokens.size(1)
-    bias = relative(length, length).permute(0, 2, 3, 1)  # heads last: tp cuts them
+    bias = _relative_bias(relative, first, queries, keys)
     bias = scatter_to_tensor_model_parallel_region(bias, chunk.tp_group).permute(0, 3, 1, 2)
     if hidden is None and not relative.bidirectional:
-        square = torch.ones(length, length, dtype=torch.bool, device=tokens.device)
-        hidden = square.triu(1)
+        rectangle = torch.ones(queries, keys, dtype=torch.bool, device=bias.device)
+        hidden = rectangle.triu(first + 1)
     if hidden is None:
         return bias
     return bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
+
+
+def _relative_bias(
+    relative: RelativePositionEmbedding, first: int, queries: int, keys: int
+) -> torch.Tensor:
+    """Biases [1, queries, keys, heads]: heads last, for tp cuts them.
+
+    megatron-core's own function has queries from position 0 on.
+    """
+    table = relative.relative_attention_bias
+    query_positions = torch.arange(first, first + queries, device=table.weight.device)
+    key_positions = torch.arange(keys, device=table.weight.device)
+    buckets = relative._relative_position_bucket(
+        key_positions - query_positions[:, None],
+        bidirectional=relative.bidirectional,
+        num_buckets=relative.relative_attention_num_buckets,
+        max_distance=relative.relative_attention_max_distance,
+    )
+    return table(buckets)[None]
 
 
 # ------------------------------------------------------------------------------------ its data
@@ -541,6 +625,11 @@ def _hidden(name: str, mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask & ~mask.all(-1, keepdim=True)
 
 
+def _first_decoder_stage(parallel: ParallelConfig) -> int:
+    stage = decoder_stage(parallel)
+    return 0 if stage is None else stage
+
+
 T5 = Family(
     spec=T5_SPEC,
     step=Step(batch=t5_batch, forward=t5_forward, loss=token_loss),
@@ -553,4 +642,7 @@ T5 = Family(
     data=FamilyData(dataset=t5_data, sentences=one_sentence),
     train_step_calls=TrainStepCalls(batch=_train_step_batch, call=_call_from_train_step),
     reads_tokens_only=False,
+    encoder_decoder=EncoderDecoder(
+        first_decoder_stage=_first_decoder_stage, encode=t5_encode, decode=t5_decode
+    ),
 )

@@ -7,23 +7,23 @@ batch may be in each stage at a time.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 import torch
 import torch.distributed as dist
 from attrs import define, frozen
-from megatron.core.distributed import DistributedDataParallel
 
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.config.sequence_unit import sequence_unit
+from megafn.runtime.families.built_in import family_of
 from megafn.runtime.generation.prompts import PaddedBatch
+from megafn.runtime.generation.stage_messages import receive_hidden, send_hidden, unwrapped
 from megafn.runtime.model.chunk import Chunk
 from megafn.runtime.model.key_value_cache import KeyValueCache
-from megafn.runtime.model.layers import DTYPES, Attention
+from megafn.runtime.model.layers import Attention
 from megafn.runtime.model.state import State
-from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.tensor_collectives import gather_rows
 
 # Packages whose modules compute each position by itself, but for attention, which is looked at.
@@ -36,16 +36,18 @@ def can_use_a_cache(state: State) -> bool:
     Not if a custom family's forward takes no `cache`, nor with modules of a user's, which may look
     at other positions in ways that the cache does not know. Every rank must call it.
     """
-    here = all(_takes_a_cache(_unwrapped(chunk)) for chunk in state.chunks)
+    has_decode = family_of(state.config.model.family).encoder_decoder is not None
+    here = all(_takes_a_cache(unwrapped(chunk), has_decode) for chunk in state.chunks)
     everywhere = torch.tensor(int(here), device=state.pg.device)
     dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=state.pg.world)
     return bool(everywhere)
 
 
-def _takes_a_cache(module: torch.nn.Module) -> bool:
+def _takes_a_cache(module: torch.nn.Module, has_decode: bool) -> bool:
+    """has_decode: the family has a function of its own that is called with the cache."""
     if not isinstance(module, Chunk):
         return False
-    if "cache" not in inspect.signature(module.functions.forward).parameters:
+    if not has_decode and "cache" not in inspect.signature(module.functions.forward).parameters:
         return False
     for part in module.modules():
         if type(part).__module__.partition(".")[0] not in _KNOWN_PACKAGES:
@@ -56,16 +58,18 @@ def _takes_a_cache(module: torch.nn.Module) -> bool:
     return True
 
 
-def _unwrapped(chunk: torch.nn.Module) -> Any:
-    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
-
-
-@define(eq=False)
+@define(kw_only=True, eq=False)
 class Decoding:
-    """A part of the prompts on its way: its tokens until now, and their keys and values."""
+    """A part of the prompts on its way: its tokens until now, and their keys and values.
+
+    call: what a chunk computes of a pass. first_stage: the pipeline stage that embeds the tokens;
+    those before it have no part in the decoder.
+    """
 
     batch: PaddedBatch
     cache: KeyValueCache
+    call: Callable[[Any, Pass], torch.Tensor]
+    first_stage: int = 0
 
     def append(self, ids: torch.Tensor) -> None:
         """Add the next token [batch] of each row."""
@@ -103,52 +107,24 @@ def next_pass(decoding: Decoding, config: TrainConfig) -> Pass:
 
 
 def run_chunk(
-    chunk: torch.nn.Module, number: int, one_pass: Pass, state: State, sends: list[dist.Work]
+    number: int, part: Decoding, one_pass: Pass, state: State, sends: list[dist.Work]
 ) -> torch.Tensor:
-    """What a chunk, the `number`th of this stage, computes; received and sent on as needed.
+    """What the `number`th chunk of this stage computes; received and sent on as needed.
 
-    `sends` collects what is still being sent.
+    Nothing on a stage that has no part in the decoder. `sends` collects what is still being sent.
     """
     pg = state.pg
-    is_first = pg.is_first_stage and number == 0
+    if pg.place.pp < part.first_stage:
+        return torch.empty(0)
+    chunk = unwrapped(state.chunks[number])
+    is_first = pg.place.pp == part.first_stage and number == 0
     is_last = pg.is_last_stage and number == len(state.chunks) - 1
     if not is_first:
-        _unwrapped(chunk).set_input_tensor(_receive(one_pass, state))
-    output = chunk(one_pass.tokens, one_pass.positions, one_pass.hidden, cache=one_pass.cache)
+        chunk.set_input_tensor(receive_hidden(one_pass.tokens.shape, state))
+    output = part.call(chunk, one_pass)
     if not is_last:
-        _send(output, pg, sends)
+        send_hidden(output, pg, sends)
     return output
-
-
-def _receive(one_pass: Pass, state: State) -> torch.Tensor:
-    """The previous stage's hidden state [sequence (/ tp), batch, hidden]."""
-    pg = state.pg
-    parallel = state.config.parallel
-    rows, length = one_pass.tokens.shape
-    hidden = torch.empty(
-        length // parallel.tp if parallel.sequence_parallel else length,
-        rows,
-        state.config.model.hidden_size,
-        dtype=DTYPES[state.config.precision.dtype],
-        device=pg.device,
-    )
-    if pg.pp.size() > 1:
-        dist.recv(hidden, _neighbour(pg, -1), group=pg.pp)
-    return hidden
-
-
-def _send(hidden: torch.Tensor, pg: ProcessGroups, sends: list[dist.Work]) -> None:
-    while sends and sends[0].is_completed():
-        sends.pop(0)
-    sending = dist.isend(hidden.contiguous(), _neighbour(pg, 1), group=pg.pp)
-    assert sending is not None  # it is for ranks outside the group
-    sends.append(sending)
-
-
-def _neighbour(pg: ProcessGroups, distance: int) -> int:
-    """The global rank of the stage after (1) or before (-1) this one, in a ring."""
-    ranks: Sequence[int] = dist.get_process_group_ranks(pg.pp)
-    return ranks[(pg.place.pp + distance) % len(ranks)]
 
 
 def last_logits(output: torch.Tensor, one_pass: Pass, state: State) -> torch.Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +14,7 @@ from attrs import define, frozen
 from megafn.pure.generation import GenerationConfig, check_generation
 from megafn.pure.layout import Coordinates, rank_of
 from megafn.runtime.families.built_in import family_of
+from megafn.runtime.families.family import EncoderDecoder
 from megafn.runtime.generation.decoding import (
     Decoding,
     Pass,
@@ -19,6 +23,7 @@ from megafn.runtime.generation.decoding import (
     next_pass,
     run_chunk,
 )
+from megafn.runtime.generation.encoding import EncodedPrompts, encode
 from megafn.runtime.generation.logits import logits as logits_of
 from megafn.runtime.generation.prompts import Prompts, as_ids, check_prompts, padded_batch
 from megafn.runtime.generation.sampling import next_tokens
@@ -48,7 +53,7 @@ def generate(
     config: GenerationConfig | None = None,
     on_token: OnToken | None = None,
 ) -> Generated:
-    """Continue prompts with the model of a state, in any layout.
+    """Continue prompts with the model of a state, in any layout; with a T5, answer them.
 
     prompts: the token ids of each, of any lengths; or a tensor [batch, sequence]. Every rank passes
     the same ones and gets the same answer; data- and context-parallel ranks all compute all of it.
@@ -56,11 +61,14 @@ def generate(
     Keys and values of the tokens before are kept, unless the model has modules that may look at
     other positions than attention does: then each token costs a pass over all before it. With
     pipeline parallelism the prompts are cut into as many parts as there are stages, which all
-    compute at once. The model is evaluated without dropout, and keeps its mode.
+    compute at once. A T5's encoder reads the prompts, once; its decoder begins with
+    model.decoder_start_token_id, which is not among the new tokens. The model is evaluated without
+    dropout, and keeps its mode.
 
     Raises ValueError, on every rank and before anything is computed, for an empty prompt, an id
     outside the vocabulary, a prompt that with its new tokens is longer than a learned position
-    table, prompts that differ between ranks, and a family that does not predict the next token;
+    table, prompts that differ between ranks, a family that does not predict the next token, and a
+    T5 with modules of a user's;
     ConfigError for the fields of `config`; RuntimeError for a state that was donated, or whose
     process groups are closed. What `on_token` raises is raised at the end.
     """
@@ -74,6 +82,11 @@ def generate(
         if can_use_a_cache(state):
             with cpu.device_requests_not_answered():
                 _decode(state, ids, output)
+        elif family_of(state.config.model.family).encoder_decoder is not None:
+            raise ValueError(
+                f"model.family = {state.config.model.family!r}: it has modules that may look at "
+                "other positions than attention does; generate with a model of megafn's modules"
+            )
         else:
             _decode_without_cache(state, ids, output)
     _raise_error_of_on_token(output, state)
@@ -93,7 +106,8 @@ def _checked_on_all_ranks(
         _check_family(state)
         check_generation(config, state.config.model.vocab_size)
         ids = as_ids(prompts)
-        check_prompts(ids, config, state.config.model)
+        is_continued = family_of(state.config.model.family).encoder_decoder is None
+        check_prompts(ids, config, state.config.model, is_continued=is_continued)
     except ValueError as refused:
         error = refused
     digest = derive_seed(ids, config, str(error))
@@ -111,7 +125,7 @@ def _checked_on_all_ranks(
 
 def _check_family(state: State) -> None:
     family = family_of(state.config.model.family)
-    if not family.predicts_next_token:
+    if not family.predicts_next_token and family.encoder_decoder is None:
         raise ValueError(
             f"model.family = {family.name!r}: does not predict the next token; "
             "call megafn.logits for what it predicts"
@@ -206,7 +220,7 @@ def _decode(state: State, prompts: Sequence[Sequence[int]], output: _Output) -> 
     sends: list[dist.Work] = []
     for step in range(output.config.max_new_tokens):
         passes: dict[int, Pass] = {}
-        for number, chunk in enumerate(state.chunks):
+        for number in range(len(state.chunks)):
             for index, part in enumerate(parts):
                 if number == 0:
                     if step > 0:
@@ -215,7 +229,7 @@ def _decode(state: State, prompts: Sequence[Sequence[int]], output: _Output) -> 
                         passes[index] = next_pass(part, state.config)
                 if index not in passes:
                     continue
-                hidden = run_chunk(chunk, number, passes[index], state, sends)
+                hidden = run_chunk(number, part, passes[index], state, sends)
                 if number == last_chunk:
                     drawn = _draw(hidden, part, passes[index], state, output.config, step)
                     arrivals[index] = _send_tokens(drawn, state)
@@ -228,16 +242,61 @@ def _decode(state: State, prompts: Sequence[Sequence[int]], output: _Output) -> 
 def _parts(
     state: State, prompts: Sequence[Sequence[int]], config: GenerationConfig
 ) -> list[Decoding]:
-    """The prompts cut into one part for each pipeline stage, as far as there are prompts."""
-    count = min(state.pg.pp.size(), len(prompts))
+    """The prompts cut into one part for each stage of the decoder, as far as there are prompts."""
+    functions = family_of(state.config.model.family).encoder_decoder
+    if functions is None:
+        places = _split(len(prompts), state.pg.pp.size())
+        return [_part(rows, prompts, _continue, state, config) for rows in places]
+    first_stage = functions.first_decoder_stage(state.config.parallel)
+    places = _split(len(prompts), state.pg.pp.size() - first_stage)
+    encoded = encode([[prompts[row] for row in rows] for rows in places], functions, state)
+    starts = [(state.config.model.decoder_start_token_id,)] * len(prompts)
     parts = []
-    for number in range(count):
-        first = number * len(prompts) // count
-        end = (number + 1) * len(prompts) // count
-        batch = padded_batch(range(first, end), prompts, state.pg.device)
-        capacity = batch.tokens.size(1) + config.max_new_tokens
-        parts.append(Decoding(batch=batch, cache=KeyValueCache(capacity=capacity)))
+    for rows, memory in zip(places, encoded, strict=True):
+        call = partial(_answer, functions, memory)
+        parts.append(_part(rows, starts, call, state, config, first_stage))
     return parts
+
+
+def _split(count: int, parts: int) -> list[range]:
+    """Numbers from 0 to count - 1 in at most so many parts, none of them empty."""
+    parts = min(parts, count)
+    bounds = [number * count // parts for number in range(parts + 1)]
+    return [range(first, end) for first, end in pairwise(bounds)]
+
+
+def _part(
+    rows: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    call: Callable[[Any, Pass], torch.Tensor],
+    state: State,
+    config: GenerationConfig,
+    first_stage: int = 0,
+) -> Decoding:
+    batch = padded_batch(rows, prompts, state.pg.device)
+    capacity = batch.tokens.size(1) + config.max_new_tokens
+    cache = KeyValueCache(capacity=capacity)
+    return Decoding(batch=batch, cache=cache, call=call, first_stage=first_stage)
+
+
+def _continue(chunk: Any, one_pass: Pass) -> torch.Tensor:
+    """A chunk of a decoder that has read the prompt itself."""
+    return chunk(one_pass.tokens, one_pass.positions, one_pass.hidden, cache=one_pass.cache)
+
+
+def _answer(
+    functions: EncoderDecoder, encoded: EncodedPrompts, chunk: Any, one_pass: Pass
+) -> torch.Tensor:
+    """A chunk of a decoder that attends to what an encoder has read."""
+    return functions.decode(
+        chunk,
+        one_pass.tokens,
+        one_pass.positions,
+        one_pass.hidden,
+        one_pass.cache,
+        encoded.memory,
+        encoded.mask,
+    )
 
 
 def _is_done(part: Decoding, output: _Output) -> bool:

@@ -39,9 +39,16 @@ def _ids_of(prompt: Sequence[int] | torch.Tensor, row: int) -> tuple[int, ...]:
 
 
 def check_prompts(
-    prompts: Sequence[Sequence[int]], config: GenerationConfig, model: ModelConfig
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    model: ModelConfig,
+    *,
+    is_continued: bool = True,
 ) -> None:
-    """Raises ValueError for no or an empty prompt, an unknown id, and one that is too long."""
+    """Raises ValueError for no or an empty prompt, an unknown id, and one that is too long.
+
+    is_continued: new tokens follow the prompt; else a decoder begins anew.
+    """
     if not prompts:
         raise ValueError("prompts = []: give at least one prompt")
     for row, prompt in enumerate(prompts):
@@ -53,14 +60,34 @@ def check_prompts(
                     f"prompts[{row}] has the id {token}: must be from 0 to {model.vocab_size - 1} "
                     "(model.vocab_size); encode with the model's own tokenizer"
                 )
-        length = len(prompt) + config.max_new_tokens
-        # the last new token is never an input
-        if model.position_embedding == "learned_absolute" and length - 1 > model.position_rows:
-            raise ValueError(
-                f"prompts[{row}] has {len(prompt)} tokens, with {config.max_new_tokens} new ones "
-                f"{length}: the position table has {model.position_rows} rows; shorten the prompt "
-                "or lower max_new_tokens"
-            )
+        if model.position_embedding == "learned_absolute":
+            if is_continued:
+                _check_positions_of_both(row, len(prompt), config.max_new_tokens, model)
+            else:
+                _check_positions_of_each(row, len(prompt), config.max_new_tokens, model)
+
+
+def _check_positions_of_both(row: int, length: int, new: int, model: ModelConfig) -> None:
+    # the last new token is never an input
+    if length + new - 1 > model.position_rows:
+        raise ValueError(
+            f"prompts[{row}] has {length} tokens, with {new} new ones {length + new}: the position "
+            f"table has {model.position_rows} rows; shorten the prompt or lower max_new_tokens"
+        )
+
+
+def _check_positions_of_each(row: int, length: int, new: int, model: ModelConfig) -> None:
+    rows = model.position_rows
+    if length > rows:
+        raise ValueError(
+            f"prompts[{row}] has {length} tokens: the position table has {rows} rows; "
+            "shorten the prompt"
+        )
+    # the decoder's first input is model.decoder_start_token_id
+    if new > rows:
+        raise ValueError(
+            f"max_new_tokens = {new}: the position table has {rows} rows; lower it to {rows}"
+        )
 
 
 @frozen(kw_only=True, eq=False)
@@ -87,7 +114,9 @@ class PaddedBatch:
 
         Of the columns from `start`, of which there are `queries`; those from `end` on are filling.
         """
-        if self.padding is None and (window is None or end <= window):
+        # torch's causal attention has its first query at the first key
+        has_causality = queries == 1 or start == 0
+        if self.padding is None and has_causality and (window is None or end <= window):
             return None
         device = self.tokens.device
         query = torch.arange(start, start + queries, device=device)[:, None]

@@ -50,3 +50,15 @@ class KeyValueCache:
         kept.keys[:, :, self.start : end] = key[:, :, : self.new]
         kept.values[:, :, self.start : end] = value[:, :, : self.new]
         return kept.keys[:, :, :end], kept.values[:, :, :end]
+
+
+@frozen(eq=False)
+class EncoderMemory:
+    """What an encoder read, for the cross-attentions of a decoder, in place of the tensor.
+
+    hidden: the encoder's output [sequence (/ tp), batch, hidden].
+    keys_and_values: by attention module, computed once for all tokens that the decoder writes.
+    """
+
+    hidden: torch.Tensor
+    keys_and_values: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = field(factory=dict)

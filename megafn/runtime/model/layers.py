@@ -38,7 +38,7 @@ from megafn.pure.config.records import (
     RecomputeConfig,
     TrainConfig,
 )
-from megafn.runtime.model.key_value_cache import KeyValueCache
+from megafn.runtime.model.key_value_cache import EncoderMemory, KeyValueCache
 from megafn.runtime.parallel.context import cp_positions
 from megafn.runtime.parallel.groups import ProcessGroups
 
@@ -244,7 +244,7 @@ class Attention(MegatronModule):
         self, mask: torch.Tensor | None, positions: torch.Tensor
     ) -> torch.Tensor | None:
         """A mask of keys [.., 1, sk]; if attention is causal, it hides keys after `positions`."""
-        if mask is None or not self.causal or mask.size(-2) > 1:
+        if mask is None or not self.causal or mask.is_floating_point() or mask.size(-2) > 1:
             return mask
         keys = torch.arange(mask.size(-1), device=mask.device)
         return mask & (keys <= positions[:, None])
@@ -375,6 +375,29 @@ def _band(queries: range, keys: range, window: int, device: torch.device) -> tor
     return (age >= 0) & (age < window)
 
 
+class CrossAttentionToMemory(CrossAttention):
+    """megatron-core's, which computes the keys and values of an `EncoderMemory` only once."""
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | EncoderMemory,
+        **options: Any,
+    ) -> Any:
+        memory = key_value_states
+        if not isinstance(memory, EncoderMemory):
+            return super().get_query_key_value_tensors(hidden_states, memory, **options)
+        if self not in memory.keys_and_values:
+            query, key, value = super().get_query_key_value_tensors(
+                hidden_states, memory.hidden, **options
+            )
+            memory.keys_and_values[self] = (key, value)
+            return query, key, value
+        query, _ = self.linear_q(hidden_states)
+        heads = (self.num_attention_heads_per_partition, self.hidden_size_per_attention_head)
+        return query.view(*query.shape[:-1], *heads), *memory.keys_and_values[self]
+
+
 def _linear_with_bias(
     layer: ColumnParallelLinear | RowParallelLinear,
     hidden: torch.Tensor,
@@ -478,7 +501,7 @@ def _cross_attention(
         "pre_cross_attn_layernorm": Norm,
         "cross_attn_bda": get_bias_dropout_add,
         "cross_attention": ModuleSpec(
-            module=CrossAttention,
+            module=CrossAttentionToMemory,
             params={"attn_mask_type": AttnMaskType.arbitrary},
             submodules=CrossAttentionSubmodules(
                 linear_q=linear,

@@ -73,6 +73,12 @@ def chunks_adapters(chunks: Iterable[torch.nn.Module]) -> tuple[Adapters, ...]:
     return tuple(adapters for adapters in left if isinstance(adapters, Adapters))
 
 
+def lora_of(chunks: Iterable[torch.nn.Module]) -> Lora | None:
+    """The settings of the adapters of a process's chunks, or None without adapters."""
+    adapters = chunks_adapters(chunks)
+    return adapters[0].lora if adapters else None
+
+
 def lora(
     rank: int,
     alpha: float,

@@ -22,6 +22,18 @@ class Ownership:
     version: int = 0
 
 
+@frozen(kw_only=True)
+class UnprovenReplicas:
+    """Parameters that count as replicated over tp, but whose gradients were zero in every step.
+
+    Equal gradients on all tp ranks say nothing while they are zero: see `training.model_checks`.
+    The names are those of this process's stage; other stages may have some if it has none.
+    """
+
+    names: frozenset[str]
+    steps_left: int  # in which they are still compared
+
+
 @frozen(kw_only=True, eq=False)
 class State:
     """Where a run stands. `train_step` changes its tensors in place and returns a new record.
@@ -36,6 +48,7 @@ class State:
     `report_names`: what the step reports besides the loss, agreed on by all ranks in the first
     step (see `training.totals`); None before it.
     `pretrained`: where the first weights came from; None: they were drawn at random.
+    `unproven`: what the next step compares over tp once more; None: nothing, on any rank.
     """
 
     config: TrainConfig
@@ -50,6 +63,7 @@ class State:
     grad_norms: tuple[float, ...] = ()
     report_names: tuple[str, ...] | None = None
     pretrained: Pretrained | None = None
+    unproven: UnprovenReplicas | None = None
     ownership: Ownership = field(factory=Ownership, repr=False)
     version: int = field(default=0, repr=False)
 

@@ -27,6 +27,10 @@ def describe_weights(path: str | Path) -> str:
         lines.extend(_lines_of_record(source.remember()))
         if source.model is not None:
             lines.append(f"model: {_model_in_words(source.model)}")
+        if source.base is not None:
+            lines.append(
+                f"adapters and what else was trained, on the weights of {source.base.source}"
+            )
         lines.extend(_lines_of_tensors(source))
     return "\n".join(lines)
 

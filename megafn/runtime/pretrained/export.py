@@ -19,10 +19,12 @@ from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.checkpoint.disk_format import tensor_key
 from megafn.runtime.checkpoint.load import checkpoint_at, read_manifest
 from megafn.runtime.checkpoint.state_boxes import StateBox, state_boxes
+from megafn.runtime.model.lora import lora_of
 from megafn.runtime.model.state import State, check_usable
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
-from megafn.runtime.pretrained.megafn_checkpoint import open_checkpoint
+from megafn.runtime.pretrained.base import merged, open_weights
+from megafn.runtime.pretrained.formats import find_weights
 from megafn.runtime.pretrained.model_directory import (
     MAX_SHARD_BYTES,
     plan_directory,
@@ -46,7 +48,7 @@ def to_pretrained(
     """Write the weights of a state as a Hugging Face directory, which transformers loads.
 
     Every rank calls it, in any layout; the files are the same in all of them. directory: a new one,
-    on a disk that all hosts share; it appears whole or not at all.
+    on a disk that all hosts share; it appears whole or not at all. Adapters are merged.
     dtype: "fp32", "bf16" or "fp16"; None: that of the weights that the run started from, or
     precision.dtype if it started from random ones. Values are those of the fp32 masters, rounded.
     tokenizer: a tokenizer.json, or a directory whose tokenizer files are copied.
@@ -59,7 +61,8 @@ def to_pretrained(
     was donated.
     """
     check_usable(state)
-    reader = _reader_of_state(state)
+    lora = lora_of(state.chunks)
+    reader = merged(_reader_of_state(state), None if lora is None else lora.scale)
     plan = plan_directory(
         directory,
         reader.shapes,
@@ -92,9 +95,9 @@ def export(
         raise CheckpointError(
             f"{checkpoint} holds no complete checkpoint: name one, or the folder of a run"
         )
-    with open_checkpoint(path) as source:
+    with open_weights(find_weights(path), None) as source:
         manifest = read_manifest(path)
-        reader = _reader_of_source(source)
+        reader = merged(_reader_of_source(source), source.adapters_scale)
         plan = plan_directory(
             directory,
             reader.shapes,

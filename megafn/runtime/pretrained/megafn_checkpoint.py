@@ -19,6 +19,7 @@ from megafn.pure.config.records import ModelConfig, TrainConfig
 from megafn.pure.config.serialization import from_dict
 from megafn.pure.pretrained.compatibility import is_head, shape_problem
 from megafn.pure.pretrained.pretrained import Pretrained, pretrained_from_dict
+from megafn.runtime.checkpoint.adapters import adapters_scale, needs_base
 from megafn.runtime.checkpoint.atomic_files import CHECKSUMS, CheckpointError
 from megafn.runtime.checkpoint.disk_format import FORMAT, MANIFEST
 from megafn.runtime.checkpoint.load import (
@@ -79,6 +80,8 @@ def open_checkpoint(path: Path, model: ModelConfig | None = None) -> Iterator[We
             damage=partial(damaged_files, path, manifest),
             is_head=is_head,
             parameters=shapes,
+            base=pretrained_from_dict(manifest["pretrained"]) if needs_base(manifest) else None,
+            adapters_scale=adapters_scale(manifest),
         )
 
 

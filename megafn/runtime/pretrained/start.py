@@ -32,6 +32,7 @@ from megafn.runtime.parallel.object_collectives import (
     broadcast_from_rank_zero,
     gather_from_all_ranks,
 )
+from megafn.runtime.pretrained.base import open_weights
 from megafn.runtime.pretrained.formats import Place, find_weights
 from megafn.runtime.pretrained.weight_source import WeightSource
 
@@ -132,7 +133,7 @@ def _open_everywhere(place: Place, state: State, closing: contextlib.ExitStack) 
     source = None
     error = None
     try:
-        source = closing.enter_context(place.format.open(place.path, state.config.model))
+        source = closing.enter_context(open_weights(place, state.config.model))
     except _PROBLEMS as problem:
         error = problem
     _raise_everywhere(error, state.pg)

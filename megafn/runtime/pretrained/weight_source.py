@@ -56,6 +56,9 @@ class WeightSource:
     is_head(tensor): part of a head, which a config with another head replaces.
     parameters: the parameters of the whole model and their shapes, if the files hold megafn's own
         parameters; empty for other formats.
+    base: the weights that these refer to, if they are adapters and what else was trained; None:
+        they are whole. `base.open_weights` opens both.
+    adapters_scale: the factor of the adapters' output, None if there are none.
     """
 
     path: Path
@@ -68,6 +71,8 @@ class WeightSource:
     is_known_buffer: Callable[[str], bool] = _never
     is_head: Callable[[str], bool] = _never
     parameters: Mapping[str, Index] = {}
+    base: Pretrained | None = None
+    adapters_scale: float | None = None
 
 
 # (the path that `find` returned, the model to read into) -> the open weights. A model of None means

@@ -1,7 +1,7 @@
 """What users add to a model or freeze in it: replicas made alike, and checks that fail early.
 
 `setup` calls `start_alike`, `check_frozen` and `connect_frozen_parts`; `train_step` the others, in
-the first step of a process only.
+the first step of a process only, or until each gradient was something else than zero.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megafn.pure.config.problems import ConfigError, Problem, config_error
 from megafn.pure.config.records import TrainConfig
 from megafn.runtime.model.lora import Adapters, chunks_adapters
-from megafn.runtime.model.state import State
+from megafn.runtime.model.state import State, UnprovenReplicas
 from megafn.runtime.model.weights import LocalParameter, local_parameters
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
@@ -95,7 +95,12 @@ def check_frozen(chunks: Sequence[torch.nn.Module], config: TrainConfig, pg: Pro
 
 
 def _check_adapters(adapters: Sequence[Adapters]) -> None:
-    """Raise ConfigError if `lora` was given a name that no chunk of the model has."""
+    """Raise ConfigError if `lora` was given a name that no chunk has, or other settings on one."""
+    if len({of_chunk.lora for of_chunk in adapters}) > 1:
+        raise ConfigError(
+            "prepare_model: chunks of one model have adapters of different settings; give each "
+            "the same mf.lora(...)."
+        )
     matched = {name for of_chunk in adapters for name in of_chunk.matched}
     for of_chunk in adapters:
         lora = of_chunk.lora
@@ -179,13 +184,22 @@ def _loses_gradient_of_bias(layer: ColumnParallelLinear) -> bool:
 
     A tied output layer has no weight of its own: it gets the word table, which may be frozen.
     """
-    if layer.bias is None or layer.skip_bias_add or layer.gather_output:
+    if layer.bias is None or layer.skip_bias_add or not layer.bias.requires_grad:
         return False
-    return layer.bias.requires_grad and layer.weight is None
+    if layer.weight is not None and layer.weight.requires_grad:
+        return False
+    if layer.gather_output:  # the output is whole here, and the bias is a part
+        raise ConfigError(
+            "prepare_model or model function: a ColumnParallelLinear with gather_output has a "
+            "trainable bias on a frozen weight, which megatron-core gives no gradient; freeze both "
+            "or none."
+        )
+    return True
 
 
 def _add_bias(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-    return output[0] + output[1], None
+    values, bias = output
+    return output if bias is None else (values + bias, None)
 
 
 def _output_needs_gradient(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
@@ -225,17 +239,51 @@ class _NoteName:
         self.received.add(self.name)
 
 
-def check_first_gradients(state: State, received: set[str]) -> None:
+def check_first_gradients(state: State, received: set[str]) -> UnprovenReplicas | None:
     """Compare, in the first step, gradients of what counts as replicated over tp; report silence.
 
     Raises ConfigError on every rank, before the update, if a parameter that is not cut over tp has
     other gradients on other tp ranks. Warns on rank zero of trainable parameters that no rank has a
-    gradient for.
+    gradient for. Returns what `check_unproven` is to compare in the next step.
     """
     pg = state.pg
     silent = sorted({part.name for part in _trained(state)} - received)
-    every_rank = gather_from_all_ranks((_different_over_tp(state), silent), pg)
-    different = sorted({name for names, _ in every_rank for name in names})
+    compared = _compare_over_tp(_replicated(state), pg)
+    every_rank = gather_from_all_ranks((compared, silent), pg)
+    _refuse_different([of_rank for of_rank, _ in every_rank])
+    if any(names for _, names in every_rank):
+        _report_silent(silent, received, pg)
+    if not any(of_rank.zero for of_rank, _ in every_rank):
+        return None
+    return UnprovenReplicas(names=frozenset(compared.zero), steps_left=_STEPS_TO_COMPARE)
+
+
+# An adapter's first matrix has a gradient once its second one was updated, which a warm-up delays;
+# what has none for so long is left alone, so that it does not cost time in every step.
+_STEPS_TO_COMPARE = 100
+
+
+def check_unproven(state: State, unproven: UnprovenReplicas) -> UnprovenReplicas | None:
+    """`check_first_gradients` of parameters whose gradients were zero until now.
+
+    Raises ConfigError in the same way. Returns those that are still zero.
+    """
+    pg = state.pg
+    parts = [part for part in _replicated(state) if part.name in unproven.names]
+    compared = _compare_over_tp(parts, pg)
+    counts = torch.tensor([len(compared.different), len(compared.zero)], device=pg.device)
+    dist.all_reduce(counts, group=pg.world)
+    different, zero = counts.tolist()
+    if different:
+        _refuse_different(gather_from_all_ranks(compared, pg))
+    steps_left = unproven.steps_left - 1
+    if not zero or steps_left == 0:
+        return None
+    return UnprovenReplicas(names=frozenset(compared.zero), steps_left=steps_left)
+
+
+def _refuse_different(every_rank: Sequence[Compared]) -> None:
+    different = sorted({name for of_rank in every_rank for name in of_rank.different})
     if different:
         raise ConfigError(
             f"prepare_model or model function: the gradient of {', '.join(different[:8])} differs "
@@ -244,8 +292,6 @@ def check_first_gradients(state: State, received: set[str]) -> None:
             "sequence_parallel = True on one whose gradients are to be summed over tp "
             "(docs/extending.md)."
         )
-    if any(names for _, names in every_rank):
-        _report_silent(silent, received, pg)
 
 
 def _report_silent(silent: Sequence[str], received: set[str], pg: ProcessGroups) -> None:
@@ -267,18 +313,22 @@ _TOLERANCES = {torch.float32: (1e-3, 1e-6)}
 _HALF_PRECISION_TOLERANCES = (3e-2, 1e-3)
 
 
+@frozen(kw_only=True)
+class Compared:
+    """Names of parameters by what the comparison of their gradients over tp found."""
+
+    different: tuple[str, ...] = ()
+    zero: tuple[str, ...] = ()  # on every tp rank, or not finite: neither equal nor different
+
+
 @torch.no_grad()
-def _different_over_tp(state: State) -> list[str]:
-    """Names of parameters that count as replicated over tp and whose gradients differ there.
+def _compare_over_tp(parts: Sequence[LocalParameter], pg: ProcessGroups) -> Compared:
+    """Compare the gradients of parameters that count as replicated over tp.
 
     Each gradient is compared by its norm and by its product with a fixed vector, in one all-reduce.
     """
-    pg = state.pg
-    if pg.tp.size() == 1:
-        return []
-    parts = [part for part in _trained(state) if part.dim is None]
-    if not parts:
-        return []
+    if pg.tp.size() == 1 or not parts:
+        return Compared()
     numbers = torch.stack([_checksums(part.parameter) for part in parts])
     extremes = torch.cat([numbers, -numbers])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=pg.tp)
@@ -288,8 +338,18 @@ def _different_over_tp(state: State) -> list[str]:
     relative, of_all = _TOLERANCES.get(parts[0].parameter.dtype, _HALF_PRECISION_TOLERANCES)
     allowed = relative * norms + of_all * norms.square().sum().sqrt()
     # a NaN or an infinity is left to the guarded update
-    different = (apart > allowed) & torch.isfinite(apart)
-    return [part.name for part, is_bad in zip(parts, different.tolist(), strict=True) if is_bad]
+    is_finite = torch.isfinite(apart)
+    is_different = (apart > allowed) & is_finite
+    is_zero = (norms == 0) | ~is_finite
+    flags = torch.stack([is_different, is_zero]).tolist()
+    return Compared(
+        different=_names_where(flags[0], parts),
+        zero=_names_where(flags[1], parts),
+    )
+
+
+def _names_where(flags: Sequence[bool], parts: Sequence[LocalParameter]) -> tuple[str, ...]:
+    return tuple(part.name for part, flag in zip(parts, flags, strict=True) if flag)
 
 
 def _checksums(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -297,6 +357,11 @@ def _checksums(parameter: torch.nn.Parameter) -> torch.Tensor:
     gradient = parameter.main_grad.reshape(-1).double()  # type: ignore[attr-defined]
     places = torch.arange(gradient.numel(), device=gradient.device, dtype=torch.float64)
     return torch.stack([gradient.norm(), gradient @ torch.cos(places * places)])
+
+
+def _replicated(state: State) -> list[LocalParameter]:
+    """The trained parameters of which every tp rank is to hold the same."""
+    return [part for part in _trained(state) if part.dim is None]
 
 
 def _trained(state: State) -> Iterator[LocalParameter]:

@@ -26,6 +26,7 @@ from megafn.runtime.model.state import State
 from megafn.runtime.parallel import cpu
 from megafn.runtime.parallel.groups import ProcessGroups, init_groups, world_size
 from megafn.runtime.parallel.object_collectives import call_on_rank_zero
+from megafn.runtime.pretrained.load import read_base
 from megafn.runtime.pretrained.start import from_pretrained
 from megafn.runtime.training.arguments import Batches, ModelFunction, OptimizerFunction
 from megafn.runtime.training.fit import global_batches, same_corpora
@@ -110,7 +111,7 @@ def _newest_before(
         manifest = verified_manifest(path, pg)
         if parts is not None:
             check_data(manifest, partial(describe_data, config, parts), state)
-        state = load_verified(state, path, manifest)
+        state = load_verified(state, path, manifest, read_base)
         last_sample = manifest["last_sample"]
         _warn_of_changes(from_dict(manifest["config"]), config, iteration, pg)
     elif config.checkpoint.pretrained is not None:

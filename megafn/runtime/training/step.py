@@ -34,7 +34,11 @@ from megafn.runtime.training.forward_backward import (
     forward_backward,
 )
 from megafn.runtime.training.gradients import zero_gradients
-from megafn.runtime.training.model_checks import check_first_gradients, watch_gradients
+from megafn.runtime.training.model_checks import (
+    check_first_gradients,
+    check_unproven,
+    watch_gradients,
+)
 from megafn.runtime.training.totals import Totals, sum_over_ranks
 from megafn.runtime.training.whole_logits import whole_logits
 
@@ -49,8 +53,9 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
     Raises ValueError, before the update, if the batch has another number of micro-batches than
     `num_micro_batches`, if none of its tokens counts, and if step.loss reports other names for some
     micro-batches; RuntimeError for a state that was donated before, or whose groups are closed. In
-    the first step, raises ConfigError before the update if a parameter that counts as replicated
-    over tp has other gradients on other ranks.
+    the first step, or the first one in which it has a gradient other than zero, raises ConfigError
+    before the update if a parameter that counts as replicated over tp has other gradients on other
+    ranks.
 
     Numbers move to the host once, before the update: loss, count, reports and gradient norm in one
     tensor, summed over all ranks in one collective; once more under log.everything or fp16.
@@ -70,7 +75,9 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
         with watch_gradients(state, first=first) as received:
             sums = _forward_backward(state, micro_batches, step, outputs, forward_only=False)
         if first:
-            check_first_gradients(state, received)
+            state = attrs.evolve(state, unproven=check_first_gradients(state, received))
+        elif state.unproven is not None:
+            state = attrs.evolve(state, unproven=check_unproven(state, state.unproven))
         overflow = state.optimizer.prepare_grads()
         share = squared_norm_share(state.optimizer, state.pg)
         totals = sum_over_ranks(sums, state.report_names, state.pg, squared_norm=share)

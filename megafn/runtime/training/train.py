@@ -15,6 +15,7 @@ from megafn.runtime.families.step import Step
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel import cpu
 from megafn.runtime.parallel.groups import init_groups, world_size
+from megafn.runtime.pretrained.load import read_base
 from megafn.runtime.pretrained.start import check_pretrained, start_from_pretrained
 from megafn.runtime.training.arguments import (
     Batches,
@@ -67,7 +68,7 @@ def train(
     ):
         state = build_state(config, pg, model=model, optimizer=optimizer)
         state = start_from_pretrained(state)
-        state, batches = resume(state, batches, found.get("train"))
+        state, batches = resume(state, batches, read_base, found.get("train"))
         return fit_in_locked_directory(
             state,
             step,
