@@ -14,12 +14,14 @@ from pathlib import Path
 import attrs
 import torch
 from attrs import frozen
+from safetensors import SafetensorError
 
 from megafn.pure.checkpoint.boxes import Box, Index
 from megafn.pure.config.problems import ConfigError, Problem, config_error
 from megafn.pure.config.records import CheckpointConfig, ModelConfig
 from megafn.pure.pretrained.compatibility import has_another_head, is_head, model_problems
 from megafn.pure.pretrained.natural_order import in_natural_order
+from megafn.pure.pretrained.pretrained import Pretrained
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.checkpoint.disk_format import latest
 from megafn.runtime.checkpoint.state_boxes import fill_state, held_shapes
@@ -35,7 +37,7 @@ from megafn.runtime.pretrained.formats import Place, find_weights
 from megafn.runtime.pretrained.weight_source import WeightSource
 
 # Errors of the weights' content or place, which every rank raises if one does.
-_PROBLEMS = (CheckpointError, ConfigError, OSError)
+_PROBLEMS = (CheckpointError, ConfigError, OSError, SafetensorError)
 
 
 def from_pretrained(state: State, path: str | Path) -> State:
@@ -62,9 +64,9 @@ def from_pretrained(state: State, path: str | Path) -> State:
         source = _open_everywhere(place, state, closing)
         match = _match_everywhere(source, state)
         _verify_everywhere(source, state)
+        record = _remembered_by_rank_zero(source, pg)
         state = donate(state)
         _fill_everywhere(source, state, match)
-        record = broadcast_from_rank_zero(source.remember() if pg.is_rank_zero else None, pg)
     print_on_rank_zero(_summary(place, match), state.config, pg)
     consumed = state.config.consumed_samples[0]
     return attrs.evolve(
@@ -241,6 +243,20 @@ def _verify_everywhere(source: WeightSource, state: State) -> None:
     except _PROBLEMS as problem:
         error = problem
     _raise_everywhere(error, state.pg)
+
+
+def _remembered_by_rank_zero(source: WeightSource, pg: ProcessGroups) -> Pretrained:
+    record = None
+    error: Exception | None = None
+    if pg.is_rank_zero:
+        try:
+            record = source.remember()
+        except _PROBLEMS as problem:
+            error = problem
+    _raise_everywhere(error, pg)
+    record = broadcast_from_rank_zero(record, pg)
+    assert record is not None
+    return record
 
 
 def _fill_everywhere(source: WeightSource, state: State, match: Match) -> None:
