@@ -366,8 +366,20 @@ def t5_encode(
 
     attention_mask: bool [batch or 1, 1, 1, s], True = hidden.
     """
-    relative = chunk.encoder_relative_pos_emb
-    return _run_half(chunk, chunk.encoder, tokens, chunk.received, attention_mask, relative)
+    model = chunk.plan.config.model
+    position_ids = torch.arange(tokens.size(1), device=tokens.device)
+    if model.position_embedding == "learned_absolute":
+        # padding, for sequence parallelism, may exceed the table
+        position_ids = position_ids.clamp(max=model.position_rows - 1)
+    return _run_half(
+        chunk,
+        chunk.encoder,
+        tokens,
+        chunk.received,
+        attention_mask,
+        chunk.encoder_relative_pos_emb,
+        position_ids=position_ids.expand_as(tokens),
+    )
 
 
 def t5_decode(
