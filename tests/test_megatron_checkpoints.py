@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import subprocess
+from collections import OrderedDict
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +18,7 @@ from equivalence import tiny
 from megafn.runtime.checkpoint.state_boxes import state_boxes
 from megafn.runtime.pretrained import megatron_source
 from megafn.runtime.pretrained.formats import find_weights
-from megafn.runtime.pretrained.torch_archive import copy_part
+from megafn.runtime.pretrained.torch_archive import copy_part, open_files, read_archive
 from megatron_writers import (
     TOKENS,
     legacy_bert,
@@ -360,3 +361,29 @@ def test_a_file_outside_of_the_checkpoint_is_not_read(written, tmp_path):
         mf.CheckpointError, match=r"damaged: '\.\./__0_0\.distcp' is not a file name"
     ):
         read_all(copy)
+
+
+@attrs.frozen
+class Redirected:
+    """A tensor whose pickle says afterwards that it lies in another file."""
+
+    tensor: torch.Tensor
+    path: str
+
+    def __reduce__(self):
+        arguments = (self.tensor._typed_storage(), 0, (4,), (1,), False, OrderedDict())
+        return torch._utils._rebuild_tensor_v2, arguments, (self.path, 0, torch.float32, (4,), (1,))
+
+
+def test_a_pickle_cannot_place_a_tensor_in_another_file(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"what others wrote")
+    file = tmp_path / "tensor.pt"
+    torch.save({"weight": Redirected(torch.ones(4), str(elsewhere))}, file)
+    with (
+        open_files() as files,
+        pytest.raises(
+            mf.CheckpointError, match=r"tensor\.pt is damaged: it is not a file of torch"
+        ),
+    ):
+        read_archive(files, file)

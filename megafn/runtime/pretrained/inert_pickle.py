@@ -39,7 +39,7 @@ class InertUnpickler(pickle.Unpickler):
         if (module, name) in self._known:
             return self._known[module, name]
         if module == "torch":
-            dtype = getattr(torch, name, None)
+            dtype = vars(torch).get(name)  # getattr may import a module of torch
             if isinstance(dtype, torch.dtype):
                 return dtype
         return _inert_class(module, name)

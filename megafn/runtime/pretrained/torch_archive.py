@@ -28,7 +28,11 @@ from megafn.runtime.pretrained.inert_pickle import InertUnpickler, Known
 _OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch before 1.6: no archive
 
 
-@frozen(kw_only=True)
+# A pickle may set the state of any object that it has made. Without attrs' __setstate__ it cannot:
+# else it could make a FileTensor of another file, and have that read.
+
+
+@frozen(kw_only=True, getstate_setstate=False)
 class FileTensor:
     """A tensor, and where it lies in a file."""
 
@@ -190,7 +194,7 @@ def _first_byte(data: mmap.mmap, header: int) -> int:
 # -------------------------------------------------------------------- what stands for torch's names
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, getstate_setstate=False)
 class _Storage:
     """Bytes of a file that hold elements of one type."""
 
