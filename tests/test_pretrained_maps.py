@@ -564,6 +564,22 @@ def test_an_export_keeps_special_ids_of_a_model_that_was_changed():
     assert read(saved(transformers.AutoConfig.for_model(**config)))[1] == changed
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "smollm3"])
+def test_a_model_whose_window_was_taken_away_computes_without_one_in_transformers(model_type):
+    windowed = dict(use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    windowed |= dict(layer_types=["sliding_attention"] * TINY[model_type]["num_hidden_layers"])
+    source = saved(reference(model_type, None, windowed))
+    architecture, model = read(source)
+    assert model.sliding_window == 8
+    config = exported_config(architecture, attrs.evolve(model, sliding_window=None), source)
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config)
+    )
+    tokens = torch.arange(12)[None]
+    assert theirs(tokens).logits.shape == (1, 12, model.vocab_size)
+    assert read(config)[1].sliding_window is None
+
+
 def test_a_bert_with_another_head_stays_a_bert():
     source = dict(model_type="megatron-bert", architectures=["MegatronBertForPreTraining"])
     source |= TINY["megatron-bert"] | dict(cls_token_id=4)

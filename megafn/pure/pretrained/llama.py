@@ -176,7 +176,11 @@ def _upper_layers(reader: ConfigReader) -> tuple[str, tuple[bool, ...]]:
 
 def _window_of_all_layers_config(model: ModelConfig) -> dict[str, Any]:
     if model.sliding_window is None:
-        return {"use_sliding_window": False}
+        return {
+            "use_sliding_window": False,
+            # those of the config.json that the model came from may name a window
+            "layer_types": ["full_attention"] * model.num_layers,
+        }
     return {
         "use_sliding_window": True,
         "sliding_window": model.sliding_window,
