@@ -266,6 +266,18 @@ def test_export_holds_one_parameter_at_a_time(tmp_path):
     assert max(growth) < size / 8, "one of 16 layers is a sixteenth of it"
 
 
+def test_an_export_leaves_the_folders_of_other_exports_alone(tmp_path):
+    config = tiny()
+    with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg:
+        mf.save(mf.setup(config, pg), tmp_path / "run")
+    killed = tmp_path / ".saving-model-0123abcd"
+    running = tmp_path / ".saving-model-chat-0123abcd"
+    killed.mkdir()
+    running.mkdir()
+    mf.export(tmp_path / "run", tmp_path / "model")
+    assert not killed.exists() and running.exists()
+
+
 # ------------------------------------------------------------------------------------- bad input
 
 

@@ -244,14 +244,22 @@ def _make_room(plan: DirectoryPlan) -> Room:
                 "tokenizer.json, or a directory with one"
             )
         directory.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.parent.glob(f".saving-{glob.escape(directory.name)}-*"):
+        for leftover in directory.parent.glob(_hidden_name(glob.escape(directory.name), "?" * 8)):
             shutil.rmtree(leftover, ignore_errors=True)  # of an export that was killed
-        hidden = directory.with_name(f".saving-{directory.name}-{secrets.token_hex(4)}")
+        hidden = directory.with_name(_hidden_name(directory.name, secrets.token_hex(4)))
         hidden.mkdir()
         sync_folder(directory.parent)
     except OSError as error:
         return Room(problem=f"{directory} could not be written: {error}")
     return Room(hidden=hidden)
+
+
+def _hidden_name(name: str, token: str) -> str:
+    """The folder that becomes the directory of this name.
+
+    token: eight characters, so that a pattern of them does not match the folder of a longer name.
+    """
+    return f".saving-{name}-{token}"
 
 
 def tokenizer_files(path: Path) -> dict[str, Path]:
