@@ -44,17 +44,17 @@ class Lora:
         """The chunk that `provider` builds: frozen, with adapters that are trained."""
         chunk: Any = provider()
         chunk.requires_grad_(False)
-        matches = {}
+        matched = set()
         for name, module in names_in_the_whole_model(chunk):
             for pattern in self.modules:
                 if _is_named(name, pattern):
                     _add_adapter(name, module, self)
-                    matches[name] = pattern
+                    matched.add(pattern)
             for pattern in self.train_modules:
                 if _is_named(name, pattern):
                     module.requires_grad_(True)
-                    matches[name] = pattern
-        chunk.adapters = Adapters(lora=self, matched=frozenset(matches.values()))
+                    matched.add(pattern)
+        chunk.adapters = Adapters(lora=self, matched=frozenset(matched))
         return chunk
 
 
