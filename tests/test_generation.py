@@ -1,6 +1,7 @@
 """Text out of a model: every layout continues prompts as the whole sequence, computed anew for
 each token, says."""
 
+import math
 import re
 
 import attrs
@@ -203,6 +204,8 @@ def refused(config):
         calls.append(lambda: mf.generate(state, PROMPTS[pg.rank :], GREEDY))
         calls.append(lambda: mf.generate(state, PROMPTS, GREEDY, on_token=lambda *_: 1 / 0))
         calls.append(lambda: with_nan_weights(state))
+        # nothing of the failed call is still on its way
+        calls.append(lambda: mf.generate(state, PROMPTS[pg.rank :], GREEDY))
         messages = []
         for call in calls:
             with pytest.raises(Exception) as caught:
@@ -220,13 +223,14 @@ def with_nan_weights(state):
 
 def test_bad_input_is_one_sentence_on_every_rank(pool):
     for rank, messages in enumerate(pool(2, refused, short(**GPT_2, pp=2))):
-        *bad, differ, on_token, nan = messages
+        *bad, differ, on_token, nan, afterwards = messages
         for (_, text), (_, _, pattern) in zip(bad, BAD, strict=True):
             assert re.search(pattern, text) and "\n" not in text, text
         assert differ[1].startswith("prompts: differ between ranks")
         kind = "ZeroDivisionError" if rank == 0 else "RuntimeError"
         assert on_token[0] == kind and "division by zero" in on_token[1]
         assert "logits are not numbers" in nan[1]
+        assert afterwards == differ
 
 
 # -------------------------------------------------------------------------------------- drawing
@@ -255,3 +259,19 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     shares = torch.bincount(ids, minlength=4) / 4000
     assert torch.allclose(shares, (logits[0] / 0.7).softmax(-1), atol=0.03)
     assert 0 <= min(uniform(1, row, 0) for row in range(1000)) < 0.01
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-39, 1e-50, 1e-300])
+def test_the_lower_the_temperature_the_likelier_the_token(temperature):
+    generation = mf.GenerationConfig(temperature=temperature, top_k=3, top_p=0.9)
+    ids, _ = next_tokens(torch.tensor([[1.0, 90.0, 3.0, 2.0]]), generation, [0], step=0)
+    assert ids.tolist() == [1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_give_no_token(bad, temperature):
+    logits = torch.tensor([[0.0, bad, 2.0], [0.0, -math.inf, 2.0]])
+    generation = mf.GenerationConfig(temperature=temperature)
+    ids, logprobs = next_tokens(logits, generation, range(2), step=0)
+    assert ids[0] == -1 and ids[1] in (0, 2) and logprobs[1].isfinite()

@@ -25,8 +25,8 @@ from megafn.runtime.model.state import State
 class EncodedPrompts:
     """What the decoder attends to of a part of the prompts.
 
-    memory: empty on ranks that hold no part of the decoder. mask: bool [batch, 1, 1, sequence],
-    True = hidden; None if nothing is.
+    memory: the same on all pipeline stages. mask: bool [batch, 1, 1, sequence], True = hidden;
+    None if nothing is.
     """
 
     memory: EncoderMemory

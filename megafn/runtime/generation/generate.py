@@ -68,7 +68,8 @@ def generate(
     Raises ValueError, on every rank and before anything is computed, for an empty prompt, an id
     outside the vocabulary, a prompt that with its new tokens is longer than a learned position
     table, prompts that differ between ranks, a family that does not predict the next token, and a
-    T5 with modules of a user's;
+    T5 with modules of a user's; ValueError, on every rank and at the end, for logits that are NaN
+    or infinite;
     ConfigError for the fields of `config`; RuntimeError for a state that was donated, or whose
     process groups are closed. What `on_token` raises is raised at the end.
     """
@@ -90,6 +91,11 @@ def generate(
         else:
             _decode_without_cache(state, ids, output)
     _raise_error_of_on_token(output, state)
+    if output.row_without_numbers is not None:
+        raise ValueError(
+            f"prompts[{output.row_without_numbers}]: the model's logits are not numbers (NaN or "
+            "infinity); check its weights"
+        )
     return output.generated()
 
 
@@ -144,8 +150,11 @@ class _Output:
     logprobs: list[list[float]]
     on_token: OnToken | None = None
     error: Exception | None = None  # of on_token
+    row_without_numbers: int | None = None  # a prompt whose logits had a NaN or infinity
 
     def is_done(self, row: int) -> bool:
+        if self.row_without_numbers is not None:
+            return True
         tokens = self.tokens[row]
         return len(tokens) == self.config.max_new_tokens or (
             bool(tokens) and tokens[-1] in self.config.stop_token_ids
@@ -154,13 +163,12 @@ class _Output:
     def add(self, rows: Sequence[int], drawn: torch.Tensor) -> None:
         """The next token of each row that is not done; drawn: ids and log-probabilities [2, batch].
 
-        Raises ValueError if the model's logits were not numbers.
+        If the model's logits were not numbers, every row is done: it is an error, but tokens of
+        other parts are on their way, and must be received before it is raised.
         """
         for row, token, logprob in zip(rows, *drawn.tolist(), strict=True):
             if token < 0:
-                raise ValueError(
-                    f"prompts[{row}]: the model's logits are not numbers (NaN); check its weights"
-                )
+                self.row_without_numbers = row
             if not self.is_done(row):
                 self.tokens[row].append(int(token))
                 self.logprobs[row].append(logprob)

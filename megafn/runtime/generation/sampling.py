@@ -15,13 +15,13 @@ def next_tokens(
     """(ids, log-probabilities) [batch] of the next tokens, from logits [batch, vocabulary].
 
     rows: the number of each row's prompt. Log-probabilities are the model's own, before
-    temperature and filters. The id of a row whose logits have a NaN is -1.
+    temperature and filters. The id of a row whose logits have a NaN or infinity is -1.
     """
     logits = logits.float()
     ids = logits.argmax(-1) if config.temperature == 0 else _sample(logits, config, rows, step)
     chosen = logits.gather(-1, ids[:, None])[:, 0]
-    logprobs = chosen - logits.logsumexp(-1)
-    return ids.masked_fill(logits.isnan().any(-1), -1), logprobs
+    total = logits.logsumexp(-1)
+    return ids.masked_fill(~total.isfinite(), -1), chosen - total
 
 
 def _sample(
@@ -32,12 +32,13 @@ def _sample(
     Cumulated in the order of the vocabulary, not in that of the probabilities: rounding, which
     differs between layouts, may exchange neighbours there.
     """
-    logits = logits / config.temperature
+    # none of them overflows: the largest is 0, whatever the temperature
+    logits = (logits - logits.amax(-1, keepdim=True)).double() / config.temperature
     if config.top_k is not None:
         logits = _keep_top_k(logits, config.top_k)
     if config.top_p < 1:
         logits = _keep_top_p(logits, config.top_p)
-    cumulated = logits.double().softmax(-1).cumsum(-1)
+    cumulated = logits.softmax(-1).cumsum(-1)
     numbers = [uniform(config.seed, row, step) for row in rows]
     drawn = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None]
     ids = torch.searchsorted(cumulated, drawn * cumulated[:, -1:], right=True)
