@@ -226,3 +226,26 @@ def test_the_command_writes_what_generate_writes(models, tmp_path, capsys, monke
         assert main(["generate", *bad]) == 2
         error = capsys.readouterr().err
         assert sentence in error and error.count("\n") == 1
+
+
+def test_the_command_writes_with_the_adapters_of_a_run(models, tmp_path, capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    directory, _ = models["gpt2"]
+    prepare = mf.lora(rank=2, alpha=4.0, modules=("linear_qkv", "linear_fc1"))
+    config = attrs.evolve(config_of(directory, {}), prepare_model=prepare)
+    with mf.init_groups(mf.build_groups(config.parallel, 1, model=config.model)) as pg:
+        state = mf.from_pretrained(mf.setup(config, pg), directory)
+        for name, parameter in state.chunks[0].named_parameters():
+            if name.endswith("lora_b.weight"):
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+        state.optimizer.reload_model_params()
+        mf.save(state, tmp_path / "run")
+    mf.export(tmp_path / "run", tmp_path / "merged")
+    texts = []
+    for path in (tmp_path / "run", tmp_path / "merged", directory):
+        arguments = [os.fspath(path), "\x05\x06\x07", "--tokenizer", "bytes"]
+        assert main(["generate", *arguments, "--max-new-tokens", "8"]) == 0
+        texts.append(capsys.readouterr().out.splitlines()[-1])
+    adapted, merged, base = texts
+    assert adapted == merged != base

@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import attrs
 from attrs import define, field
 
 import megafn as mf
@@ -81,14 +84,29 @@ def run(arguments: Namespace) -> int:
 
 
 def _config_of_checkpoint(path: Path) -> mf.TrainConfig | None:
-    """The config of the run that wrote the checkpoint at a path; None if none is there."""
+    """The config of the run that wrote the checkpoint at a path, with its adapters.
+
+    None if no checkpoint is there.
+    """
     if not path.is_dir():
         raise mf.ConfigError(f"path = {str(path)!r}: there is no such directory; name a checkpoint")
     checkpoint = mf.latest(path) or path
-    manifest = checkpoint / "manifest.json"
-    if not manifest.is_file():
+    file = checkpoint / "manifest.json"
+    if not file.is_file():
         return None
-    return mf.from_dict(json.loads(manifest.read_bytes())["config"])
+    manifest = json.loads(file.read_bytes())
+    config = mf.from_dict(manifest["config"])
+    adapters = manifest.get("adapters")
+    return config if adapters is None else attrs.evolve(config, prepare_model=_lora(adapters))
+
+
+def _lora(adapters: Mapping[str, Any]) -> Callable[..., Any]:
+    return mf.lora(
+        rank=adapters["rank"],
+        alpha=adapters["alpha"],
+        modules=adapters["modules"],
+        train_modules=adapters["train_modules"],
+    )
 
 
 def _config_to_generate(
@@ -98,14 +116,17 @@ def _config_to_generate(
     if run_of_checkpoint is None:
         model = mf.pretrained_model(path)
         precision = mf.PrecisionConfig()
+        prepare_model = None
     else:
         model = run_of_checkpoint.model
         precision = run_of_checkpoint.precision
+        prepare_model = run_of_checkpoint.prepare_model
     parallel = mf.ParallelConfig(tp=arguments.tp, pp=arguments.pp)
     return mf.TrainConfig(
         model=model,
         parallel=parallel,
         precision=precision,
+        prepare_model=prepare_model,
         log=mf.LogConfig(progress=False),
         micro_batch_size=1,
         global_batch_size=mf.world_size() // (parallel.tp * parallel.pp) or 1,
