@@ -191,6 +191,8 @@ BAD = [
     (PROMPTS, attrs.evolve(GREEDY, max_new_tokens=0), "max_new_tokens = 0: must be at least 1"),
     (PROMPTS, attrs.evolve(GREEDY, temperature=-1.0), "temperature = -1.0: must be at least 0"),
     (PROMPTS, attrs.evolve(GREEDY, top_k=0), "top_k = 0: must be at least 1"),
+    (PROMPTS, attrs.evolve(GREEDY, temperature="hot"), "temperature = 'hot': must be a number"),
+    (None, GREEDY, "prompts = 'None': expected a list with the token ids of each prompt"),
     (PROMPTS, attrs.evolve(GREEDY, top_p=0.0), "top_p = 0.0: must be above 0"),
     (PROMPTS, attrs.evolve(GREEDY, stop_token_ids=(97,)), "97 is outside the vocabulary"),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from operator import index
 
 from attrs import field, frozen
 
@@ -11,7 +12,12 @@ from megafn.pure.config.problems import Problem, config_error
 
 
 def _as_tuple(ids: Iterable[int]) -> tuple[int, ...]:
-    return tuple(ids)
+    """Raises ConfigError if they are not integers, of Python or numpy."""
+    try:
+        return tuple(index(token) for token in ids)
+    except TypeError:
+        remedy = "must be a sequence of integers; for one token give (id,)"
+        raise config_error([Problem("stop_token_ids", ids, remedy)]) from None
 
 
 @frozen(kw_only=True)
@@ -40,9 +46,20 @@ class GenerationConfig:
 
 def check_generation(config: GenerationConfig, vocab_size: int) -> None:
     """Raises ConfigError with every problem of a config for a vocabulary of this size."""
-    problems = list(_problems(config, vocab_size))
+    problems = list(_type_problems(config)) or list(_problems(config, vocab_size))
     if problems:
         raise config_error(problems)
+
+
+def _type_problems(config: GenerationConfig) -> Iterator[Problem]:
+    for name in ("max_new_tokens", "seed", "top_k"):
+        value = getattr(config, name)
+        if type(value) is not int and not (name == "top_k" and value is None):
+            yield Problem(name, value, "must be an integer")
+    for name in ("temperature", "top_p"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            yield Problem(name, value, "must be a number")
 
 
 def _problems(config: GenerationConfig, vocab_size: int) -> Iterator[Problem]:
