@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 
 from attrs import field, frozen
 
+from megafn.pure.config.field_types import all_field_types, has_type, type_problem
 from megafn.pure.config.problems import Problem, config_error
 
 
 def _as_tuple(ids: Iterable[int]) -> tuple[int, ...]:
-    return tuple(ids)
+    """As it is if it is something else: `check_generation` reports it."""
+    return tuple(ids) if isinstance(ids, Iterable) else ids
 
 
 @frozen(kw_only=True)
@@ -40,9 +43,16 @@ class GenerationConfig:
 
 def check_generation(config: GenerationConfig, vocab_size: int) -> None:
     """Raises ConfigError with every problem of a config for a vocabulary of this size."""
-    problems = list(_problems(config, vocab_size))
+    problems = list(_type_problems(config)) or list(_problems(config, vocab_size))
     if problems:
         raise config_error(problems)
+
+
+def _type_problems(config: GenerationConfig) -> Iterator[Problem]:
+    for name, kind in all_field_types(GenerationConfig):
+        value = getattr(config, name)
+        if not has_type(value, kind):
+            yield type_problem(name, value, kind)
 
 
 def _problems(config: GenerationConfig, vocab_size: int) -> Iterator[Problem]:
@@ -50,8 +60,10 @@ def _problems(config: GenerationConfig, vocab_size: int) -> Iterator[Problem]:
         yield Problem(
             "max_new_tokens", config.max_new_tokens, "must be at least 1; raise it, or don't call"
         )
-    if not config.temperature >= 0:
-        yield Problem("temperature", config.temperature, "must be at least 0; raise it")
+    if not 0 <= config.temperature < math.inf:
+        yield Problem(
+            "temperature", config.temperature, "must be at least 0 and finite; correct it"
+        )
     if config.top_k is not None and config.top_k < 1:
         yield Problem("top_k", config.top_k, "must be at least 1; raise it, or leave it out")
     if not 0 < config.top_p <= 1:
