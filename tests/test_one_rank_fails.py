@@ -12,6 +12,7 @@ import torch
 import megafn as mf
 from checkpoint_runs import text_config, train, with_checkpoint
 from megafn.runtime.checkpoint import load, resume, save
+from megafn.runtime.pretrained import megafn_checkpoint, start
 from megafn.runtime.pretrained.load import read_base
 from megafn.runtime.training import fit, replay
 
@@ -112,6 +113,13 @@ def errors(folder):
         found["build_dataset"] = raised(partial(loop, fresh, fit_it))
     with failing(RANK_ONE, save, "adam_step"):
         found["save"] = raised(partial(loop, fresh, lambda state: mf.save(state, folder / "new")))
+    with_weights = with_checkpoint(fresh, pretrained=str(folder / "runs"))
+    start_anew = partial(loop, with_weights, start.start_from_pretrained)
+    for name in ("latest", "find_weights"):
+        with failing(RANK_ZERO, start, name):
+            found[f"start, {name}"] = raised(start_anew)
+    with failing(RANK_ZERO, megafn_checkpoint, "fingerprint_of"):
+        found["start, fingerprint"] = raised(start_anew)
     found["corpora"] = raised(partial(loop, attrs.evolve(fresh, data=elsewhere), fit_it))
     found["jsonl"] = raised(partial(mf.train, attrs.evolve(fresh, log=log)))
     found["buffer, train"] = raised(partial(mf.train, with_buffer))
@@ -143,6 +151,6 @@ def test_an_error_of_one_rank_is_raised_on_every_rank(pool, tmp_path):
     for name in ("corpora", "jsonl", "buffer, train", "buffer, save"):
         assert first.pop(name).startswith("ConfigError: ")
     assert first.pop("prepare_model").startswith("AttributeError: ")
-    assert len(first) == 10
+    assert len(first) == 13
     for name, error in first.items():
         assert error.startswith("OSError: [Errno 5] Input/output error"), (name, error)

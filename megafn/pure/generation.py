@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from operator import index
 
 from attrs import field, frozen
 
+from megafn.pure.config.field_types import all_field_types, has_type, type_problem
 from megafn.pure.config.problems import Problem, config_error
 
 
 def _as_tuple(ids: Iterable[int]) -> tuple[int, ...]:
-    """Raises ConfigError if they are not integers, of Python or numpy."""
+    """Integers of numpy as Python's; as it is if it is something else, which `check_generation`
+    reports."""
     try:
         return tuple(index(token) for token in ids)
     except TypeError:
-        remedy = "must be a sequence of integers; for one token give (id,)"
-        raise config_error([Problem("stop_token_ids", ids, remedy)]) from None
+        return ids  # type: ignore[return-value]
 
 
 @frozen(kw_only=True)
@@ -52,14 +54,10 @@ def check_generation(config: GenerationConfig, vocab_size: int) -> None:
 
 
 def _type_problems(config: GenerationConfig) -> Iterator[Problem]:
-    for name in ("max_new_tokens", "seed", "top_k"):
+    for name, kind in all_field_types(GenerationConfig):
         value = getattr(config, name)
-        if type(value) is not int and not (name == "top_k" and value is None):
-            yield Problem(name, value, "must be an integer")
-    for name in ("temperature", "top_p"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            yield Problem(name, value, "must be a number")
+        if not has_type(value, kind):
+            yield type_problem(name, value, kind)
 
 
 def _problems(config: GenerationConfig, vocab_size: int) -> Iterator[Problem]:
@@ -67,8 +65,10 @@ def _problems(config: GenerationConfig, vocab_size: int) -> Iterator[Problem]:
         yield Problem(
             "max_new_tokens", config.max_new_tokens, "must be at least 1; raise it, or don't call"
         )
-    if not config.temperature >= 0:
-        yield Problem("temperature", config.temperature, "must be at least 0; raise it")
+    if not 0 <= config.temperature < math.inf:
+        yield Problem(
+            "temperature", config.temperature, "must be at least 0 and finite; correct it"
+        )
     if config.top_k is not None and config.top_k < 1:
         yield Problem("top_k", config.top_k, "must be at least 1; raise it, or leave it out")
     if not 0 < config.top_p <= 1:

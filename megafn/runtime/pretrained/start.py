@@ -26,7 +26,6 @@ from megafn.pure.pretrained.compatibility import (
     model_problems,
 )
 from megafn.pure.pretrained.natural_order import in_natural_order
-from megafn.pure.pretrained.pretrained import Pretrained
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.checkpoint.disk_format import latest
 from megafn.runtime.checkpoint.state_boxes import fill_state, held_shapes
@@ -34,7 +33,7 @@ from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.model.state import State, check_usable, donate
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
-    broadcast_from_rank_zero,
+    call_on_rank_zero,
     gather_from_all_ranks,
 )
 from megafn.runtime.pretrained.base import open_weights
@@ -64,12 +63,12 @@ def from_pretrained(state: State, path: str | Path) -> State:
     """
     check_usable(state)
     pg = state.pg
-    place = _found_by_rank_zero(path, pg)
+    place = call_on_rank_zero(partial(find_weights, path), pg)
     with contextlib.ExitStack() as closing:
         source = _open_everywhere(place, state, closing)
         match = _match_everywhere(source, state)
         _verify_everywhere(source, state)
-        record = _remembered_by_rank_zero(source, pg)
+        record = call_on_rank_zero(source.remember, pg)
         state = donate(state)
         _fill_everywhere(source, state, match)
         changes = changed_reach(source.model, state.config.model)
@@ -109,7 +108,7 @@ def start_from_pretrained(state: State) -> State:
     settings = state.config.checkpoint
     if settings.pretrained is None:
         return state
-    if broadcast_from_rank_zero(_is_resumable(settings), state.pg):
+    if call_on_rank_zero(partial(_is_resumable, settings), state.pg):
         return state
     return from_pretrained(state, settings.pretrained)
 
@@ -119,20 +118,6 @@ def _is_resumable(settings: CheckpointConfig) -> bool:
 
 
 # -------------------------------------------------------------------------------------------- open
-
-
-def _found_by_rank_zero(path: str | Path, pg: ProcessGroups) -> Place:
-    place: Place | CheckpointError | OSError | None = None
-    if pg.is_rank_zero:
-        try:
-            place = find_weights(path)
-        except (CheckpointError, OSError) as error:
-            place = error
-    place = broadcast_from_rank_zero(place, pg)
-    if isinstance(place, Place):
-        return place
-    assert place is not None
-    raise place
 
 
 def _open_everywhere(place: Place, state: State, closing: contextlib.ExitStack) -> WeightSource:
@@ -249,20 +234,6 @@ def _verify_everywhere(source: WeightSource, state: State) -> None:
     except _PROBLEMS as problem:
         error = problem
     _raise_everywhere(error, state.pg)
-
-
-def _remembered_by_rank_zero(source: WeightSource, pg: ProcessGroups) -> Pretrained:
-    record = None
-    error: Exception | None = None
-    if pg.is_rank_zero:
-        try:
-            record = source.remember()
-        except _PROBLEMS as problem:
-            error = problem
-    _raise_everywhere(error, pg)
-    record = broadcast_from_rank_zero(record, pg)
-    assert record is not None
-    return record
 
 
 def _fill_everywhere(source: WeightSource, state: State, match: Match) -> None:
