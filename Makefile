@@ -8,7 +8,7 @@ RUN = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node
 
 .PHONY: demo test lint torture bench fuzz clean
 
-demo: $(VENV)/demo            ## train a GPT (or FAMILY=bert, FAMILY=t5) on real text over 4 processes
+demo: $(VENV)/demo            ## train a GPT on real text over 4 processes (or FAMILY=bert, t5, finetune)
 	$(RUN) 4 -m megafn demo --family $(FAMILY)
 
 test: lint                    ## format, lint and types; then every test

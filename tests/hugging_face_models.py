@@ -1,5 +1,7 @@
 """Tiny models of transformers, written as directories, and what they compute."""
 
+from pathlib import Path
+
 import attrs
 import torch
 import transformers
@@ -94,6 +96,26 @@ def make_model(name):
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
     return model.eval()
+
+
+def write_directory(name, folder, corpus):
+    """A directory as published ones are: a model, and a tokenizer trained on a text beside it."""
+    tokenizer = mf.train_tokenizer(corpus, folder, vocab_size=300)
+    class_name, options = MODELS[name]
+    model_class = getattr(transformers, class_name)
+    config = model_class.config_class(**options)
+    config.vocab_size = tokenizer.vocab_size
+    config.max_position_embeddings = 64  # GPT-2 calls it n_positions, and knows this name too
+    config.initializer_range = 0.1  # with 0.02 the layers of a model so narrow add almost nothing
+    config.bos_token_id = tokenizer.eod
+    config.eos_token_id = tokenizer.eod
+    torch.manual_seed(1)
+    model_class(config).save_pretrained(folder)
+
+
+def write_corpus(path):
+    """The first 60 kB of the demo's text."""
+    path.write_text(Path(mf.demo_text()).read_text(encoding="utf-8")[:60_000], encoding="utf-8")
 
 
 def train_config(path, changes):

@@ -8,8 +8,10 @@ import io
 import re
 
 import pytest
+import transformers
 
-from megafn.demo import DEMOS, demo
+from megafn.demo.demo import demo
+from megafn.demo.pretraining import DEMOS
 
 
 def shown(family, folder):
@@ -33,3 +35,22 @@ def test_the_demo_ends_with_a_table_two_samples_and_a_picture(family, pool, tmp_
         (tmp_path / "metrics.jsonl").read_text().splitlines()
     ) == 6
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_demo_of_finetuning_exports_loads_and_adapts(pool, tmp_path):
+    printed, *others = pool(4, shown, "finetune", str(tmp_path))
+    assert others == [""] * 3
+    assert "tensor parallel 2 x pipeline parallel 2, 4 processes" in printed
+    assert "tensor parallel 2 x data parallel 2, 4 processes" in printed
+    numbers = r" +([\d.]+) -> ([\d.]+) -> ([\d.]+) nats"
+    untrained, pretrained, _ = map(float, re.search(f"first half{numbers}", printed).groups())
+    assert pretrained < untrained
+    untrained, pretrained, adapted = map(
+        float, re.search(f"second half{numbers}", printed).groups()
+    )
+    assert adapted < pretrained < untrained
+    assert printed.count("\n--- ") == 2
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("pretrained", "adapted"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert type(model) is transformers.LlamaForCausalLM

@@ -5,14 +5,18 @@ import ast
 import doctest
 import inspect
 import re
+import sys
 import tomllib
 from pathlib import Path
+from unittest import mock
 
 import attrs
 import pytest
 
 import megafn as mf
+from hugging_face_models import write_corpus, write_directory
 from megafn.pure.families.built_in import BUILT_IN_SPECS
+from megafn.pure.pretrained.architectures import _NOT_BUILT, ARCHITECTURES, architecture_of
 from megafn.pure.validation.rules import CHOICES
 from pool import ROOT
 
@@ -36,14 +40,18 @@ def python_of(page):
 # ------------------------------------------------------------------------------------------- blocks
 
 
-def run_page(name):
-    """Runs a page's blocks as a script; what it printed."""
+def run_page(name, *arguments):
+    """Runs a page's blocks as a script with these arguments; what it printed."""
     import contextlib
     import io
 
     page = DOCS / name
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        mock.patch.object(sys, "argv", [name, *arguments]),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         exec(compile(python_of(page), page, "exec"), {"__name__": "__main__"})
     return printed.getvalue()
 
@@ -53,6 +61,20 @@ def test_the_tutorial_runs_as_it_stands(pool):
     iterations = re.findall(r"^ *(\d+)  loss \d", printed, re.M)
     assert iterations == [str(i) for i in range(1, 9)]
     assert others == [""] * 3
+
+
+def test_the_finetuning_page_runs_as_it_stands(pool, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    write_corpus(corpus)
+    write_directory("gpt2", tmp_path / "source", corpus)
+    arguments = map(str, (tmp_path / "source", corpus, tmp_path / "out"))
+    printed, *others = pool(4, run_page, "finetuning.md", *arguments)
+    assert printed and others == [""] * 3
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "trained",
+        "adapters",
+        "adapted",
+    }
 
 
 @pytest.mark.parametrize(
@@ -170,6 +192,27 @@ def test_the_configuration_page_names_every_choice():
         assert [choice for choice in choices if f"`{choice}`" not in meaning] == [], path
 
 
+def test_the_finetuning_page_has_every_architecture():
+    rows = tables("finetuning.md")["Supported architectures"]
+    assert [(row[0].strip("`"), row[1].strip("`")) for row in rows] == [
+        (architecture.name, architecture.model_type) for architecture in ARCHITECTURES.values()
+    ]
+    assert all(row[2] for row in rows)
+
+
+def test_what_the_finetuning_page_says_is_refused_is_refused():
+    refused = [
+        name.strip("`")
+        for cells, why in tables("finetuning.md")["What is refused"]
+        for name in cells.split(", ")
+        if why
+    ]
+    assert sorted(refused) == sorted(_NOT_BUILT)
+    for model_type in refused:
+        with pytest.raises(mf.ConfigError, match=f"model_type = '{model_type}'"):
+            architecture_of({"model_type": model_type})
+
+
 def imports():
     """Modules of megatron.core that megafn's code imports, or imports from."""
     names = set()
@@ -262,7 +305,7 @@ def test_imports_run_in_the_order_of_the_architecture_page():
         r"^\d+\. `([\w/]+)`$", sections("architecture.md")["The order of imports"], re.M
     )
     rooms = {folder for folder, modules in real_rooms().items() if modules}
-    assert set(order) == {folder for folder in rooms if folder not in ("", "commands")}
+    assert set(order) == {folder for folder in rooms if folder not in ("", "commands", "demo")}
     for folder in order:
         for path in (PACKAGE / folder).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):

@@ -1,6 +1,7 @@
 """What users add to a model, or freeze in it: the same in every layout, or refused at once."""
 
 import warnings
+from functools import partial
 
 import attrs
 import pytest
@@ -361,3 +362,44 @@ def test_a_run_with_frozen_parts_is_saved_and_loaded(tmp_path):
         state, metrics = mf.train_step(state, batches[1], step)
         _, again = mf.train_step(mf.load(mf.setup(config, pg), path), batches[1], step)
         assert (again.loss, again.grad_norm) == (metrics.loss, metrics.grad_norm)
+
+
+def third_step(config, folder, *, written):
+    """Loss and gradient norm of the third step: before it the run is saved, or loaded."""
+    groups = mf.build_groups(config.parallel, mf.world_size())
+    step = mf.step_fn("gpt")
+    with mf.init_groups(groups, timeout_seconds=60) as pg:
+        state = mf.setup(config, pg)
+        batches = [share(uneven(config, i), config, pg) for i in range(3)]
+        if written:
+            state = mf.load(state, folder)
+        else:
+            for batch in batches[:2]:
+                state, _ = mf.train_step(state, batch, step)
+            mf.save(state, folder)
+        _, metrics = mf.train_step(state, batches[2], step)
+        return metrics.loss, metrics.grad_norm
+
+
+def third_steps(configs, folder):
+    return [third_step(config, folder, written=True) for config in configs]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [dict(use_distributed_optimizer=True), SP | dict(dtype="bf16")],
+    ids=["dp2-dist", "tp2-sp-bf16"],
+)
+def test_a_frozen_run_of_one_layout_is_loaded_in_others(layout, pool, tmp_path):
+    """Among them stages on which nothing is trained."""
+    model = UNTIED | {key: layout[key] for key in layout if key == "dtype"}
+    config = short(prepare_model=frozen_front, **UNTIED, **layout)
+    expected, _ = pool(2, partial(third_step, written=False), config, tmp_path)
+    layouts = [dict(pp=2), dict(tp=2)]
+    configs = [short(prepare_model=frozen_front, **model, **changes) for changes in layouts]
+    results = [third_step(short(prepare_model=frozen_front, **model), tmp_path, written=True)]
+    for of_rank in pool(2, third_steps, configs, tmp_path):
+        results.extend(of_rank)
+    tolerance = 2e-2 if "dtype" in layout else 1e-4
+    for result in results:
+        assert result == pytest.approx(expected, rel=tolerance)

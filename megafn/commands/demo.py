@@ -9,7 +9,9 @@ from argparse import ArgumentParser, Namespace
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--family", default="gpt", help="gpt, bert or t5 (default: %(default)s)")
+    parser.add_argument(
+        "--family", default="gpt", help="gpt, bert, t5 or finetune (default: %(default)s)"
+    )
     parser.add_argument(
         "--folder", help="where logs and the picture go (default: runs/demo-FAMILY)"
     )
@@ -17,7 +19,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    from megafn.demo import demo  # brings torch
+    from megafn.demo.demo import demo  # brings torch
 
     demo(folder=arguments.folder, iterations=arguments.iterations, family=arguments.family)
     return 0

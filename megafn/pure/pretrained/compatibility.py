@@ -55,6 +55,27 @@ def model_problems(stored: ModelConfig, model: ModelConfig, path: str) -> tuple[
     return tuple(problems)
 
 
+def changed_reach(stored: ModelConfig | None, model: ModelConfig) -> tuple[str, ...]:
+    """What a run chose anew of the reach of rotary positions and of attention, a sentence each.
+
+    >>> import attrs
+    >>> stored = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> changed_reach(stored, attrs.evolve(stored, rotary_base=500_000.0))
+    ()
+    >>> rotary = attrs.evolve(stored, position_embedding="rope")
+    >>> changed_reach(rotary, attrs.evolve(rotary, rotary_base=500_000.0))
+    ('model.rotary_base = 500000.0, where the weights were trained with 10000.0',)
+    """
+    if stored is None:
+        return ()
+    return tuple(
+        f"model.{name} = {_value(model, name)!r}, where the weights were trained with "
+        f"{_value(stored, name)!r}"
+        for name in different_fields(stored, model)
+        if name in ("rotary_base", "rope_scaling", "sliding_window")
+    )
+
+
 def _value(model: ModelConfig, name: str) -> Any:
     value = getattr(canonical(model), name)
     return value.name if isinstance(value, FamilyRecord) else value

@@ -111,8 +111,9 @@ def _load_newest(state: State, read_base: ReadBase) -> tuple[State, Mapping[str,
             f"{settings.directory}: no checkpoint in it is whole; name another "
             "checkpoint.directory to start anew"
         )
+    start = "fresh" if settings.pretrained is None else f"from {settings.pretrained}"
     print_on_rank_zero(
-        f"starting fresh: {settings.directory} holds no checkpoint", state.config, pg
+        f"starting {start}: {settings.directory} holds no checkpoint", state.config, pg
     )
     return state, {}
 

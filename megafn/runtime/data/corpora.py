@@ -216,6 +216,11 @@ def _locate(
             begin=math.fsum(weights[:part]) / total,
             end=math.fsum(weights[: part + 1]) / total,
         )
+    if os.path.isdir(source):
+        raise ConfigError(
+            f"{field} = {source!r}: this is a folder; give the path of a text in it, the prefix of "
+            "an indexed dataset, or a list of them"
+        )
     if not os.path.isfile(source):
         raise ConfigError(
             f"{field} = {source!r}: no such file, nor {source}.idx and .bin; give the path of a "

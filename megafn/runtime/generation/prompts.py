@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import index
 
 import torch
 from attrs import frozen
@@ -21,21 +22,22 @@ def as_ids(prompts: Prompts) -> tuple[tuple[int, ...], ...]:
             f"prompts of shape {list(prompts.shape)}: expected a tensor [batch, sequence], or a "
             "list with the token ids of each prompt"
         )
+    if isinstance(prompts, str) or not isinstance(prompts, torch.Tensor | Iterable):
+        raise ValueError(
+            f"prompts = {str(prompts)[:60]!r}: expected a list with the token ids of each prompt"
+        )
     return tuple(_ids_of(prompt, row) for row, prompt in enumerate(prompts))
 
 
 def _ids_of(prompt: Sequence[int] | torch.Tensor, row: int) -> tuple[int, ...]:
-    listed = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     try:
-        ids = tuple(listed)
+        return tuple(index(token) for token in prompt)
     except TypeError:
-        ids = (None,)
-    if isinstance(prompt, str) or not all(type(token) is int for token in ids):
+        shown = repr(prompt)
         raise ValueError(
-            f"prompts[{row}] = {str(prompt)[:60]!r}: expected a sequence of token ids; encode text "
+            f"prompts[{row}] = {shown[:60]}: expected a sequence of token ids; encode text "
             "with load_tokenizer(...).encode"
-        )
-    return ids
+        ) from None
 
 
 def check_prompts(

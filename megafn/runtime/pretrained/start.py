@@ -19,7 +19,12 @@ from safetensors import SafetensorError
 from megafn.pure.checkpoint.boxes import Box, Index
 from megafn.pure.config.problems import ConfigError, Problem, config_error
 from megafn.pure.config.records import CheckpointConfig, ModelConfig
-from megafn.pure.pretrained.compatibility import has_another_head, is_head, model_problems
+from megafn.pure.pretrained.compatibility import (
+    changed_reach,
+    has_another_head,
+    is_head,
+    model_problems,
+)
 from megafn.pure.pretrained.natural_order import in_natural_order
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.checkpoint.disk_format import latest
@@ -66,7 +71,8 @@ def from_pretrained(state: State, path: str | Path) -> State:
         record = call_on_rank_zero(source.remember, pg)
         state = donate(state)
         _fill_everywhere(source, state, match)
-    print_on_rank_zero(_summary(place, match), state.config, pg)
+        changes = changed_reach(source.model, state.config.model)
+    print_on_rank_zero(_summary(place, match, changes), state.config, pg)
     consumed = state.config.consumed_samples[0]
     return attrs.evolve(
         state,
@@ -257,12 +263,13 @@ def _copy_finite(
 # ------------------------------------------------------------------------------------------- report
 
 
-def _summary(place: Place, match: Match) -> str:
+def _summary(place: Place, match: Match, changes: Sequence[str]) -> str:
     lines = [f"{len(match.read)} parameters are read from {place.path} ({place.format.name})"]
     if match.new:
         lines.append(f"new, with their initial values: {_some(match.new)}")
     if match.left_out:
         lines.append(f"stored and left out: {_some(match.left_out)}")
+    lines.extend(changes)
     return "; ".join(lines)
 
 

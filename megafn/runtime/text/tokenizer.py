@@ -139,6 +139,7 @@ _SPECIAL_NAMES = {
 def load_tokenizer(name: str, *, eod_token: str | None = None) -> Tokenizer:
     """`byte_tokenizer()` for "bytes", else the tokenizer in the Hugging Face tokenizer.json `name`.
 
+    `name` may be the directory of that file, too, as transformers saves it.
     Its eod is `eod_token`, or the first of <|endoftext|>, <|end_of_text|>, </s>, <eos>, [SEP] in
     the vocabulary; the other special ids follow the usual names of BERT, T5 and Llama. Truncation
     and padding that the file asks for are off, and a special token or eod spelled out in a text is
@@ -218,7 +219,8 @@ def _read_tokenizer_json(name: str) -> tuple[bytes, tokenizers.Tokenizer]:
             'install megafn[hf], or choose the tokenizer "bytes"'
         ) from error
     try:
-        content = Path(name).read_bytes()
+        path = Path(name)
+        content = (path / "tokenizer.json" if path.is_dir() else path).read_bytes()
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
         raise ConfigError(

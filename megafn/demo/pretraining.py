@@ -1,13 +1,11 @@
-"""`make demo`: a small model learns English prose over tensor parallel 2 x pipeline parallel 2.
+"""A small model of each family learns English prose over tensor parallel 2 x pipeline parallel 2.
 
 Prints a table and what the model makes of text before and after training, and draws the curves.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from attrs import field, frozen
 
 import megafn as mf
+from megafn.demo.report import draw, entropy, labels_of, layout_name, median_speed, table
 
 PROMPT = "The statement "
 
@@ -76,11 +75,11 @@ def tokenizer_of(config: mf.TrainConfig) -> mf.Tokenizer:
     return mf.load_tokenizer(config.data.tokenizer)
 
 
-def continued(state: mf.State, count: int = 112) -> str:
-    """How a GPT continues PROMPT, as far as the sequences it learns from reach."""
+def continued(state: mf.State, text: str = PROMPT, count: int = 112) -> str:
+    """How a GPT continues a text, as far as the sequences it learns from reach."""
     config = state.config
     tokenizer = tokenizer_of(config)
-    prompt = tokenizer.encode(PROMPT).tolist()
+    prompt = tokenizer.encode(text).tolist()
     sampling = mf.GenerationConfig(max_new_tokens=count, temperature=0.7, seed=config.seed)
     generated = mf.generate(state, [prompt], sampling)
     return tokenizer.decode([*prompt, *generated.tokens[0]])
@@ -188,62 +187,6 @@ def demo_config(
 # ----------------------------------------------------------------------------- what is shown
 
 
-def layout_name(config: mf.TrainConfig, world_size: int) -> str:
-    return (
-        f"tensor parallel {config.parallel.tp} x pipeline parallel {config.parallel.pp}, "
-        f"{world_size} process{'es' if world_size > 1 else ''}"
-    )
-
-
-def entropy(symbols: Iterable[int]) -> float:
-    """Entropy in nats of symbols drawn one by one: the loss of a model that knows only how often
-    each occurs.
-
-    >>> round(entropy(b"abab"), 4) == round(math.log(2), 4)
-    True
-    """
-    counts = Counter(symbols)
-    shares = [count / counts.total() for count in counts.values()]
-    return -sum(share * math.log(share) for share in shares)
-
-
-def labels_of(
-    micro_batches: Iterable[Any], config: mf.TrainConfig, pg: mf.ProcessGroups
-) -> list[int]:
-    """The ids that are to be predicted in micro-batches."""
-    prepare = mf.step_fn(config.model.family).batch
-    labels = []
-    for micro_batch in micro_batches:
-        batch = prepare(micro_batch, config, pg)
-        labels += batch["labels"][batch["loss_mask"] == 1].tolist()
-    return labels
-
-
-def draw(history: Sequence[mf.Metrics], baseline: float, path: Path) -> None:
-    """The curves as a PNG: loss and held-out loss, learning rate, gradient norm."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    loss, lr, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
-    steps = [metrics.iteration for metrics in history]
-    held_out = {
-        metrics.iteration: metrics.valid.loss for metrics in history if metrics.valid is not None
-    }
-    loss.plot(steps, [metrics.loss for metrics in history], linewidth=0.9, label="training loss")
-    loss.plot(list(held_out), list(held_out.values()), "o-", label="held-out loss")
-    loss.axhline(
-        baseline, color="grey", linestyle="--", linewidth=0.9, label="byte frequencies alone"
-    )
-    loss.set_ylabel("nats per predicted byte")
-    loss.legend()
-    lr.plot(steps, [metrics.lr for metrics in history], linewidth=0.9)
-    lr.set_ylabel("learning rate")
-    norm.plot(steps, [metrics.grad_norm for metrics in history], linewidth=0.9)
-    norm.set_ylabel("gradient norm")
-    norm.set_xlabel("iteration")
-    figure.savefig(path, dpi=120)
-
-
 def announcement(config: mf.TrainConfig, family: str, folder: str, world_size: int) -> str:
     model = config.model
     layers = model.num_layers + (model.num_decoder_layers or 0)
@@ -254,7 +197,7 @@ def announcement(config: mf.TrainConfig, family: str, folder: str, world_size: i
     )
 
 
-def table(
+def summary(
     config: mf.TrainConfig,
     history: Sequence[mf.Metrics],
     *,
@@ -271,36 +214,35 @@ def table(
     """
     first = history[0]
     last = history[-1]
-    speed = sorted(metrics.tokens_per_second for metrics in history)[len(history) // 2]
+    speed = median_speed(history)
     tokens = config.iterations * config.global_batch_size * mf.sample_tokens(config.model)
-    rows = {
-        "layout": layout_name(config, world_size),
-        "tokens trained on": f"{tokens:,} ({speed:,.0f} a second, median)",
-        "training loss": f"{first.loss:.3f} -> {last.loss:.3f} nats per predicted byte",
-        "held-out loss": (
-            f"{untrained.loss:.3f} -> {trained.loss:.3f} nats per predicted byte "
-            f"(perplexity {trained.perplexity:.2f})"
-        ),
-        "byte frequencies alone": (
-            f"{baseline:.3f} nats per byte (unigram entropy of what is predicted)"
-        ),
-        "time": f"{seconds:.0f} s",
-        "picture": f"{folder}/curves.png",
-        "logs": f"{folder}/metrics.jsonl, tensorboard --logdir {folder}/tensorboard",
-    }
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    return table(
+        {
+            "layout": layout_name(config, world_size),
+            "tokens trained on": f"{tokens:,} ({speed:,.0f} a second, median)",
+            "training loss": f"{first.loss:.3f} -> {last.loss:.3f} nats per predicted byte",
+            "held-out loss": (
+                f"{untrained.loss:.3f} -> {trained.loss:.3f} nats per predicted byte "
+                f"(perplexity {trained.perplexity:.2f})"
+            ),
+            "byte frequencies alone": (
+                f"{baseline:.3f} nats per byte (unigram entropy of what is predicted)"
+            ),
+            "time": f"{seconds:.0f} s",
+            "picture": f"{folder}/curves.png",
+            "logs": f"{folder}/metrics.jsonl, tensorboard --logdir {folder}/tensorboard",
+        }
+    )
 
 
-def demo(*, folder: str | None = None, iterations: int | None = None, family: str = "gpt") -> None:
-    """Train, then print a table and two samples, and draw the curves. Run it under torchrun."""
-    if family not in DEMOS:
-        raise mf.ConfigError(f"family = {family!r}: choose one of {', '.join(DEMOS)}")
+# --------------------------------------------------------------------------------- the demo
+
+
+def pretraining_demo(family: str, folder: str, iterations: int | None, world_size: int) -> None:
+    """Train, then print a table and two samples, and draw the curves."""
     started = time.perf_counter()
     chosen = DEMOS[family]
-    folder = folder or f"runs/demo-{family}"
     iterations = chosen.iterations if iterations is None else iterations
-    world_size = mf.world_size()
     config = demo_config(folder, iterations, world_size, family)
     mf.check(config, world_size)
     step = mf.step_fn(family)
@@ -329,7 +271,7 @@ def demo(*, folder: str | None = None, iterations: int | None = None, family: st
     draw(history, baseline, Path(folder, "curves.png"))
     trained = history[-1].valid
     assert trained is not None  # fit evaluates after the last iteration
-    summary = table(
+    results = summary(
         config,
         history,
         untrained=untrained,
@@ -339,5 +281,5 @@ def demo(*, folder: str | None = None, iterations: int | None = None, family: st
         folder=folder,
         world_size=world_size,
     )
-    print(f"\n{summary}")
+    print(f"\n{results}")
     print(f"\n--- before training\n{sample_before}\n\n--- and after\n{sample_after}")

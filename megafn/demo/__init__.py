@@ -1,0 +1,1 @@
+"""What `make demo` runs: the public API only, as a user would write it."""
