@@ -10,7 +10,7 @@ import torch
 
 import megafn as mf
 from equivalence import short
-from megafn.pure.generation import check_generation, uniform
+from megafn.pure.generation import uniform
 from megafn.runtime.generation.sampling import next_tokens
 
 PROMPTS = ((5, 6, 7), (1, 2, 3, 4, 5, 6, 7, 8, 9), (11,), (3, 1, 4, 1, 5), (90, 2))
@@ -191,7 +191,7 @@ BAD = [
     (PROMPTS, attrs.evolve(GREEDY, max_new_tokens=0), "max_new_tokens = 0: must be at least 1"),
     (PROMPTS, attrs.evolve(GREEDY, temperature=-1.0), "temperature = -1.0: must be at least 0"),
     (PROMPTS, attrs.evolve(GREEDY, top_k=0), "top_k = 0: must be at least 1"),
-    (PROMPTS, attrs.evolve(GREEDY, temperature="hot"), "temperature = 'hot': give a number"),
+    (PROMPTS, attrs.evolve(GREEDY, temperature="hot"), "temperature = 'hot': must be a number"),
     (None, GREEDY, "prompts = 'None': expected a list with the token ids of each prompt"),
     (PROMPTS, attrs.evolve(GREEDY, top_p=0.0), "top_p = 0.0: must be above 0"),
     (PROMPTS, attrs.evolve(GREEDY, stop_token_ids=(97,)), "97 is outside the vocabulary"),
@@ -261,22 +261,6 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     shares = torch.bincount(ids, minlength=4) / 4000
     assert torch.allclose(shares, (logits[0] / 0.7).softmax(-1), atol=0.03)
     assert 0 <= min(uniform(1, row, 0) for row in range(1000)) < 0.01
-
-
-@pytest.mark.parametrize(
-    "changes, error",
-    [
-        (dict(max_new_tokens=2.5), "max_new_tokens = 2.5: give an integer"),
-        (dict(top_k=True), "top_k = True: give an integer"),
-        (dict(temperature="1"), "temperature = '1': give a number"),
-        (dict(temperature=math.inf), "temperature = inf: must be at least 0 and finite"),
-        (dict(stop_token_ids=2), "stop_token_ids = 2: give an array .* of integers"),
-        (dict(stop_token_ids=[2.0]), "stop_token_ids = .*: give an array .* of integers"),
-    ],
-)
-def test_a_generation_config_of_wrong_types_is_refused_by_its_field(changes, error):
-    with pytest.raises(mf.ConfigError, match=error):
-        check_generation(mf.GenerationConfig(**changes), vocab_size=97)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-39, 1e-50, 1e-300])

@@ -343,6 +343,6 @@ def test_another_run_starts_from_a_checkpoint_of_adapters(llama, adapted):
         for name, part, *_ in local_parts(state):
             assert torch.equal(part, loaded[name]), name
     plain = attrs.evolve(on_llama(llama), prepare_model=None)
-    with pytest.raises(mf.CheckpointError, match="no place for .*lora_a.weight"):
+    with pytest.raises(mf.CheckpointError, match="no place for .*lora_a.weight.*export it"):
         with opened(plain, checkpoint):
             pass

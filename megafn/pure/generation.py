@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator
 from operator import index
 
 from attrs import field, frozen
 
-from megafn.pure.config.field_types import all_field_types, has_type, type_problem
 from megafn.pure.config.problems import Problem, config_error
 
 
 def _as_tuple(ids: Iterable[int]) -> tuple[int, ...]:
-    """Integers of numpy as Python's; as it is if it is something else, which `check_generation`
-    reports."""
+    """Raises ConfigError if they are not integers, of Python or numpy."""
     try:
         return tuple(index(token) for token in ids)
     except TypeError:
-        return ids  # type: ignore[return-value]
+        remedy = "must be a sequence of integers; for one token give (id,)"
+        raise config_error([Problem("stop_token_ids", ids, remedy)]) from None
 
 
 @frozen(kw_only=True)
@@ -54,10 +52,14 @@ def check_generation(config: GenerationConfig, vocab_size: int) -> None:
 
 
 def _type_problems(config: GenerationConfig) -> Iterator[Problem]:
-    for name, kind in all_field_types(GenerationConfig):
+    for name in ("max_new_tokens", "seed", "top_k"):
         value = getattr(config, name)
-        if not has_type(value, kind):
-            yield type_problem(name, value, kind)
+        if type(value) is not int and not (name == "top_k" and value is None):
+            yield Problem(name, value, "must be an integer")
+    for name in ("temperature", "top_p"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            yield Problem(name, value, "must be a number")
 
 
 def _problems(config: GenerationConfig, vocab_size: int) -> Iterator[Problem]:
@@ -65,10 +67,8 @@ def _problems(config: GenerationConfig, vocab_size: int) -> Iterator[Problem]:
         yield Problem(
             "max_new_tokens", config.max_new_tokens, "must be at least 1; raise it, or don't call"
         )
-    if not 0 <= config.temperature < math.inf:
-        yield Problem(
-            "temperature", config.temperature, "must be at least 0 and finite; correct it"
-        )
+    if not config.temperature >= 0:
+        yield Problem("temperature", config.temperature, "must be at least 0; raise it")
     if config.top_k is not None and config.top_k < 1:
         yield Problem("top_k", config.top_k, "must be at least 1; raise it, or leave it out")
     if not 0 < config.top_p <= 1:

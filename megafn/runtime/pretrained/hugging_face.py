@@ -28,7 +28,12 @@ from megafn.pure.pretrained.pretrained import Pretrained
 from megafn.pure.pretrained.stored_slice import StoredSlice
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.data.corpus_identity import fingerprint_of
-from megafn.runtime.pretrained.weight_source import StoredTensor, WeightFormat, WeightSource
+from megafn.runtime.pretrained.weight_source import (
+    StoredTensor,
+    WeightFormat,
+    WeightSource,
+    commonest_dtype,
+)
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -38,7 +43,6 @@ INDEX = "model.safetensors.index.json"
 _BLOCK = 2**24
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_WORDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @frozen(kw_only=True, eq=False)
@@ -330,18 +334,9 @@ def _remember(weights: HuggingFaceWeights) -> Pretrained:
         source=str(weights.path.absolute()),
         fingerprint=fingerprint_of(files),
         architecture=weights.architecture.name,
-        dtype=_commonest_dtype(weights),
+        dtype=commonest_dtype(weights.tensors.values()),
         config=weights.config,
     )
-
-
-def _commonest_dtype(weights: HuggingFaceWeights) -> str:
-    """The dtype of most elements that are weights."""
-    elements: dict[torch.dtype, int] = {}
-    for stored in weights.tensors.values():
-        if stored.dtype is not None:
-            elements[stored.dtype] = elements.get(stored.dtype, 0) + prod(stored.shape)
-    return _WORDS[max(elements, key=elements.__getitem__)] if elements else "fp32"
 
 
 def _find(path: Path) -> Path | None:

@@ -29,15 +29,17 @@ from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.data.corpus_identity import fingerprint_of
 from megafn.runtime.pretrained.inert_pickle import fields_of
 from megafn.runtime.pretrained.torch_archive import FileTensor, OpenFiles, copy_part
-from megafn.runtime.pretrained.weight_source import StoredTensor, WeightSource
+from megafn.runtime.pretrained.weight_source import (
+    StoredTensor,
+    WeightSource,
+    commonest_dtype,
+)
 
 # The file in a folder of checkpoints that names the newest.
 TRACKER = "latest_checkpointed_iteration.txt"
 
 # Megatron-LM pads the vocabulary to a multiple of this times tp, unless an argument says otherwise.
 _DIVISIBLE = 128
-
-_WORDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @frozen(kw_only=True)
@@ -172,7 +174,7 @@ def weight_source(
         stored[name] = StoredTensor(shape=tensor.shape, file=tensor.file, dtype=tensor.dtype)
     return WeightSource(
         path=path,
-        remember=partial(_remember, weights),
+        remember=partial(_remember, weights, stored),
         model=described,
         tensors=stored,
         made_of=partial(_made_of, weights),
@@ -183,22 +185,13 @@ def weight_source(
     )
 
 
-def _remember(weights: MegatronWeights) -> Pretrained:
+def _remember(weights: MegatronWeights, stored: Mapping[str, StoredTensor]) -> Pretrained:
     names = sorted({tensor.file for tensor in weights.tensors.values()})
     return Pretrained(
         source=str(weights.path.absolute()),
         fingerprint=fingerprint_of({name: weights.path / name for name in names}),
-        dtype=_commonest_dtype(weights),
+        dtype=commonest_dtype(stored.values()),
     )
-
-
-def _commonest_dtype(weights: MegatronWeights) -> str:
-    """The dtype of most elements, in the words of `Pretrained`."""
-    elements: dict[torch.dtype, int] = {}
-    for tensor in weights.tensors.values():
-        if tensor.dtype in _WORDS:
-            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + prod(tensor.shape)
-    return _WORDS[max(elements, key=elements.__getitem__)] if elements else "fp32"
 
 
 def _stored_name(weights: MegatronWeights, name: str) -> str | None:
@@ -222,7 +215,7 @@ def _made_of(weights: MegatronWeights, name: str, shape: Index) -> Sequence[str]
     rows = tensor.shape[:1]
     if is_cut_over_vocabulary(stored) and tensor.shape[1:] == shape[1:]:
         padding = rows[0] - shape[0]
-        fits = 0 <= padding < _largest_padding(weights, tensor)
+        fits = 0 <= padding <= _largest_padding(weights, tensor)
     else:
         fits = tensor.shape == shape
     if not fits:
@@ -231,12 +224,12 @@ def _made_of(weights: MegatronWeights, name: str, shape: Index) -> Sequence[str]
 
 
 def _largest_padding(weights: MegatronWeights, tensor: PiecewiseTensor) -> int:
-    """One more than the rows that Megatron-LM may have added to the vocabulary."""
+    """How many rows Megatron-LM may have added to the vocabulary."""
     divisible = weights.arguments.get("make_vocab_size_divisible_by")
     if not isinstance(divisible, int):
         divisible = _DIVISIBLE
     tp = len({piece.box[0][0] for piece in tensor.pieces})
-    return max(divisible, 1) * tp
+    return max(divisible, 1) * tp - 1
 
 
 def _copy(

@@ -37,13 +37,13 @@ from megafn.runtime.checkpoint.atomic_files import (
     write_file,
     write_tensor_stream,
 )
+from megafn.runtime.model.layers import DTYPES
 from megafn.runtime.pretrained.hugging_face import CONFIG, INDEX, SINGLE_FILE
 from megafn.runtime.pretrained.parameter_reader import ParameterReader
 from megafn.runtime.pretrained.ranks import Ranks
 
 MAX_SHARD_BYTES = 5 * 10**9
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES_IN_CONFIG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 # What tokenizers of transformers are read from.

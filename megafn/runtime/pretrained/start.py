@@ -214,10 +214,13 @@ def _refuse_unread(source: WeightSource, model: ModelConfig, left_out: Sequence[
         if not source.is_known_buffer(tensor) and not (another_head and source.is_head(tensor))
     ]
     if unread:
+        remedy = "give the config of the model that they are of"
+        if source.adapters_scale is not None:
+            remedy += ", with the adapters of its prepare_model, or export it, which merges them"
         shown = _some(in_natural_order(unread))
         raise CheckpointError(
             f"{source.path}: the model has no place for {len(unread)} of the stored tensors "
-            f"({shown}); give the config of the model that they are of"
+            f"({shown}); {remedy}"
         )
 
 

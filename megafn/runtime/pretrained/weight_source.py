@@ -8,8 +8,9 @@ all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from math import prod
 from pathlib import Path
 
 import torch
@@ -27,6 +28,19 @@ class StoredTensor:
     shape: Index
     file: str  # name of the file that holds it, or of the first that does
     dtype: torch.dtype | None = None  # None: not known without opening the file
+
+
+_WORDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def commonest_dtype(tensors: Iterable[StoredTensor]) -> str:
+    """The dtype of most elements that are weights, in the words of `Pretrained`."""
+    elements: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.dtype in _WORDS:
+            word = _WORDS[tensor.dtype]
+            elements[word] = elements.get(word, 0) + prod(tensor.shape)
+    return max(elements, key=elements.__getitem__, default="fp32")
 
 
 def _no_damage(rank: int, world_size: int) -> list[str]:
