@@ -14,11 +14,11 @@ from megafn.demo.demo import demo
 from megafn.demo.pretraining import DEMOS
 
 
-def shown(family, folder):
+def shown(family, folder, iterations=6):
     """What the demo prints on this rank."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-        demo(folder=folder, iterations=6, family=family)
+        demo(folder=folder, iterations=iterations, family=family)
     return printed.getvalue()
 
 
@@ -38,7 +38,7 @@ def test_the_demo_ends_with_a_table_two_samples_and_a_picture(family, pool, tmp_
 
 
 def test_the_demo_of_finetuning_exports_loads_and_adapts(pool, tmp_path):
-    printed, *others = pool(4, shown, "finetune", str(tmp_path))
+    printed, *others = pool(4, shown, "finetune", str(tmp_path), iterations=4)
     assert others == [""] * 3
     assert "tensor parallel 2 x pipeline parallel 2, 4 processes" in printed
     assert "tensor parallel 2 x data parallel 2, 4 processes" in printed

@@ -195,7 +195,7 @@ def pretraining_config(paths: Paths, iterations: int, world_size: int) -> mf.Tra
         ),
         parallel=parallel,
         schedule=mf.ScheduleConfig(
-            lr=3e-3, min_lr=3e-4, decay="cosine", warmup_fraction=0.05, weight_decay=0.1
+            lr=2e-3, min_lr=2e-4, decay="cosine", warmup_fraction=0.1, weight_decay=0.1
         ),
     )
 
@@ -213,7 +213,7 @@ def adaptation_config(paths: Paths, iterations: int, world_size: int) -> mf.Trai
         model=mf.pretrained_model(paths.pretrained),
         parallel=parallel,
         prepare_model=mf.lora(rank=8, alpha=16.0, modules=ADAPTED),
-        schedule=mf.ScheduleConfig(lr=5e-3, min_lr=5e-4, decay="cosine", warmup_fraction=0.05),
+        schedule=mf.ScheduleConfig(lr=1e-2, min_lr=1e-3, decay="cosine", warmup_fraction=0.05),
     )
 
 
