@@ -114,7 +114,11 @@ def errors(folder):
     with failing(RANK_ONE, save, "adam_step"):
         found["save"] = raised(partial(loop, fresh, lambda state: mf.save(state, folder / "new")))
     with_weights = with_checkpoint(fresh, pretrained=str(folder / "runs"))
-    start_anew = partial(loop, with_weights, start.start_from_pretrained)
+    start_anew = partial(
+        loop,
+        fresh,
+        lambda state: start.start_from_pretrained(attrs.evolve(state, config=with_weights)),
+    )
     for name in ("latest", "find_weights"):
         with failing(RANK_ZERO, start, name):
             found[f"start, {name}"] = raised(start_anew)
