@@ -134,7 +134,7 @@ def bad_data(folder):
             {"train": str(folder / "nowhere.txt")},
             ["data.train", "nowhere.txt", "no such file"],
         ),
-        "a folder": ({"train": str(folder)}, ["data.train", str(folder), "no such file"]),
+        "a folder": ({"train": str(folder)}, ["data.train", str(folder), "this is a folder"]),
         "missing in a blend": (
             {"train": ((0.5, good), (0.5, str(folder / "nowhere.txt")))},
             ["data.train", "nowhere.txt"],

@@ -143,9 +143,18 @@ def test_settings_out_of_range_are_refused(settings, error):
     "modules, error",
     [
         (("linear_qkv", "fc1"), "lora.modules = 'fc1': no module of the model has this name"),
-        (("final_layernorm",), "decoder.final_layernorm is a Norm; name linear layers only"),
-        (("output_layer",), "output_layer shares the table of the word embeddings"),
-        (("mlp.linear_fc1", "linear_fc1"), "two names match decoder.layers.0.mlp.linear_fc1"),
+        (
+            ("final_layernorm",),
+            "lora.modules = 'decoder.final_layernorm': it is a Norm; name linear layers only",
+        ),
+        (
+            ("output_layer",),
+            "lora.modules = 'output_layer': it shares the table of the word embeddings",
+        ),
+        (
+            ("mlp.linear_fc1", "linear_fc1"),
+            "lora.modules = 'decoder.layers.0.mlp.linear_fc1': two names match it",
+        ),
     ],
 )
 def test_names_that_cannot_be_adapted_are_refused(modules, error):

@@ -41,8 +41,10 @@ _FREE_OF_T5 = {"decoder_seq_length": "decoder_seq_length"}
 
 # Arguments that turn on what megafn's layers do not compute.
 _NOT_BUILT = (
+    "activation_func_clamp_value",
     "apply_layernorm_1p",
     "apply_residual_connection_post_layernorm",
+    "glu_linear_offset",
     "heterogeneous_layers_config_path",
     "mtp_num_layers",
     "multi_latent_attention",

@@ -138,7 +138,7 @@ def _is_named(name: str, pattern: str) -> bool:
 
 def _add_adapter(name: str, layer: Any, lora: Lora) -> None:
     if hasattr(layer, "lora_a"):
-        raise ConfigError(f"lora.modules: two names match {name}; name each layer once.")
+        raise ConfigError(f"lora.modules = {name!r}: two names match it; name each layer once")
     make: Callable[[Any, int], tuple[Any, Any]]
     if isinstance(layer, ColumnParallelLinear):
         make = _of_column_parallel
@@ -148,12 +148,12 @@ def _add_adapter(name: str, layer: Any, lora: Lora) -> None:
         make = _of_linear
     else:
         raise ConfigError(
-            f"lora.modules: {name} is a {type(layer).__name__}; name linear layers only."
+            f"lora.modules = {name!r}: it is a {type(layer).__name__}; name linear layers only"
         )
     if layer.weight is None or getattr(layer.weight, "shared_embedding", False):
         raise ConfigError(
-            f"lora.modules: {name} shares the table of the word embeddings, so that an adapter on "
-            "it could not be merged; leave it out."
+            f"lora.modules = {name!r}: it shares the table of the word embeddings, so that an "
+            "adapter on it could not be merged; leave it out"
         )
     layer.lora_a, layer.lora_b = make(layer, lora.rank)
     for adapter in (layer.lora_a, layer.lora_b):

@@ -249,7 +249,7 @@ def _make_room(plan: DirectoryPlan) -> Room:
         hidden = directory.with_name(_hidden_name(directory.name, secrets.token_hex(4)))
         hidden.mkdir()
         sync_folder(directory.parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # NUL in a path is a ValueError
         return Room(problem=f"{directory} could not be written: {error}")
     return Room(hidden=hidden)
 

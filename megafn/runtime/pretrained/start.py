@@ -34,6 +34,7 @@ from megafn.runtime.model.state import State, check_usable, donate
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
     call_on_rank_zero,
+    errors_on_all_ranks,
     gather_from_all_ranks,
 )
 from megafn.runtime.pretrained.base import open_weights
@@ -122,10 +123,10 @@ def _is_resumable(settings: CheckpointConfig) -> bool:
 
 def _open_everywhere(place: Place, state: State, closing: contextlib.ExitStack) -> WeightSource:
     source = None
-    error = None
+    error: Exception | None = None
     try:
         source = closing.enter_context(open_weights(place, state.config.model))
-    except _PROBLEMS as problem:
+    except Exception as problem:
         error = problem
     _raise_everywhere(error, state.pg)
     assert source is not None
@@ -169,7 +170,9 @@ def _match_everywhere(source: WeightSource, state: State) -> Match:
         if problems:
             raise config_error(problems)
 
-    ranks = gather_from_all_ranks(_match_own(source, state), state.pg)
+    with errors_on_all_ranks(state.pg):
+        own = _match_own(source, state)
+    ranks = gather_from_all_ranks(own, state.pg)
     problems_of_ranks = [problem for rank in ranks for problem in rank.problems]
     if problems_of_ranks:
         raise CheckpointError("; ".join(in_natural_order(problems_of_ranks)))
@@ -234,7 +237,7 @@ def _verify_everywhere(source: WeightSource, state: State) -> None:
         problems = source.damage(state.pg.rank, state.pg.world_size)
         if problems:
             error = CheckpointError("; ".join(problems))
-    except _PROBLEMS as problem:
+    except Exception as problem:
         error = problem
     _raise_everywhere(error, state.pg)
 
@@ -243,7 +246,7 @@ def _fill_everywhere(source: WeightSource, state: State, match: Match) -> None:
     error: Exception | None = None
     try:
         fill_state(state, partial(_copy_finite, source), {}, None, unchanged=frozenset(match.new))
-    except _PROBLEMS as problem:
+    except Exception as problem:
         error = problem
     _raise_everywhere(error, state.pg)
 
