@@ -343,7 +343,7 @@ def test_other_adapters_than_the_checkpoints_are_refused(change, error, llama, a
 
 
 def test_another_run_starts_from_a_checkpoint_of_adapters(llama, adapted):
-    """With the same adapters; a model without them is told to export first."""
+    """With the same adapters; for a model without them the error says to export first."""
     checkpoint, _ = adapted
     with opened(on_llama(llama)) as state:
         loaded = {name: part for name, part, *_ in local_parts(mf.load(state, checkpoint))}

@@ -112,6 +112,21 @@ def overlap(one: Box, other: Box) -> Box | None:
     return tuple(low), tuple(size)
 
 
+def slices_of(box: Box, origin: Index | None = None) -> tuple[slice, ...]:
+    """The index of a box in a tensor whose first element stands at `origin`; None: at zeros.
+
+    >>> slices_of(((3, 2), (1, 4)), (3, 0))
+    (slice(0, 1, None), slice(2, 6, None))
+    """
+    offset, size = box
+    if origin is None:
+        origin = tuple(0 for _ in offset)
+    return tuple(
+        slice(first - start, first - start + count)
+        for first, count, start in zip(offset, size, origin, strict=True)
+    )
+
+
 def flat(offset: Index, shape: Index) -> int:
     """The position of an index in the flattened tensor.
 

@@ -19,7 +19,7 @@ import torch
 from attrs import frozen
 from safetensors import SafetensorError, safe_open
 
-from megafn.pure.checkpoint.boxes import Box, Index, overlap
+from megafn.pure.checkpoint.boxes import Box, Index, overlap, slices_of
 from megafn.pure.checkpoint.compatibility import data_problems, resume_problems
 from megafn.pure.config.problems import config_error
 from megafn.pure.config.records import TrainConfig
@@ -263,7 +263,7 @@ def copy_box(reader: BoxReader, tensor: str, shape: Index, box: Box, target: tor
         if common is None:
             continue
         source = _open_file(reader, file).get_slice(tensor_key(tensor, offset))
-        target[_slices(common, box[0])] = source[_slices(common, offset)]
+        target[slices_of(common, box[0])] = source[slices_of(common, offset)]
         missing -= prod(common[1])
     if missing:
         raise CheckpointError(f"{missing} elements of {tensor} are missing")
@@ -284,11 +284,3 @@ def _open_file(reader: BoxReader, name: str) -> Any:
     if name not in reader.files:
         reader.files[name] = reader.closing.enter_context(safe_open(reader.path / name, "pt"))
     return reader.files[name]
-
-
-def _slices(box: Box, origin: Index) -> tuple[slice, ...]:
-    """The index of a box in a tensor that begins at `origin`."""
-    return tuple(
-        slice(offset - start, offset - start + size)
-        for offset, size, start in zip(*box, origin, strict=True)
-    )

@@ -49,7 +49,7 @@ def check_prompts(
 ) -> None:
     """Raises ValueError for no or an empty prompt, an unknown id, and one that is too long.
 
-    is_continued: new tokens follow the prompt; else a decoder begins anew.
+    is_continued: new tokens follow the prompt; else a decoder starts from its start token.
     """
     if not prompts:
         raise ValueError("prompts = []: give at least one prompt")

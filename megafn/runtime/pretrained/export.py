@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from attrs import frozen
 
-from megafn.pure.checkpoint.boxes import Box, Index
+from megafn.pure.checkpoint.boxes import Box, Index, slices_of
 from megafn.pure.checkpoint.write_plan import WritePlan, plan_writes
 from megafn.pure.config.serialization import from_dict
 from megafn.pure.pretrained.natural_order import in_natural_order
@@ -177,7 +177,7 @@ def _read_from_ranks(spread: SpreadParameters, name: str, rank: int) -> torch.Te
         if holder != rank:
             part = _send(part, box, holder, rank, pg)
         if whole is not None and part is not None:
-            whole[_place(box)] = part.cpu()
+            whole[slices_of(box)] = part.cpu()
     return whole
 
 
@@ -192,10 +192,6 @@ def _send(
     received = torch.empty(size, device=pg.device)
     dist.recv(received, src=holder, group=pg.world)
     return received
-
-
-def _place(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, start + count) for start, count in zip(*box, strict=True))
 
 
 def _in_order(shapes: Mapping[str, Index]) -> dict[str, Index]:

@@ -18,7 +18,7 @@ import torch
 from attrs import frozen
 from safetensors import SafetensorError, safe_open
 
-from megafn.pure.checkpoint.boxes import Box, Index, overlap
+from megafn.pure.checkpoint.boxes import Box, Index, overlap, slices_of
 from megafn.pure.config.problems import Problem
 from megafn.pure.config.records import ModelConfig
 from megafn.pure.pretrained.architecture import Architecture
@@ -244,10 +244,7 @@ def _copy(
         if common is None:
             continue
         offset, size = common
-        in_target = tuple(
-            slice(first - start, first - start + count)
-            for first, count, start in zip(offset, size, box[0], strict=True)
-        )
+        in_target = slices_of(common, box[0])
         first_row = offset[0] - piece.start + piece.at
         target[in_target] = _read(weights, piece, (first_row, *offset[1:]), size)
         missing -= prod(size)
@@ -259,7 +256,7 @@ def _read(
     weights: HuggingFaceWeights, piece: StoredSlice, offset: Index, size: Index
 ) -> torch.Tensor:
     """A box of a stored tensor, in the parameter's order of dimensions."""
-    place = tuple(slice(first, first + count) for first, count in zip(offset, size, strict=True))
+    place = slices_of((offset, size))
     stored_name = weights.places[piece.tensor]
     stored = weights.tensors[stored_name]
     source = weights.files[stored.file].get_slice(stored_name)

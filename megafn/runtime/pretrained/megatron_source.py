@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from megafn.pure.checkpoint.boxes import Box, Index, overlap
+from megafn.pure.checkpoint.boxes import Box, Index, overlap, slices_of
 from megafn.pure.config.records import ModelConfig
 from megafn.pure.families.built_in import parameter_shapes
 from megafn.pure.pretrained.compatibility import is_head, shape_problem
@@ -241,7 +241,7 @@ def _copy(
         common = overlap(box, piece.box)
         if common is None:
             continue
-        target[_slices(common, box[0])] = _read(weights.files, piece, common)
+        target[slices_of(common, box[0])] = _read(weights.files, piece, common)
         missing -= prod(common[1])
     if missing:
         raise CheckpointError(
@@ -263,11 +263,3 @@ def _read(files: OpenFiles, piece: Piece, part: Box) -> torch.Tensor:
     )
     in_file = ((*layer, *inside), (*(1 for _ in layer), *size))
     return copy_part(files, tensor, in_file).view(size)
-
-
-def _slices(box: Box, origin: Index) -> tuple[slice, ...]:
-    """The index of a box in a tensor that begins at `origin`."""
-    return tuple(
-        slice(offset - start, offset - start + size)
-        for offset, size, start in zip(*box, origin, strict=True)
-    )

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from attrs import frozen
 
-from megafn.pure.checkpoint.boxes import Box, Index
+from megafn.pure.checkpoint.boxes import Box, Index, slices_of
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.pretrained.inert_pickle import InertUnpickler, Known
 
@@ -263,5 +263,5 @@ def copy_part(files: OpenFiles, tensor: FileTensor, box: Box) -> torch.Tensor:
         offset=tensor.start,
         strides=[step * itemsize for step in tensor.strides],
     )
-    part = np.array(whole[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))], order="C")
+    part = np.array(whole[slices_of(box)], order="C")
     return torch.from_numpy(part).view(tensor.dtype)

@@ -4,7 +4,7 @@ A folder iter_0000007 of
     .metadata       a pickle of torch.distributed.checkpoint: of each tensor its chunks, which are
                     boxes of the whole tensor, and of each chunk its file and place in it
     __0_0.distcp .. the chunks, each as torch.save writes it
-    common.pt       what is no tensor, the arguments of the run among it
+    common.pt       what is not a tensor, such as the arguments of the run
     metadata.json   the name of the format
 Layers of a stack are one tensor, whose first dimension counts them.
 """
@@ -102,7 +102,7 @@ def _check_format(path: Path) -> None:
 
 
 def _read_common(path: Path, files: OpenFiles) -> Mapping[str, Any]:
-    """What is no tensor; {} if there is no such file."""
+    """What is not a tensor; {} if there is no such file."""
     file = path / COMMON
     if not file.exists():
         return {}
