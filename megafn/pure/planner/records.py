@@ -1,0 +1,132 @@
+"""What a plan is made of: plain numbers, in bytes, seconds, FLOP and devices."""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+from megafn.pure.config.problems import Problem
+from megafn.pure.config.records import RecomputeConfig
+from megafn.pure.planner.machine import Machine
+
+
+@frozen(kw_only=True)
+class Memory:
+    """Bytes of one rank by what they hold."""
+
+    parameters: float = 0
+    gradients: float = 0
+    # Adam's two moments, and fp32 weights if the parameters are not in fp32.
+    optimizer_state: float = 0
+    # What forward passes keep for backward passes, and what a pass needs while it runs.
+    activations: float = 0
+    other: float = 0
+
+    @property
+    def total(self) -> float:
+        return (
+            self.parameters + self.gradients + self.optimizer_state + self.activations + self.other
+        )
+
+
+@frozen(kw_only=True)
+class Layout:
+    """How a step is cut: all that `rank_plans` chooses. `layout_of` reads it from a config."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    dp: int = 1
+    micro_batch_size: int = 1
+    num_micro_batches: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+    recompute: RecomputeConfig = RecomputeConfig()
+
+
+@frozen(kw_only=True)
+class StepTime:
+    """Seconds of one training step by what they are spent on; their sum is the step."""
+
+    # Forward and backward passes of the layers, on the slowest stage.
+    layers: float = 0
+    recomputation: float = 0
+    # The output layer and the loss.
+    head: float = 0
+    # Messages that computation does not hide.
+    tp: float = 0
+    cp: float = 0
+    pp: float = 0
+    dp: float = 0
+    # Waiting for other stages.
+    bubble: float = 0
+    optimizer: float = 0
+
+    @property
+    def total(self) -> float:
+        return (
+            self.layers
+            + self.recomputation
+            + self.head
+            + self.tp
+            + self.cp
+            + self.pp
+            + self.dp
+            + self.bubble
+            + self.optimizer
+        )
+
+
+@frozen(kw_only=True)
+class Band:
+    """How far the published results nearest to a plan lie from what the planner says of them."""
+
+    # Shares of the measured time: -0.05 is 5% too fast, 0.1 is 10% too slow.
+    low: float
+    high: float
+    # Which rows, in words: "table 1 of arXiv 2104.04473, A100, 18B to 76B".
+    source: str
+    # Why the figure should not be trusted; None: it may be.
+    not_trusted: str | None = None
+
+
+@frozen(kw_only=True)
+class Plan:
+    """What a config costs on a number of devices, priced before any of them runs."""
+
+    machine: Machine
+    world_size: int
+    layout: Layout
+    # "megafn", or "megatron": with its overlap and fusions.
+    implementation: str
+    # Of the rank with the most, by pipeline stage.
+    memory: tuple[Memory, ...]
+    time: StepTime
+    # Per second and device.
+    tokens_per_second: float
+    # Share of the machine's peak, from 0 to 1.
+    mfu: float
+    band: Band
+    problems: tuple[Problem, ...] = ()
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+
+@frozen(kw_only=True)
+class Refusal:
+    """A layout that cannot run, and why."""
+
+    layout: Layout
+    problems: tuple[Problem, ...]
+
+
+@frozen(kw_only=True)
+class Ranking:
+    """The layouts of a config on a number of devices."""
+
+    # Those that fit, the fastest first.
+    plans: tuple[Plan, ...]
+    refused: tuple[Refusal, ...]

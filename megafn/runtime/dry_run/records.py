@@ -1,0 +1,66 @@
+"""What a dry run returns: plain numbers, in bytes, FLOP and calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attrs import field, frozen
+
+from megafn.pure.config.records import TrainConfig
+from megafn.pure.layout import Coordinates
+from megafn.pure.planner.records import Memory
+
+
+@frozen(kw_only=True)
+class LargeTensor:
+    """A tensor that is alive at the peak."""
+
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    # A field of `Memory`: "parameters", "activations" and so on.
+    kind: str
+    # Dotted name of the module whose forward pass made it; "" outside of all modules.
+    module: str
+
+
+@frozen(kw_only=True)
+class DryRunMemory:
+    """Bytes that are alive on the rank."""
+
+    setup: Memory
+    # At the moment of the step with the most.
+    peak: Memory
+    # Of the peak's activations, those that only a CPU keeps: torch's kernels for GPUs do not.
+    cpu_only: float = 0
+    # (what runs, bytes alive) at each change of the step worth drawing, in the order of time.
+    timeline: tuple[tuple[str, Memory], ...] = field(default=(), repr=False)
+
+
+@frozen(kw_only=True)
+class Messages:
+    """What the rank sends and receives over one kind of group in one step."""
+
+    count: int = 0
+    # Of the tensors that are given to the collectives.
+    bytes: int = 0
+    # Bytes by the name of the collective: "all_reduce", "reduce_scatter", "send" and so on.
+    by_collective: Mapping[str, int] = field(factory=dict)
+
+
+@frozen(kw_only=True)
+class DryRun:
+    """One training step of one rank, run on tensors that hold no memory."""
+
+    config: TrainConfig = field(repr=False)
+    world_size: int
+    rank: int
+    place: Coordinates
+    num_parameters: int
+    memory: DryRunMemory
+    largest_tensors: tuple[LargeTensor, ...] = field(default=(), repr=False)
+    # By torch's formulas (torch.utils.flop_counter), recomputation included.
+    flops: float = 0
+    matmuls: int = 0
+    # By kind of group: "tp", "pp", "cp", "dp" and the other fields of `Groups`.
+    messages: Mapping[str, Messages] = field(factory=dict)
