@@ -26,6 +26,9 @@ class Machine:
     # Between nodes, for each device.
     network_bandwidth: float
     devices_per_node: int = 8
+    # What the CUDA context, NCCL's buffers and workspaces of kernels take of `memory_bytes`: 1 to
+    # 2 GB where it was measured.
+    reserved_bytes: float = 2e9
 
 
 MACHINES: Mapping[str, Machine] = MappingProxyType(
