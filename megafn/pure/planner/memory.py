@@ -14,6 +14,7 @@ from megafn.pure.planner.activations import (
     embedding_activations,
     head_activations,
     layer_activations,
+    rotary_angles,
 )
 from megafn.pure.planner.parameter_counts import parameters_by_stage
 from megafn.pure.planner.records import Layout, Memory
@@ -93,6 +94,7 @@ def _activation_bytes(
     in_flight = peak_of_stage(layout.pp, layout.vpp, layout.num_micro_batches, stage)
     chunk = 0.0
     backward = 0.0
+    message = 0.0
     for stack, layers in enumerate(contents.layers):
         if layers == 0:
             continue
@@ -100,14 +102,28 @@ def _activation_bytes(
         kept, most = chunk_activations(layer, layers / layout.vpp, layout.recompute)
         chunk += kept
         backward = max(backward, most)
+        message = layer.input
+    if layout.recompute.granularity == "full":
+        chunk += rotary_angles(model, cut)
     total = in_flight * chunk
+    if stage > 0:
+        # the gradient that is being sent
+        total += message
+    if layout.vpp > 1:
+        # what was received ahead, in both directions
+        total += 2 * message
+    if cut.sequence_parallel and cut.tp > 1:
+        # the buffer in which megatron-core gathers a matrix's input
+        total += message / cut.share
+    largest = backward
+    tied_here = contents.embeds and contents.has_head and model.tie_word_embeddings
+    if contents.has_head:
+        head = head_activations(model, cut, tied_here=tied_here)
+        largest = max(head.kept + head.backward, backward + head.remains)
     if contents.embeds:
         first_stack = 0 if contents.layers[0] else 1
         embedding = embedding_activations(model, cut, first_stack)
         chunks_with_embedding = in_flight if layout.vpp == 1 else min(in_flight, layout.pp)
         total += chunks_with_embedding * embedding.kept
-    if not contents.has_head:
-        return total + backward
-    tied_here = contents.embeds and model.tie_word_embeddings
-    head = head_activations(model, cut, tied_here=tied_here)
-    return total + max(head.kept + head.backward, backward + head.remains)
+        largest = max(largest, embedding.backward * (2 if tied_here else 1) - chunk)
+    return total + largest
