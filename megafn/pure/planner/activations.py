@@ -255,6 +255,16 @@ def rotary_angles(model: ModelConfig, cut: Cut) -> float:
     return 4 * model.seq_length / cut.cp * int(model.head_size * model.rotary_percent)
 
 
+def relative_positions(model: ModelConfig, cut: Cut, stack: int) -> float:
+    """Bytes of T5's biases of relative positions, which the layers of a stage share."""
+    if model.position_embedding != "relative":
+        return 0.0
+    length = model.decoder_length if stack == 1 else model.seq_length
+    # the bias of each head, the bucket of each distance, and where the decoder must not look
+    of_a_pair = cut.element * model.num_attention_heads / cut.tp + 8 + (1 if stack == 1 else 0)
+    return of_a_pair * length**2
+
+
 # ---------------------------------------------------------------------------------------- ends
 
 

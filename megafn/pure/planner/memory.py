@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megafn.pure.config.records import ModelConfig, OptimizerConfig, TrainConfig
+from megafn.pure.families.built_in import spec_of
 from megafn.pure.pipeline import peak_of_stage
 from megafn.pure.planner.activations import (
     ELEMENT_BYTES,
@@ -14,6 +15,7 @@ from megafn.pure.planner.activations import (
     embedding_activations,
     head_activations,
     layer_activations,
+    relative_positions,
     rotary_angles,
 )
 from megafn.pure.planner.parameter_counts import parameters_by_stage
@@ -91,20 +93,19 @@ def _state_numbers(optimizer: OptimizerConfig) -> int:
 def _activation_bytes(
     model: ModelConfig, contents: StageContents, layout: Layout, cut: Cut, stage: int
 ) -> float:
+    """Bytes of one stage when the most are alive: what forwards in flight keep, and a backward."""
     in_flight = peak_of_stage(layout.pp, layout.vpp, layout.num_micro_batches, stage)
-    chunk = 0.0
+    message = _message_bytes(model, layout, cut)
+    chunk = _between_halves(model, contents, layout, cut)
     backward = 0.0
-    message = 0.0
     for stack, layers in enumerate(contents.layers):
         if layers == 0:
             continue
         layer = layer_activations(model, cut, stack)
-        kept, most = chunk_activations(layer, layers / layout.vpp, layout.recompute)
-        chunk += kept
-        backward = max(backward, most)
-        message = layer.input
-    if layout.recompute.granularity == "full":
-        chunk += rotary_angles(model, cut)
+        kept, backward = chunk_activations(layer, layers / layout.vpp, layout.recompute)
+        chunk += kept + relative_positions(model, cut, stack)
+        if layout.recompute.granularity == "full":
+            chunk += rotary_angles(model, cut)
     total = in_flight * chunk
     if stage > 0:
         # the gradient that is being sent
@@ -114,7 +115,8 @@ def _activation_bytes(
         total += 2 * message
     if cut.sequence_parallel and cut.tp > 1:
         # the buffer in which megatron-core gathers a matrix's input
-        total += message / cut.share
+        total += _longest(model) * _bytes_of_a_position(model, layout, cut) * cut.tp
+
     largest = backward
     tied_here = contents.embeds and contents.has_head and model.tie_word_embeddings
     if contents.has_head:
@@ -127,3 +129,45 @@ def _activation_bytes(
         total += chunks_with_embedding * embedding.kept
         largest = max(largest, embedding.backward * (2 if tied_here else 1) - chunk)
     return total + largest
+
+
+def _bytes_of_a_position(model: ModelConfig, layout: Layout, cut: Cut) -> float:
+    """Of the hidden state at one position of a micro-batch's sequences, on one rank."""
+    rows = layout.micro_batch_size * model.hidden_size * cut.element
+    return rows * cut.share / layout.cp
+
+
+def _longest(model: ModelConfig) -> int:
+    return max(model.seq_length, model.decoder_length)
+
+
+def _message_bytes(model: ModelConfig, layout: Layout, cut: Cut) -> float:
+    """What one stage sends to the next: for T5 both halves, one after the other."""
+    positions = model.seq_length
+    if _has_two_halves(model):
+        positions += model.decoder_length
+    return positions * _bytes_of_a_position(model, layout, cut)
+
+
+def _has_two_halves(model: ModelConfig) -> bool:
+    return len(spec_of(model).stacks) == 2
+
+
+def _between_halves(model: ModelConfig, contents: StageContents, layout: Layout, cut: Cut) -> float:
+    """What a stage of T5 keeps because one tensor carries both halves; nothing for one stack.
+
+    The first layer's input, a part of it, is counted with that layer.
+    """
+    if not _has_two_halves(model):
+        return 0.0
+    position = _bytes_of_a_position(model, layout, cut)
+    encoder_output = model.seq_length * position
+    final_norm = encoder_output if 0 in contents.ends else 0.0
+    if layout.pp == 1:
+        return final_norm + encoder_output
+    if contents.embeds:
+        first_stage = contents.layers[0] > 0
+        return final_norm + (0.0 if first_stage else _message_bytes(model, layout, cut))
+    in_encoder = contents.layers[0] > 0
+    other_half = model.decoder_length * position if in_encoder else encoder_output
+    return final_norm + other_half
