@@ -84,15 +84,54 @@ class EndActivations:
     kept: float
     # What the backward pass adds at most.
     backward: float
-    # What of that remains until the backward pass of the first stage's table: the gradient of a
-    # tied table, if it is on the same stage.
-    remains: float = 0.0
+
+
+@frozen(kw_only=True)
+class MicroBatchActivations:
+    """All that one micro-batch needs anywhere in the pipeline. Tuples are by stack."""
+
+    layers: tuple[LayerActivations, ...]
+    # What the layers of a stage share: T5's relative positions.
+    shared: tuple[float, ...]
+    # What recomputed layers share: rotary angles.
+    shared_recomputed: float
+    embeddings: tuple[EndActivations, ...]
+    head: EndActivations
+    # The gradient of one rank's part of the word table.
+    word_table: float
+    # The hidden state of each stack, on one rank.
+    hidden: tuple[float, ...]
+    # The buffer in which megatron-core gathers a matrix's input under sequence parallelism.
+    gathered: float
+
+    @property
+    def message(self) -> float:
+        """What one stage sends to the next: for T5 both halves, one after the other."""
+        return sum(self.hidden)
+
+
+@lru_cache(maxsize=4096)
+def micro_batch_activations(model: ModelConfig, cut: Cut) -> MicroBatchActivations:
+    """Of a micro-batch that is cut in this way."""
+    stacks = range(len(spec_of(model).stacks))
+    lengths = (model.seq_length, model.decoder_length)
+    position = cut.micro_batch_size * model.hidden_size * cut.element / cut.cp
+    gathers = cut.sequence_parallel and cut.tp > 1
+    return MicroBatchActivations(
+        layers=tuple(layer_activations(model, cut, stack) for stack in stacks),
+        shared=tuple(relative_positions(model, cut, stack) for stack in stacks),
+        shared_recomputed=rotary_angles(model, cut),
+        embeddings=tuple(embedding_activations(model, cut, stack) for stack in stacks),
+        head=head_activations(model, cut),
+        word_table=_word_table(model, cut),
+        hidden=tuple(lengths[stack] * position * cut.share for stack in stacks),
+        gathered=max(lengths[stack] for stack in stacks) * position if gathers else 0.0,
+    )
 
 
 # ------------------------------------------------------------------------------------- layers
 
 
-@lru_cache(maxsize=65536)
 def layer_activations(model: ModelConfig, cut: Cut, stack: int) -> LayerActivations:
     """Of one layer of a stack, `FamilySpec.stacks[stack]`, the mean over its layers."""
     decoder = stack == 1
@@ -268,7 +307,6 @@ def relative_positions(model: ModelConfig, cut: Cut, stack: int) -> float:
 # ---------------------------------------------------------------------------------------- ends
 
 
-@lru_cache(maxsize=65536)
 def embedding_activations(model: ModelConfig, cut: Cut, stack: int) -> EndActivations:
     """Of the tables of words and positions; their output is the first layer's input."""
     length = model.decoder_length if stack == 1 else model.seq_length
@@ -277,17 +315,13 @@ def embedding_activations(model: ModelConfig, cut: Cut, stack: int) -> EndActiva
     kept = 16 * tokens
     if model.hidden_dropout:
         kept += tokens * model.hidden_size * cut.share
-    rows = padded_vocab_size(model.vocab_size, cut.tp) / cut.tp
-    table = rows * model.hidden_size * cut.element
-    return EndActivations(kept=kept, backward=table + tokens * model.hidden_size * cut.element)
+    return EndActivations(
+        kept=kept, backward=_word_table(model, cut) + tokens * model.hidden_size * cut.element
+    )
 
 
-@lru_cache(maxsize=65536)
-def head_activations(model: ModelConfig, cut: Cut, *, tied_here: bool) -> EndActivations:
-    """Of the final norm, the output layer and the cross-entropy.
-
-    tied_here: the output layer is the word table of the same stage.
-    """
+def head_activations(model: ModelConfig, cut: Cut) -> EndActivations:
+    """Of the final norm, the output layer and the cross-entropy."""
     stacks = spec_of(model).stacks
     length = model.decoder_length if len(stacks) == 2 else model.seq_length
     tokens = length * cut.micro_batch_size / cut.cp
@@ -298,20 +332,27 @@ def head_activations(model: ModelConfig, cut: Cut, *, tied_here: bool) -> EndAct
     if stacks == ("encoder",):
         # a matrix, the activation and another norm
         norm += 3 * hidden + _norm_statistics(model) * tokens * cut.share
-    rows = padded_vocab_size(model.vocab_size, cut.tp) / cut.tp
+    rows = _vocabulary_rows(model, cut)
     logits = tokens * rows * cut.element
     # the gradient of the logits is computed in blocks of rows, in fp32
     block = 4 * min(tokens * rows, _LOSS_BLOCK)
     # largest logit, sum of exponentials, label's column, and whether it is here and counts
     statistics = 18 * tokens
-    table = rows * model.hidden_size * cut.element
     whole_input = tokens * model.hidden_size * cut.element
-    matrix = table + 2 * whole_input
+    matrix = _word_table(model, cut) + 2 * whole_input
     return EndActivations(
         kept=norm + logits + statistics,
         backward=max(logits + block, matrix),
-        remains=table if tied_here else 0.0,
     )
+
+
+def _vocabulary_rows(model: ModelConfig, cut: Cut) -> int:
+    return padded_vocab_size(model.vocab_size, cut.tp) // cut.tp
+
+
+def _word_table(model: ModelConfig, cut: Cut) -> float:
+    """Bytes of one rank's part of a table of words, or of its gradient in a backward pass."""
+    return _vocabulary_rows(model, cut) * model.hidden_size * cut.element
 
 
 # ------------------------------------------------------------------------------------ in a chunk
