@@ -7,6 +7,7 @@ the decline of small products that measurements show (arXiv 2104.04473, figure 7
 
 from __future__ import annotations
 
+import attrs
 from attrs import frozen
 
 from megafn.pure.planner.implementation import Implementation
@@ -58,7 +59,8 @@ def layer_seconds(
 ) -> LayerSeconds:
     """Forward and backward pass of one layer over one micro-batch, on one rank."""
     tokens = stack.length * layout.micro_batch_size / layout.cp
-    linear = _linear_seconds(model, tokens, layout.tp, speeds)
+    products = _product_speeds(speeds, implementation)
+    linear = _linear_seconds(model, tokens, layout.tp, products)
     core, core_backward = _attention_seconds(
         model, tokens, stack.attended, stack.keys, layout.tp, speeds, implementation
     )
@@ -72,7 +74,7 @@ def layer_seconds(
         )
         core += cross[0]
         core_backward += cross[1]
-        linear += _cross_linear_seconds(model, tokens, memory_tokens, layout.tp, speeds)
+        linear += _cross_linear_seconds(model, tokens, memory_tokens, layout.tp, products)
         # a norm and a residual more, as around self-attention
         forward_bytes *= 1.5
         backward_bytes *= 1.5
@@ -81,6 +83,13 @@ def layer_seconds(
         backward=2 * linear + core_backward + backward_bytes / speeds.memory,
         core=core,
     )
+
+
+def _product_speeds(speeds: Speeds, implementation: Implementation) -> Speeds:
+    """Of products within layers, which some implementations run in fp8."""
+    if implementation.product_speed == 1:
+        return speeds
+    return attrs.evolve(speeds, matmul=speeds.matmul * implementation.product_speed)
 
 
 def matmul_seconds(rows: float, inner: float, columns: float, speeds: Speeds) -> float:

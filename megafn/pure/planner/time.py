@@ -284,7 +284,9 @@ def _gradient_seconds(
     # in the last micro-batch's backward pass, and the first one's forward pass
     window = slowest
     if layout.vpp > 1 and layout.pp > 1:
-        window *= layout.pp * (layout.vpp - 1) / layout.vpp
+        # gradients of a chunk are whole while other chunks still compute
+        micro_batches = layout.pp * (layout.vpp - 1) / layout.vpp
+        window *= min(micro_batches, layout.num_micro_batches)
     return max(0.0, seconds - _WINDOW_SHARE * window) + _DP_VISIBLE * seconds
 
 
