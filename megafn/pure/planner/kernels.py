@@ -10,12 +10,12 @@ from __future__ import annotations
 import attrs
 from attrs import frozen
 
+from megafn.pure.config.records import padded_vocab_size
+from megafn.pure.planner.activations import ELEMENT_BYTES
 from megafn.pure.planner.implementation import Implementation
 from megafn.pure.planner.machine import Machine
 from megafn.pure.planner.model_shape import ModelShape, StackShape
 from megafn.pure.planner.records import Layout
-
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 # Flash attention reaches this share of what large products do. Its backward pass computes the
 # scores again: five products where the forward pass has two.
@@ -37,7 +37,7 @@ def speeds_of(machine: Machine, dtype: str) -> Speeds:
     return Speeds(
         matmul=peak * machine.matmul_efficiency,
         memory=machine.memory_bandwidth * machine.memory_efficiency,
-        element=_BYTES.get(dtype, 2),
+        element=ELEMENT_BYTES[dtype],
     )
 
 
@@ -192,7 +192,7 @@ def head_seconds(model: ModelShape, layout: Layout, speeds: Speeds) -> float:
     if not model.head_length:
         return 0.0
     tokens = model.head_length * layout.micro_batch_size / layout.cp
-    columns = model.vocab / layout.tp
+    columns = padded_vocab_size(model.vocab, layout.tp) / layout.tp
     products = 3 * matmul_seconds(tokens, model.hidden, columns, speeds)
     if model.head_inner:
         products += 3 * matmul_seconds(tokens, model.hidden, model.head_inner, speeds)

@@ -29,6 +29,13 @@ def _check_positive(machine: Machine, attribute: Attribute[float], value: Any) -
     raise config_error([Problem(f"machine.{attribute.name}", value, remedy)])
 
 
+def _check_not_negative(machine: Machine, attribute: Attribute[float], value: Any) -> None:
+    if _is_number(value) and math.isfinite(value) and value >= 0:
+        return
+    remedy = f"must be a finite number of at least 0; give {_MEANINGS[attribute.name]}"
+    raise config_error([Problem(f"machine.{attribute.name}", value, remedy)])
+
+
 def _check_share(machine: Machine, attribute: Attribute[float], value: Any) -> None:
     if _is_number(value) and 0 < value <= 1:
         return
@@ -58,6 +65,7 @@ _MEANINGS = {
         "the bytes/s of the network for each device, one way, for example 50e9 (of a single node "
         "it is not read)"
     ),
+    "reserved_bytes": "the bytes of one device that CUDA and NCCL take, or leave it out",
     "matmul_efficiency": "the share of best_matmul_flops that a model's products reach",
     "memory_efficiency": "the share of memory_bandwidth that a model's kernels reach",
     "link_efficiency": "the share of link and network bandwidth that messages reach",
@@ -106,6 +114,9 @@ class Machine:
     # Between nodes, for each device.
     network_bandwidth: float = field(validator=_check_positive)
     devices_per_node: int = field(default=8, validator=_check_count)
+    # What the CUDA context, NCCL's buffers and workspaces of kernels take of `memory_bytes`: 1 to
+    # 2 GB where it was measured.
+    reserved_bytes: float = field(default=2e9, validator=_check_not_negative)
 
     # ---- Shares of these peaks that training reaches
     matmul_efficiency: float = field(default=MATMUL_EFFICIENCY, validator=_check_share)

@@ -140,6 +140,7 @@ def _row(cells: Mapping[str, str]) -> PublishedRow:
 
 def _config(cells: Mapping[str, str]) -> TrainConfig:
     gated = cells["gated"] == "1"
+    outer = int(cells["outer_stage_layers"]) if cells["outer_stage_layers"] else None
     model = ModelConfig(
         num_layers=int(cells["layers"]),
         hidden_size=int(cells["hidden"]),
@@ -163,6 +164,8 @@ def _config(cells: Mapping[str, str]) -> TrainConfig:
             vpp=int(cells["vpp"]),
             cp=int(cells["cp"]),
             sequence_parallel=cells["sequence_parallel"] == "1",
+            num_layers_in_first_pipeline_stage=outer,
+            num_layers_in_last_pipeline_stage=outer,
         ),
         optimizer=OptimizerConfig(use_distributed_optimizer=cells["distributed_optimizer"] == "1"),
         precision=PrecisionConfig(dtype="bf16"),
