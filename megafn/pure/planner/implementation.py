@@ -19,6 +19,8 @@ class Implementation:
     fused: bool
     # Attention without its scores in memory (arXiv 2205.14135).
     flash_attention: bool = True
+    # Products within layers run so many times faster than in bf16.
+    product_speed: float = 1.0
     # Messages under computation: of tp (with sequence parallelism), cp, pp (interleaved) and dp.
     overlap: bool
     # Gradients are summed in this many bytes an element.
@@ -42,8 +44,8 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
     }
 )
 
-# Megatron-LM at the time of arXiv 2104.04473 and 2205.05198: gradients in fp16, summed after the
-# last backward pass.
+# What published rows ran, and megafn does not. Megatron-LM at the time of arXiv 2104.04473 and
+# 2205.05198: gradients in fp16, summed after the last backward pass.
 MEGATRON_2021 = attrs.evolve(
     IMPLEMENTATIONS["megatron"],
     flash_attention=False,
@@ -51,6 +53,8 @@ MEGATRON_2021 = attrs.evolve(
     gradient_bytes=2,
     scatter_gather=True,
 )
+# Transformer Engine's fp8: tensor cores are twice as fast; attention and output layer stay in bf16.
+MEGATRON_FP8 = attrs.evolve(IMPLEMENTATIONS["megatron"], product_speed=2.0)
 
 
 def implementation_of(name: str) -> Implementation:

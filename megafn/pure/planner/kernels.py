@@ -7,14 +7,15 @@ the decline of small products that measurements show (arXiv 2104.04473, figure 7
 
 from __future__ import annotations
 
+import attrs
 from attrs import frozen
 
+from megafn.pure.config.records import padded_vocab_size
+from megafn.pure.planner.activations import ELEMENT_BYTES
 from megafn.pure.planner.implementation import Implementation
 from megafn.pure.planner.machine import Machine
 from megafn.pure.planner.model_shape import ModelShape, StackShape
 from megafn.pure.planner.records import Layout
-
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 # Flash attention reaches this share of what large products do. Its backward pass computes the
 # scores again: five products where the forward pass has two.
@@ -36,7 +37,7 @@ def speeds_of(machine: Machine, dtype: str) -> Speeds:
     return Speeds(
         matmul=peak * machine.matmul_efficiency,
         memory=machine.memory_bandwidth * machine.memory_efficiency,
-        element=_BYTES.get(dtype, 2),
+        element=ELEMENT_BYTES[dtype],
     )
 
 
@@ -58,7 +59,8 @@ def layer_seconds(
 ) -> LayerSeconds:
     """Forward and backward pass of one layer over one micro-batch, on one rank."""
     tokens = stack.length * layout.micro_batch_size / layout.cp
-    linear = _linear_seconds(model, tokens, layout.tp, speeds)
+    products = _product_speeds(speeds, implementation)
+    linear = _linear_seconds(model, tokens, layout.tp, products)
     core, core_backward = _attention_seconds(
         model, tokens, stack.attended, stack.keys, layout.tp, speeds, implementation
     )
@@ -72,7 +74,7 @@ def layer_seconds(
         )
         core += cross[0]
         core_backward += cross[1]
-        linear += _cross_linear_seconds(model, tokens, memory_tokens, layout.tp, speeds)
+        linear += _cross_linear_seconds(model, tokens, memory_tokens, layout.tp, products)
         # a norm and a residual more, as around self-attention
         forward_bytes *= 1.5
         backward_bytes *= 1.5
@@ -81,6 +83,13 @@ def layer_seconds(
         backward=2 * linear + core_backward + backward_bytes / speeds.memory,
         core=core,
     )
+
+
+def _product_speeds(speeds: Speeds, implementation: Implementation) -> Speeds:
+    """Of products within layers, which some implementations run in fp8."""
+    if implementation.product_speed == 1:
+        return speeds
+    return attrs.evolve(speeds, matmul=speeds.matmul * implementation.product_speed)
 
 
 def matmul_seconds(rows: float, inner: float, columns: float, speeds: Speeds) -> float:
@@ -183,7 +192,7 @@ def head_seconds(model: ModelShape, layout: Layout, speeds: Speeds) -> float:
     if not model.head_length:
         return 0.0
     tokens = model.head_length * layout.micro_batch_size / layout.cp
-    columns = model.vocab / layout.tp
+    columns = padded_vocab_size(model.vocab, layout.tp) / layout.tp
     products = 3 * matmul_seconds(tokens, model.hidden, columns, speeds)
     if model.head_inner:
         products += 3 * matmul_seconds(tokens, model.hidden, model.head_inner, speeds)

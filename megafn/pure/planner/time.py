@@ -20,14 +20,9 @@ from megafn.pure.planner.kernels import (
     speeds_of,
 )
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.model_shape import (
-    ModelShape,
-    StackShape,
-    StageLoad,
-    model_shape,
-    stage_loads,
-)
+from megafn.pure.planner.model_shape import ModelShape, StackShape, model_shape
 from megafn.pure.planner.records import Layout, StepTime
+from megafn.pure.planner.stage_kinds import StageKind, kinds_of_stages
 from megafn.pure.planner.wires import (
     Bandwidths,
     all_gather_seconds,
@@ -74,21 +69,21 @@ def price(
     costs = [
         _layer_cost(model, stack, layout, speeds, wires, implementation) for stack in model.stacks
     ]
-    loads = _loads(config, model, layout)
-    stages = [_stage_seconds(load, costs, head) for load in loads]
+    kinds = kinds_of_stages(config, layout)
+    stages = [_stage_seconds(kind, costs, head) for kind in kinds]
     slowest = max(stages)
-    load = loads[stages.index(slowest)]
-    mean = sum(seconds * load.stages for seconds, load in zip(stages, loads, strict=True))
-    mean /= layout.pp
+    kind = kinds[stages.index(slowest)]
+    all_stages = sum(seconds * kind.stages for seconds, kind in zip(stages, kinds, strict=True))
+    mean = all_stages / layout.pp
 
     m = layout.num_micro_batches
-    parameters = max(_parameters(model, load, layout) for load in loads)
+    parameters = max(kind.parameters for kind in kinds)
     return StepTime(
-        layers=m * _total(load, [cost.passes for cost in costs]),
-        recomputation=m * _total(load, [cost.recomputation for cost in costs]),
-        tp=m * _total(load, [cost.tp for cost in costs]),
-        cp=m * _total(load, [cost.cp for cost in costs]),
-        head=m * head if load.has_head else 0.0,
+        layers=m * _total(kind, [cost.passes for cost in costs]),
+        recomputation=m * _total(kind, [cost.recomputation for cost in costs]),
+        tp=m * _total(kind, [cost.tp for cost in costs]),
+        cp=m * _total(kind, [cost.cp for cost in costs]),
+        head=m * head if kind.has_head else 0.0,
         bubble=(layout.pp - 1) * mean / layout.vpp,
         pp=_pipeline_seconds(model, layout, speeds, wires, implementation),
         dp=_gradient_seconds(parameters, slowest, layout, speeds, wires, implementation),
@@ -203,38 +198,14 @@ def _cp_seconds(
 # --------------------------------------------------------------------------------------- stages
 
 
-def _loads(config: TrainConfig, model: ModelShape, layout: Layout) -> tuple[StageLoad, ...]:
-    parallel = config.parallel
-    return stage_loads(
-        tuple(stack.layers for stack in model.stacks),
-        layout.pp,
-        parallel.num_layers_in_first_pipeline_stage,
-        parallel.num_layers_in_last_pipeline_stage,
-        parallel.pipeline_model_parallel_split_rank,
-    )
-
-
-def _stage_seconds(load: StageLoad, costs: list[_LayerCost], head: float) -> float:
+def _stage_seconds(kind: StageKind, costs: list[_LayerCost], head: float) -> float:
     """One micro-batch on one stage."""
-    seconds = _total(load, [cost.total for cost in costs])
-    return seconds + head if load.has_head else seconds
+    seconds = _total(kind, [cost.total for cost in costs])
+    return seconds + head if kind.has_head else seconds
 
 
-def _total(load: StageLoad, of_a_layer: list[float]) -> float:
-    return sum(count * each for count, each in zip(load.layers, of_a_layer, strict=True))
-
-
-def _parameters(model: ModelShape, load: StageLoad, layout: Layout) -> float:
-    """Of one rank on such a stage."""
-    tp = layout.tp
-    parameters = 0.0
-    for count, stack in zip(load.layers, model.stacks, strict=True):
-        parameters += count * (stack.matrices / tp + stack.vectors)
-    if load.has_embedding:
-        parameters += model.word_table / tp
-    if load.has_head and model.head_length and not (load.has_embedding and model.tied):
-        parameters += model.word_table / tp
-    return parameters
+def _total(kind: StageKind, of_a_layer: list[float]) -> float:
+    return sum(count * each for count, each in zip(kind.layers, of_a_layer, strict=True))
 
 
 # ------------------------------------------------------------------- once for a micro-batch, a step
@@ -284,7 +255,9 @@ def _gradient_seconds(
     # in the last micro-batch's backward pass, and the first one's forward pass
     window = slowest
     if layout.vpp > 1 and layout.pp > 1:
-        window *= layout.pp * (layout.vpp - 1) / layout.vpp
+        # gradients of a chunk are whole while other chunks still compute
+        micro_batches = layout.pp * (layout.vpp - 1) / layout.vpp
+        window *= min(micro_batches, layout.num_micro_batches)
     return max(0.0, seconds - _WINDOW_SHARE * window) + _DP_VISIBLE * seconds
 
 
