@@ -46,6 +46,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="make each sentence a sequence of its document, for BERT and T5",
     )
     add_json_key(parser)
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the indexed data of an earlier call with this PREFIX",
+    )
 
 
 def run(arguments: Namespace) -> int:
@@ -57,6 +62,7 @@ def run(arguments: Namespace) -> int:
         split=_weights(arguments.split),
         split_sentences=arguments.split_sentences,
         json_key=arguments.json_key,
+        overwrite=arguments.overwrite,
     )
     for prefix in prefixes.values():
         print(prefix)
