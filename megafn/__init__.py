@@ -57,6 +57,12 @@ _HOME = {
     "timeline": "pure.pipeline",
     "check_order": "pure.pipeline",
     "draw_pipeline": "pure.pipeline",
+    "Machine": "pure.planner.machine",
+    "MACHINES": "pure.planner.machine",
+    "Memory": "pure.planner.records",
+    "Layout": "pure.planner.records",
+    "Plan": "pure.planner.plans",
+    "Ranking": "pure.planner.plans",
     "ProcessGroups": "runtime.parallel.groups",
     "init_groups": "runtime.parallel.groups",
     "world_size": "runtime.parallel.groups",
@@ -118,6 +124,8 @@ _HOME = {
     "to_pretrained": "runtime.pretrained.export",
     "export": "runtime.pretrained.export",
     "describe_weights": "runtime.pretrained.describe",
+    "dry_run": "runtime.dry_run.dry_run",
+    "DryRun": "runtime.dry_run.report",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"
@@ -181,6 +189,18 @@ if TYPE_CHECKING:
         pipeline_order as pipeline_order,
         timeline as timeline,
     )
+    from megafn.pure.planner.machine import (
+        MACHINES as MACHINES,
+        Machine as Machine,
+    )
+    from megafn.pure.planner.plans import (
+        Plan as Plan,
+        Ranking as Ranking,
+    )
+    from megafn.pure.planner.records import (
+        Layout as Layout,
+        Memory as Memory,
+    )
     from megafn.pure.pretrained.architectures import (
         pretrained_model as pretrained_model,
     )
@@ -210,6 +230,8 @@ if TYPE_CHECKING:
         group_batches as group_batches,
     )
     from megafn.runtime.data.corpus_identity import describe_data as describe_data
+    from megafn.runtime.dry_run.dry_run import dry_run as dry_run
+    from megafn.runtime.dry_run.report import DryRun as DryRun
     from megafn.runtime.families.build import build_chunk as build_chunk
     from megafn.runtime.families.built_in import (
         family_of as family_of,
