@@ -13,12 +13,13 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-from megafn.commands import check, data, demo, export, generate, inspect, tokenizer, train
+from megafn.commands import check, data, demo, export, generate, inspect, plan, tokenizer, train
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "check": check,
     "data": data,
+    "plan": plan,
     "tokenizer": tokenizer,
     "demo": demo,
     "export": export,
@@ -45,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="megafn",
         description="Megatron-scale training as functions. "
         "For several processes, run train and demo under torchrun.",
-        epilog="Exit codes: 0 success, 1 check found problems, 2 an error in the input.",
+        epilog="Exit codes: 0 success, 1 check found problems or plan no layout that fits, "
+        "2 an error in the input.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
