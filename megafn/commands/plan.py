@@ -13,10 +13,12 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import megafn as mf
+from megafn.commands.arguments import add_config, add_world_size
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a TOML file as dump_config writes it")
+    add_config(parser)
+    add_world_size(parser)
     parser.add_argument(
         "--machine",
         metavar="NAME",
@@ -24,13 +26,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         help=f"{', '.join(mf.MACHINES)}, or a TOML file with the fields of a Machine",
     )
     parser.add_argument(
-        "--world-size", metavar="N", type=int, required=True, help="number of devices"
-    )
-    parser.add_argument(
         "--implementation",
         metavar="NAME",
         default="megafn",
-        help="whose speed: megafn, or megatron with overlap and fused kernels (default: megafn)",
+        help="whose speed: megafn, or megatron, with overlap and fused kernels "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--top", metavar="N", type=int, default=10, help="layouts to show (default: %(default)s)"

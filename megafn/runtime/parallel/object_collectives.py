@@ -94,15 +94,17 @@ def errors_on_all_ranks(pg: ProcessGroups, *, during: str | None = None) -> Iter
 
     Every rank must enter it; the body should not communicate, since a rank that fails no longer
     does. If several ranks fail, each raises its own exception, and the others that of the first of
-    them. Communicates as `gather_from_all_ranks`.
+    them, with a note that says on which rank it was. Communicates as `gather_from_all_ranks`.
     """
     try:
         yield
     except Exception as error:
         gather_from_all_ranks(_picklable(error), pg, during=during)
         raise
-    for error_of_rank in gather_from_all_ranks(None, pg, during=during):
+    errors = gather_from_all_ranks(None, pg, during=during)
+    for rank, error_of_rank in enumerate(errors):
         if error_of_rank is not None:
+            error_of_rank.add_note(f"raised on rank {rank}")
             raise error_of_rank
 
 
