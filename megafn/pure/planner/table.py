@@ -234,7 +234,7 @@ def _cells(row: RankingRow) -> list[str]:
         in_seconds(row.seconds),
         f"{row.tokens_per_second:,.0f}",
         f"{row.mfu:.1%}",
-        f"{low:.0%} to {high:.0%}{'' if row.band.not_trusted is None else '*'}",
+        f"{low:.0%} to {high:.0%}{' ' if row.band.not_trusted is None else '*'}",
     ]
 
 
