@@ -58,8 +58,9 @@ def _memory_bars(plan: Plan) -> list[str]:
     hidden = len(plan.memory) - len(shown_stages(plan.memory))
     if hidden:
         lines.append(f"and {hidden} stages that are not shown, none of them fuller")
-    kinds = [kind for kind in _MARKS if any(_by_kind(memory)[kind] for memory in plan.memory)]
-    legend = ", ".join(f"{_MARKS[kind]} {kind.replace('_', ' ')}" for kind in kinds)
+    drawn = set("".join(lines[1:]))
+    kinds = [(mark, kind) for kind, mark in _MARKS.items() if mark in drawn]
+    legend = ", ".join(f"{mark} {kind.replace('_', ' ')}" for mark, kind in kinds)
     lines.append(f"{legend}; | where the device is full")
     return lines
 

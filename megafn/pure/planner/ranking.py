@@ -130,15 +130,14 @@ def _refusal(context: _Refusals, seed: RefusedChoice | HeavyLayout) -> Refusal:
 def _reasons(
     heavy: Sequence[HeavyLayout], choices: Sequence[RefusedChoice], machine: Machine
 ) -> tuple[tuple[int, str], ...]:
+    """(how many, what they do wrong)"""
     reasons = []
     if heavy:
         least, _ = heavy[0]
         limit = gigabytes(machine.memory_bytes)
-        reasons.append((len(heavy), f"they need more than {limit} GB, {gigabytes(least)} or more"))
-    counts = Counter(choice.problem.field for choice in choices)
-    for name, count in counts.items():
-        example = next(choice.problem for choice in choices if choice.problem.field == name)
-        reasons.append((count, str(example) if count == 1 else f"for example, {example}"))
+        reasons.append((len(heavy), f"need more than {limit} GB ({least / 1e9:,.2f} or more)"))
+    fields = Counter(choice.problem.field for choice in choices)
+    reasons += [(count, f"break a rule of {name}") for name, count in fields.items()]
     return tuple(sorted(reasons, key=lambda reason: -reason[0]))
 
 

@@ -196,8 +196,9 @@ def ranking_text(
     if rows:
         lines += ["", *aligned([_HEADER, *map(_cells, rows)]), ""]
         lines += _notes(rows, num_plans)
-    for count, reason in reasons:
-        lines += _wrapped(f"{count:,} refused: {reason}")
+    if reasons:
+        refused = ", ".join(f"{count:,} {reason}" for count, reason in reasons)
+        lines += _wrapped(f"Refused: {refused}.")
     return "\n".join(lines)
 
 
