@@ -32,9 +32,9 @@ class Scale:
     machine: Machine
     implementation: str
     # The config with other outer stages, which pricing reads from it.
-    configs: dict[OuterStages, TrainConfig] = field(factory=dict, repr=False)
+    configs: dict[OuterStages, TrainConfig] = field(factory=dict, repr=False, eq=False)
     # By pp.
-    stages: dict[int, tuple[int, ...]] = field(factory=dict, repr=False)
+    stages: dict[int, tuple[int, ...]] = field(factory=dict, repr=False, eq=False)
 
     def config_of(self, layout: Layout) -> TrainConfig:
         """The config with the layout's outer stages."""

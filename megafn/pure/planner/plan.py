@@ -36,8 +36,8 @@ def plan(
     implementation: "megafn", as this library runs it, or "megatron", with the overlap and the fused
         kernels of Megatron-LM, which published results measure.
 
-    Raises ConfigError if the config cannot run on so many devices, as `check` does, and if the
-    machine or the implementation is none.
+    Raises ConfigError if the config cannot run on so many devices, as `check` does, if the machine
+    is not a Machine, and for an unknown implementation.
 
     >>> from megafn.pure.config.records import ModelConfig
     >>> from megafn.pure.planner.machine import MACHINES

@@ -122,7 +122,7 @@ def _refusal(context: _Refusals, seed: RefusedChoice | HeavyLayout) -> Refusal:
     needed, layout = seed
     stage = fullest_stage(context.scale.memory(layout))
     enough, changes = one_change(layout, needed, context.neighbours[0])
-    remedy = changes if enough else f"{changes or 'choose another layout'} (one is not enough)"
+    remedy = changes if enough else f"{changes or 'choose another'}; one change is not enough"
     problem = memory_problem(layout, stage, needed, context.scale.machine, remedy)
     return Refusal(layout=layout, problems=(problem,))
 
@@ -147,11 +147,9 @@ def _no_layout(scale: Scale, world_size: int) -> str:
     model = config.model
     near = _numbers_near(world_size)
     others = [str(size) for size in near if usual_layouts(scale, size).accepted]
-    choose = (
-        f"choose another number, such as {' or '.join(others)}"
-        if others
-        else ("change global_batch_size")
-    )
+    choose = "change global_batch_size"
+    if others:
+        choose = f"choose another number, such as {' or '.join(others)}"
     return (
         f"world_size = {world_size}: no tp * pp * cp * dp with this product divides "
         f"num_attention_heads = {model.num_attention_heads}, num_layers = {model.num_layers}, "

@@ -12,7 +12,7 @@ from megafn.pure.config.records import RecomputeConfig
 from megafn.pure.planner.fitting import Scale, devices_that_fit, leanest
 from megafn.pure.planner.machine import Machine
 from megafn.pure.planner.records import Layout
-from megafn.pure.planner.table import gigabytes, layout_in_words, recompute_in_words
+from megafn.pure.planner.table import gigabytes, layout_in_words
 
 # What may be changed of a layout, a value for each of _ASPECTS.
 Values = tuple[Any, ...]
@@ -26,12 +26,10 @@ _WORTHWHILE = 0.02
 
 @frozen
 class _Aspect:
-    """One thing to change: how it is read, and a change to another value in words."""
+    """One thing to change: how it is read, and a change from one value to another in words."""
 
     read: Callable[[Layout], Any]
     phrase: Callable[[Any, Any], str]
-    # The same without the value.
-    short: str
 
 
 def _degree(field: str) -> Callable[[int, int], str]:
@@ -43,33 +41,25 @@ def _switch(field: str) -> Callable[[bool, bool], str]:
 
 
 def _recomputation(before: RecomputeConfig, after: RecomputeConfig) -> str:
-    if after.granularity == "full":
-        return "recompute whole layers"
-    return f"set recomputation to {recompute_in_words(after)}"
+    if after.granularity == "selective":
+        return "recompute core attention"
+    if after.granularity is None:
+        return "recompute nothing"
+    if after.method == "block":
+        return f"recompute {after.num_layers} layers of each chunk"
+    return "recompute whole layers"
 
 
 # Those that cost the least time first.
 _ASPECTS = (
-    _Aspect(lambda layout: layout.pp, _degree("pp"), "raise pp"),
-    _Aspect(lambda layout: layout.tp, _degree("tp"), "raise tp"),
-    _Aspect(
-        lambda layout: layout.use_distributed_optimizer,
-        _switch("use_distributed_optimizer"),
-        "set use_distributed_optimizer",
-    ),
-    _Aspect(
-        lambda layout: layout.sequence_parallel,
-        _switch("sequence_parallel"),
-        "set sequence_parallel",
-    ),
-    _Aspect(
-        lambda layout: layout.micro_batch_size,
-        _degree("micro_batch_size"),
-        "lower micro_batch_size",
-    ),
-    _Aspect(lambda layout: layout.recompute, _recomputation, "recompute whole layers"),
-    _Aspect(lambda layout: layout.cp, _degree("cp"), "raise cp"),
-    _Aspect(lambda layout: layout.vpp, _degree("vpp"), "lower vpp"),
+    _Aspect(lambda layout: layout.pp, _degree("pp")),
+    _Aspect(lambda layout: layout.tp, _degree("tp")),
+    _Aspect(lambda layout: layout.use_distributed_optimizer, _switch("use_distributed_optimizer")),
+    _Aspect(lambda layout: layout.sequence_parallel, _switch("sequence_parallel")),
+    _Aspect(lambda layout: layout.micro_batch_size, _degree("micro_batch_size")),
+    _Aspect(lambda layout: layout.recompute, _recomputation),
+    _Aspect(lambda layout: layout.cp, _degree("cp")),
+    _Aspect(lambda layout: layout.vpp, _degree("vpp")),
 )
 
 
@@ -82,16 +72,16 @@ def joined(phrases: Sequence[str], conjunction: str) -> str:
 
     >>> joined(["raise pp to 2", "raise tp to 4", "recompute"], "or")
     'raise pp to 2 or tp to 4, or recompute'
-    >>> joined(["raise pp"], "and")
-    'raise pp'
+    >>> joined(["raise pp"], "and"), joined([], "and")
+    ('raise pp', '')
     """
     objects: dict[str, list[str]] = {}
     for phrase in phrases:
         verb, _, rest = phrase.partition(" ")
         objects.setdefault(verb, []).append(rest)
     parts = [f"{verb} {_listed(rests, conjunction)}".rstrip() for verb, rests in objects.items()]
-    if len(parts) == 1:
-        return parts[0]
+    if len(parts) <= 1:
+        return "".join(parts)
     return f"{', '.join(parts[:-1])}, {conjunction} {parts[-1]}"
 
 
@@ -143,7 +133,7 @@ def _ordered(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def one_change(layout: Layout, needed: float, neighbours: Neighbours) -> tuple[bool, str]:
-    """Whether one change makes a layout fit, and the changes that do, or else that help."""
+    """Whether one change makes a layout fit, and the changes that do, or else those that help."""
     before = _values_of(layout)
     enough = []
     helpful = []
@@ -152,11 +142,11 @@ def one_change(layout: Layout, needed: float, neighbours: Neighbours) -> tuple[b
         fitting = next(filter(neighbours.fits, changed), None)
         if fitting is not None:
             enough.append(aspect.phrase(before[position], fitting[position]))
-        elif any(neighbours.needed(after) < (1 - _WORTHWHILE) * needed for after in changed):
-            helpful.append(aspect.short)
-    if enough:
-        return True, joined(enough, "or")
-    return False, joined(helpful, "and") if helpful else ""
+        elif changed:
+            best = min(changed, key=neighbours.needed)
+            if neighbours.needed(best) < (1 - _WORTHWHILE) * needed:
+                helpful.append(aspect.phrase(before[position], best[position]))
+    return (True, joined(enough, "or")) if enough else (False, joined(helpful, "or"))
 
 
 def _changed(before: Values, position: int, neighbours: Neighbours) -> list[Values]:
