@@ -52,7 +52,7 @@ def _kinds(
         num_layers_in_first_pipeline_stage=first,
         num_layers_in_last_pipeline_stage=last,
     )
-    contents = contents_of_stages(model, parallel, layout)
+    contents = contents_of_stages(model, pp, first, last, split)
     parameters = parameters_by_stage(model, parallel, layout)
     kinds: dict[tuple[tuple[int, ...], bool], list[int]] = {}
     for count, held in zip(parameters, contents, strict=True):
