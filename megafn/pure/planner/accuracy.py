@@ -52,7 +52,7 @@ def _summary(source: str, errors: Sequence[RowError]) -> list[str]:
         str(len(of_source)),
         f"{mean_error(sizes):.1%}",
         f"{max(map(abs, sizes)):.1%}",
-        f"{sum(sizes) / len(sizes):+.1%}",
+        _signed(sum(sizes) / len(sizes)),
     ]
     if not left_out:
         return [*cells, "not fitted", ""]
@@ -76,8 +76,8 @@ def _row_cells(measured: RowError) -> list[str]:
         f"{shown} mbs{layout.micro_batch_size}".strip(),
         f"{row.seconds:.3f}",
         f"{computed:.3f}",
-        f"{measured.error:+.1%}",
-        "" if measured.left_out is None else f"fitted; {measured.left_out:+.1%}",
+        _signed(measured.error),
+        "" if measured.left_out is None else f"fitted; {_signed(measured.left_out)}",
         ", ".join(row.assumed),
     ]
 
@@ -144,6 +144,11 @@ def _sweep_cells(sweep: Sweep) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------- tables
+
+
+def _signed(share: float) -> str:
+    """Zero has a plus."""
+    return f"{round(share, 3) + 0.0:+.1%}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -39,6 +39,8 @@ class ModelShape:
     head_length: int
     head_inner: int
     stacks: tuple[StackShape, ...]
+    # Copies of the word table in a pipeline.
+    word_tables: int
     gated: bool
     rope: bool
     bias: bool
@@ -65,6 +67,8 @@ def model_shape(model: ModelConfig) -> ModelShape:
         head_length=stacks[-1].length if has_output_layer else 0,
         head_inner=model.hidden_size if model.family == "bert" else 0,
         stacks=tuple(stacks),
+        # one at the beginning of each stack, and one in the output layer
+        word_tables=len(stacks) + (model.tie_word_embeddings and has_output_layer),
         gated=model.gated,
         rope=model.position_embedding == "rope",
         bias=model.add_bias_linear,

@@ -154,7 +154,7 @@ def _config(cells: Mapping[str, str]) -> TrainConfig:
         normalization="RMSNorm" if gated else "LayerNorm",
         position_embedding="rope" if gated else "learned_absolute",
         add_bias_linear=not gated,
-        tie_word_embeddings=not gated,
+        tie_word_embeddings=cells["tied"] == "1",
     )
     return TrainConfig(
         model=model,
