@@ -402,6 +402,12 @@ def test_the_command_makes_indexed_data_that_can_be_trained_on(tmp_path, capsys)
     assert main(["data", made.data.train, str(tmp_path / "indexed" / "a"), "--split", "3,1,0"]) == 0
     prefixes = capsys.readouterr().out.split()
     assert prefixes == [str(tmp_path / "indexed" / f"a_{part}") for part in ("train", "valid")]
+    again = ["data", made.data.train, str(tmp_path / "indexed" / "a"), "--split", "1,0,0"]
+    assert main(again) == 2
+    assert f"{prefixes[0]}.idx exists already; name another" in capsys.readouterr().err
+    assert main([*again, "--overwrite"]) == 0
+    assert capsys.readouterr().out.split() == prefixes[:1]
+    assert main([*again, "--split", "3,1,0", "--overwrite"]) == 0
     seen, *_ = told(attrs.evolve(made, data=mf.DataConfig(train=prefixes[0], valid=prefixes[1])))
     assert len(seen) == 7 and seen[-1].valid.count == 2 * 8 * 32
 

@@ -28,8 +28,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megafn.runtime.dry_run import live_bytes
-from megafn.runtime.dry_run.live_bytes import Allocation, MemoryLog
-from megafn.runtime.dry_run.messages import MessageLog, messages_by_kind, tensors_received
+from megafn.runtime.dry_run.cpu_kernels import EveryKernel, Kept
+from megafn.runtime.dry_run.live_bytes import Allocation, KernelCall, MemoryLog
+from megafn.runtime.dry_run.messages import (
+    MessageLog,
+    messages_by_kind,
+    tensors_received,
+    tensors_sent,
+)
 from megafn.runtime.dry_run.operations import Operations
 from megafn.runtime.dry_run.records import DryRunMemory, LargeTensor, Messages
 from megafn.runtime.dry_run.state_tensors import module_names, state_tensors
@@ -51,7 +57,7 @@ def counting() -> Iterator[Counter]:
         register_optimizer_step_pre_hook(counter._enter_optimizer),
     ]
     try:
-        with _EveryOperation(counter._see):
+        with EveryKernel(counter._see_kernel), _EveryOperation(counter._see):
             yield counter
     finally:
         for hook in hooks:
@@ -124,6 +130,7 @@ class Counter:
         return DryRunMemory(
             setup=live_bytes.at_start(step),
             peak=live_bytes.at_peak(step),
+            cpu_only=live_bytes.cpu_only_at_peak(step) if self._device_type == "cpu" else 0,
             timeline=tuple(live_bytes.timeline(step)),
         )
 
@@ -166,6 +173,28 @@ class Counter:
             allocation = self._allocation(tensor)
             if allocation is not None and allocation.known_kind is None:
                 allocation.known_kind = "activations"
+        for tensor in tensors_sent(collective, arguments):
+            allocation = self._allocation(tensor)
+            # What a backward pass sends are gradients, which are freed everywhere.
+            if allocation is not None and self._memory.runs == live_bytes.FORWARD:
+                allocation.is_sent = True
+
+    def _see_kernel(self, kept: Kept, run: Callable[[], Any]) -> Any:
+        """A call of a function that is one kernel on a GPU."""
+        inputs = []
+        for tensor in kept.inputs:
+            allocation = self._allocation(tensor)
+            if allocation is not None:
+                inputs.append((allocation, int(tensor.storage_offset()), tensor.nbytes))
+        self._memory.kernel = KernelCall(inputs=tuple(inputs), bytes_kept=kept.bytes)
+        try:
+            output = run()
+        finally:
+            self._memory.kernel = None
+        allocation = self._allocation(output)
+        if allocation is not None:
+            allocation.kernel = None
+        return output
 
     def _see_tensors(self, result: Any) -> None:
         if isinstance(result, torch.Tensor):

@@ -121,6 +121,12 @@ def tensors_received(collective: _Collective, arguments: Sequence[Any]) -> Itera
         yield from _tensors(arguments[0])
 
 
+def tensors_sent(collective: _Collective, arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """The tensors that are sent to one rank."""
+    if collective.name == "send":
+        yield from _tensors(arguments[0])
+
+
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
     if isinstance(values, torch.Tensor):
         yield values
