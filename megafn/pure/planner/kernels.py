@@ -167,10 +167,9 @@ def elementwise_elements(
     if model.bias:
         # gradients of biases read the gradients of what they were added to
         backward += projected + model.up / tp + 2 * whole
-    if model.rope:
-        rotated = (model.query + model.key_value / 2) / tp
-        forward += (2 if fused else 12) * rotated
-        backward += (2 if fused else 17) * rotated
+    rotated = model.rotated * (model.query + model.key_value / 2) / tp
+    forward += (2 if fused else 12) * rotated
+    backward += (2 if fused else 17) * rotated
     if not implementation.flash_attention:
         # queries, keys, values and what they attend to, rearranged for the products
         forward += 6 * model.query / tp

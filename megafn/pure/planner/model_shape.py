@@ -42,7 +42,8 @@ class ModelShape:
     # Copies of the word table in a pipeline.
     word_tables: int
     gated: bool
-    rope: bool
+    # Share of the layers that rotate queries and keys.
+    rotated: float
     bias: bool
     dropout: bool
 
@@ -70,10 +71,16 @@ def model_shape(model: ModelConfig) -> ModelShape:
         # one at the beginning of each stack, and one in the output layer
         word_tables=len(stacks) + (model.tie_word_embeddings and has_output_layer),
         gated=model.gated,
-        rope=model.position_embedding == "rope",
+        rotated=_rotated_share(model),
         bias=model.add_bias_linear,
         dropout=model.hidden_dropout > 0,
     )
+
+
+def _rotated_share(model: ModelConfig) -> float:
+    if model.position_embedding != "rope":
+        return 0.0
+    return 1 - len(model.layers_without_rope) / model.num_layers
 
 
 def _stack_shape(model: ModelConfig, name: str, *, decoder: bool) -> StackShape:
