@@ -5,6 +5,7 @@ of one more token in one more layer.
 """
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from torch.utils._pytree import tree_flatten
 
 import megafn as mf
 from megafn.pure.planner.implementation import IMPLEMENTATIONS
-from megafn.pure.planner.kernels import elementwise_elements
+from megafn.pure.planner.kernels import cross_attention_elements, elementwise_elements
 from megafn.pure.planner.model_shape import model_shape
 from megafn.pure.planner.records import Layout
 
+MEGAFN = IMPLEMENTATIONS["megafn"]
 HIDDEN = 64
 ELEMENT = 2
 # What does not move bytes of its own: products and attention are priced apart.
@@ -66,15 +68,33 @@ def config_of(layers, length, **model):
     )
 
 
-def bytes_of_a_step(config):
-    length = config.model.seq_length
+def batch_of(family, length):
     rows = torch.zeros(1, length, dtype=torch.long)
-    batch = [{"tokens": rows, "labels": rows, "loss_mask": torch.ones(1, length)}]
-    with mf.init_groups(mf.build_groups(config.parallel, 1)) as pg:
+    if family == "gpt":
+        return {"tokens": rows, "labels": rows}
+    ones = torch.ones_like(rows)
+    texts = {"text_enc": rows, "text_dec": rows, "labels": rows, "loss_mask": ones.float()}
+    return texts | {"enc_mask": ones, "dec_mask": ones}
+
+
+def bytes_of_a_step(config):
+    family = config.model.family
+    batch = [batch_of(family, config.model.seq_length)]
+    with mf.init_groups(mf.build_groups(config.parallel, 1, model=config.model)) as pg:
         state = mf.setup(config, pg)
         with Moved() as moved:
-            mf.train_step(state, batch, mf.step_fn("gpt"))
+            mf.train_step(state, batch, mf.step_fn(family))
     return sum(moved.bytes.values())
+
+
+def elements_of_a_layer(config_of_depth):
+    """Elements for each token, measured: of one layer more and one token more."""
+    of_layers = {
+        length: bytes_of_a_step(config_of_depth(2, length))
+        - bytes_of_a_step(config_of_depth(1, length))
+        for length in (128, 256)
+    }
+    return (of_layers[256] - of_layers[128]) / 128 / ELEMENT
 
 
 @pytest.mark.parametrize(
@@ -90,12 +110,19 @@ def bytes_of_a_step(config):
 )
 def test_a_layer_moves_the_elements_that_the_planner_says(model, tolerance):
     model = dict(position_embedding="none") | model
-    of_layers = {
-        length: bytes_of_a_step(config_of(2, length, **model))
-        - bytes_of_a_step(config_of(1, length, **model))
-        for length in (128, 256)
-    }
-    measured = (of_layers[256] - of_layers[128]) / 128 / ELEMENT
+    measured = elements_of_a_layer(partial(config_of, **model))
     shape = model_shape(config_of(1, 128, **model).model)
-    computed = sum(elementwise_elements(shape, Layout(), IMPLEMENTATIONS["megafn"]))
+    computed = sum(elementwise_elements(shape, Layout(), MEGAFN))
     assert computed == pytest.approx(measured, rel=tolerance)
+
+
+def test_a_decoder_layer_of_t5_moves_those_of_cross_attention_too():
+    def config_of_depth(layers, length):
+        return config_of(
+            1, length, family="t5", num_decoder_layers=layers, max_position_embeddings=256
+        )
+
+    shape = model_shape(config_of_depth(1, 128).model)
+    computed = sum(elementwise_elements(shape, Layout(), MEGAFN))
+    computed += sum(cross_attention_elements(shape, Layout()))
+    assert computed == pytest.approx(elements_of_a_layer(config_of_depth), rel=0.01)

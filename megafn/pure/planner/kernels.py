@@ -73,9 +73,9 @@ def layer_seconds(
         core += cross[0]
         core_backward += cross[1]
         linear += _cross_linear_seconds(model, tokens, memory_tokens, layout.tp, products)
-        # a norm and a residual more, as around self-attention
-        forward_elements *= 1.5
-        backward_elements *= 1.5
+        cross_elements = cross_attention_elements(model, layout)
+        forward_elements += cross_elements[0]
+        backward_elements += cross_elements[1]
     passes = tokens * speeds.element / speeds.memory
     return LayerSeconds(
         forward=linear + core + forward_elements * passes,
@@ -185,6 +185,15 @@ def elementwise_elements(
         # else biases are part of the products
         forward += 2 * (projected + model.up / tp) + 4 * whole
     return forward, backward
+
+
+def cross_attention_elements(model: ModelShape, layout: Layout) -> tuple[float, float]:
+    """What `elementwise_elements` gives, of the cross-attention of a layer beside it."""
+    tp = layout.tp
+    whole = model.hidden / (tp if layout.sequence_parallel else 1)
+    # a norm and a residual; gradients of keys and values joined, those of biases, and that of what
+    # it reads, which is summed over layers
+    return 5 * whole, 10 * whole + 7 * model.query / tp
 
 
 def head_seconds(
