@@ -46,8 +46,14 @@ def _kinds(
         num_layers_in_last_pipeline_stage=last,
         pipeline_model_parallel_split_rank=split,
     )
+    layout = Layout(
+        tp=tp,
+        pp=pp,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+    )
     contents = contents_of_stages(model, pp, first, last, split)
-    parameters = parameters_by_stage(model, parallel, Layout(tp=tp, pp=pp))
+    parameters = parameters_by_stage(model, parallel, layout)
     kinds: dict[tuple[tuple[int, ...], bool], list[int]] = {}
     for count, held in zip(parameters, contents, strict=True):
         kinds.setdefault((held.layers, held.has_head), []).append(count)
