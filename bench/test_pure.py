@@ -1,8 +1,12 @@
 """The pure functions, at the size of a cluster: what a launcher or a planner pays for asking."""
 
+import pickle
+
 import attrs
 
 import megafn as mf
+from cluster_listings import Cluster, listing_of
+from megafn.pure.checkpoint.write_plan import boxes_by_rank, plan_writes
 
 PARALLEL = mf.ParallelConfig(tp=8, pp=8, vpp=2)
 CONFIG = mf.TrainConfig(
@@ -20,6 +24,23 @@ CONFIG = mf.TrainConfig(
 def test_build_groups_of_1024_ranks(benchmark):
     groups = benchmark(mf.build_groups, PARALLEL, 1024)
     assert len(groups.dp) == 64 and groups.dp_size == 16
+
+
+def test_build_groups_of_131072_ranks(benchmark):
+    groups = benchmark(mf.build_groups, PARALLEL, 131_072)
+    assert len(groups.dp) == 64 and groups.dp_size == 2048
+
+
+def test_plan_a_checkpoint_of_405b_on_16384_ranks(benchmark):
+    """What rank zero does with the reports of all ranks."""
+    cluster = Cluster(dp=128, is_distributed=True)
+    reports = [pickle.dumps(listing_of(cluster, rank)) for rank in range(cluster.world_size)]
+
+    def plan():
+        writes = plan_writes([pickle.loads(report) for report in reports])
+        return boxes_by_rank(writes, cluster.world_size)
+
+    assert len(benchmark.pedantic(plan, rounds=3)) == 16_384
 
 
 def test_validate_a_config_that_fits(benchmark):
@@ -46,6 +67,21 @@ def test_sample_indices_of_one_rank(benchmark):
         style="cyclic",
         seed=1,
         num_samples=10_000_000,
+        global_batch_size=1536,
+        micro_batch_size=1,
+        dp_rank=3,
+        dp=16,
+    )
+    assert len(share) == 96
+
+
+def test_sample_indices_among_10_to_the_12(benchmark):
+    share = benchmark(
+        mf.sample_indices,
+        10**12 - 1536,
+        style="cyclic",
+        seed=1,
+        num_samples=10**12,
         global_batch_size=1536,
         micro_batch_size=1,
         dp_rank=3,

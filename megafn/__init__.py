@@ -57,6 +57,12 @@ _HOME = {
     "timeline": "pure.pipeline",
     "check_order": "pure.pipeline",
     "draw_pipeline": "pure.pipeline",
+    "Machine": "pure.planner.machine",
+    "MACHINES": "pure.planner.machine",
+    "Memory": "pure.planner.records",
+    "Layout": "pure.planner.records",
+    "Plan": "pure.planner.plans",
+    "Ranking": "pure.planner.plans",
     "ProcessGroups": "runtime.parallel.groups",
     "init_groups": "runtime.parallel.groups",
     "world_size": "runtime.parallel.groups",
@@ -180,6 +186,18 @@ if TYPE_CHECKING:
         peak_activations as peak_activations,
         pipeline_order as pipeline_order,
         timeline as timeline,
+    )
+    from megafn.pure.planner.machine import (
+        MACHINES as MACHINES,
+        Machine as Machine,
+    )
+    from megafn.pure.planner.plans import (
+        Plan as Plan,
+        Ranking as Ranking,
+    )
+    from megafn.pure.planner.records import (
+        Layout as Layout,
+        Memory as Memory,
     )
     from megafn.pure.pretrained.architectures import (
         pretrained_model as pretrained_model,

@@ -318,7 +318,8 @@ def test_imports_run_in_the_order_of_the_architecture_page():
 # --------------------------------------------------------------------------------------- docstrings
 
 
-@pytest.mark.parametrize("name", mf.__all__)
+# A constant such as MACHINES is a plain mapping, which has no docstring of its own.
+@pytest.mark.parametrize("name", [name for name in mf.__all__ if not name.isupper()])
 def test_a_public_name_says_in_its_first_line_what_it_does(name):
     value = getattr(mf, name)
     own = inspect.getdoc(value) if "__doc__" in vars(value) or inspect.isfunction(value) else None

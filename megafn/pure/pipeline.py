@@ -107,24 +107,27 @@ def bubble(pp: int, vpp: int, num_micro_batches: int) -> float:
 def peak_activations(pp: int, vpp: int, num_micro_batches: int) -> tuple[int, ...]:
     """Per stage, the most forwards whose backward is yet to come: activations held at once.
 
-    The unit is one micro-batch's activations in one chunk, 1 / vpp of a stage's layers. Counted
-    from the order; raises as `pipeline_order`.
+    The unit is one micro-batch's activations in one chunk, 1 / vpp of a stage's layers. Raises as
+    `pipeline_order`.
 
     >>> peak_activations(pp=4, vpp=1, num_micro_batches=8)
     (4, 3, 2, 1)
     >>> peak_activations(pp=4, vpp=2, num_micro_batches=8)
     (11, 9, 7, 5)
     """
-    return tuple(map(_peak, pipeline_order(pp, vpp, num_micro_batches)))
+    _check_sizes(pp, vpp, num_micro_batches)
+    return tuple(peak_of_stage(pp, vpp, num_micro_batches, stage) for stage in range(pp))
 
 
-def _peak(ops: Sequence[Op]) -> int:
-    held = 0
-    most = 0
-    for op in ops:
-        held += 1 if op.kind == "F" else -1
-        most = max(most, held)
-    return most
+def peak_of_stage(pp: int, vpp: int, num_micro_batches: int, stage: int) -> int:
+    """`peak_activations` of one stage, for sizes that it accepts.
+
+    The forwards of the warm-up, and the first one after it; or all that there are.
+
+    >>> peak_of_stage(pp=4, vpp=2, num_micro_batches=8, stage=1)
+    9
+    """
+    return min(num_micro_batches * vpp, _warm_up(pp, vpp, stage) + 1)
 
 
 def timeline(

@@ -23,6 +23,8 @@ def layout_of(config: TrainConfig, world_size: int) -> Layout:
         sequence_parallel=parallel.sequence_parallel,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         recompute=config.recompute,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
     )
 
 
@@ -37,6 +39,8 @@ def with_layout(config: TrainConfig, layout: Layout) -> TrainConfig:
             vpp=layout.vpp,
             cp=layout.cp,
             sequence_parallel=layout.sequence_parallel,
+            num_layers_in_first_pipeline_stage=layout.num_layers_in_first_pipeline_stage,
+            num_layers_in_last_pipeline_stage=layout.num_layers_in_last_pipeline_stage,
         ),
         optimizer=attrs.evolve(
             config.optimizer, use_distributed_optimizer=layout.use_distributed_optimizer

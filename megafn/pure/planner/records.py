@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from megafn.pure.config.problems import Problem
 from megafn.pure.config.records import RecomputeConfig
-from megafn.pure.planner.machine import Machine
 
 
 @frozen(kw_only=True)
@@ -42,6 +40,9 @@ class Layout:
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     recompute: RecomputeConfig = RecomputeConfig()
+    # Layers of the outer stages, as in `ParallelConfig`. None: as many as each of the others.
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
 
 
 @frozen(kw_only=True)
@@ -88,45 +89,3 @@ class Band:
     source: str
     # Why the figure should not be trusted; None: it may be.
     not_trusted: str | None = None
-
-
-@frozen(kw_only=True)
-class Plan:
-    """What a config costs on a number of devices, priced before any of them runs."""
-
-    machine: Machine
-    world_size: int
-    layout: Layout
-    # "megafn", or "megatron": with its overlap and fusions.
-    implementation: str
-    # Of the rank with the most, by pipeline stage.
-    memory: tuple[Memory, ...]
-    time: StepTime
-    # Per second and device.
-    tokens_per_second: float
-    # Share of the machine's peak, from 0 to 1.
-    mfu: float
-    band: Band
-    problems: tuple[Problem, ...] = ()
-    assumptions: tuple[str, ...] = ()
-
-    @property
-    def fits(self) -> bool:
-        return not self.problems
-
-
-@frozen(kw_only=True)
-class Refusal:
-    """A layout that cannot run, and why."""
-
-    layout: Layout
-    problems: tuple[Problem, ...]
-
-
-@frozen(kw_only=True)
-class Ranking:
-    """The layouts of a config on a number of devices."""
-
-    # Those that fit, the fastest first.
-    plans: tuple[Plan, ...]
-    refused: tuple[Refusal, ...]

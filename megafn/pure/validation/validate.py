@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from megafn.pure.config.field_types import all_fields, default_of, has_type, type_problem
@@ -44,6 +44,47 @@ def validate(
     >>> print(*validate(config, world_size=3))  # doctest: +ELLIPSIS
     world_size = 3: tp * pp * cp = 2 must divide it; start a multiple of 2 processes or change ...
     """
+    return _problems(config, world_size, cuda, frozenset())
+
+
+def problems_in_any_layout(
+    config: TrainConfig, world_size: int, searched: Collection[str]
+) -> tuple[Problem, ...]:
+    """Those problems of `validate` that no choice of the fields `searched` would change.
+
+    Each field must have the right type and lie in its range, those of `searched` too; only the
+    rules that read one of these are left out. Pure, and never raises.
+
+    >>> from megafn.pure.config.records import ModelConfig, ParallelConfig
+    >>> model = ModelConfig(num_layers=4, hidden_size=63, num_attention_heads=4, seq_length=32)
+    >>> config = TrainConfig(
+    ...     model=model,
+    ...     parallel=ParallelConfig(tp=3),
+    ...     micro_batch_size=1,
+    ...     global_batch_size=4,
+    ...     train_iters=9,
+    ... )
+    >>> [problem.field for problem in validate(config, world_size=3)]
+    ['model.num_attention_heads', 'model.hidden_size']
+    >>> [problem.field for problem in problems_in_any_layout(config, 3, {"parallel.tp"})]
+    ['model.hidden_size']
+    """
+    return _problems(config, world_size, None, frozenset(searched))
+
+
+def rules_of(config: TrainConfig) -> tuple[Rule, ...]:
+    """The rules between fields that a config must satisfy: those of all families and its own."""
+    return _with_rules_of(find_spec(config.model.family))
+
+
+def _with_rules_of(family: FamilySpec | None) -> tuple[Rule, ...]:
+    return RULES if family is None else (*RULES, *family.rules)
+
+
+def _problems(
+    config: TrainConfig, world_size: int, cuda: bool | None, searched: frozenset[str]
+) -> tuple[Problem, ...]:
+    """All problems, apart from those of rules that read one of the fields `searched`."""
     if not isinstance(config, TrainConfig):
         return (Problem("config", config, "give a TrainConfig"),)
 
@@ -59,7 +100,7 @@ def validate(
 
     sound = {path: value for path, value in values.items() if path not in wrong}
     family = find_spec(sound.get("model.family"))
-    rules = RULES if family is None else (*RULES, *family.rules)
+    rules = [rule for rule in _with_rules_of(family) if searched.isdisjoint(rule.fields)]
     problems += _rule_problems(rules, {"cuda": cuda, **sound})
     problems += _effect_problems(config, sound)
     if family is not None:
@@ -113,7 +154,7 @@ def _range_problems(given: Values) -> Iterator[Problem]:
                 yield Problem(path, given[path], remedy)
 
 
-def _rule_problems(rules: tuple[Rule, ...], sound: Values) -> Iterator[Problem]:
+def _rule_problems(rules: Iterable[Rule], sound: Values) -> Iterator[Problem]:
     for rule in rules:
         if not sound.keys() >= set(rule.fields):
             continue

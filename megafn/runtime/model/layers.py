@@ -30,7 +30,8 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 from megafn.pure.config.records import (
     ModelConfig,
@@ -288,7 +289,7 @@ class Attention(MegatronModule):
         positions = torch.arange(first, seen, device=query.device)
         visible = self._with_causality(mask, positions)
         if visible is None:
-            visible = causal_lower_right(query.size(2), seen)
+            visible = _causal_to_the_last(query.size(2), seen)
         else:
             visible = visible[..., :seen]
         return self._attend(query, key[:, :, :seen], value[:, :, :seen], visible)
@@ -360,6 +361,13 @@ class Attention(MegatronModule):
                 scale=self.scale,
                 enable_gqa=query.size(1) != key.size(1),
             )
+
+
+def _causal_to_the_last(queries: int, keys: int) -> CausalBias:
+    """Causality of the last `queries` of `keys` positions, without a mask in memory on a GPU."""
+    # torch cannot make one while a TorchDispatchMode looks on, as torch's FlopCounterMode is.
+    with _disable_current_modes():
+        return causal_lower_right(queries, keys)
 
 
 def _rows_of(mask: torch.Tensor, rows: slice) -> torch.Tensor:

@@ -1,0 +1,110 @@
+"""A plan, and a ranking of plans, as records that print themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+from attrs import field, frozen
+
+from megafn.pure.config.problems import Problem
+from megafn.pure.planner.machine import Machine
+from megafn.pure.planner.records import Band, Layout, Memory, StepTime
+from megafn.pure.planner.table import RankingRow, plan_text, ranking_text
+
+# Plans that a printed ranking shows.
+_SHOWN = 10
+
+
+@frozen(kw_only=True)
+class Plan:
+    """What a config costs on a number of devices, priced before any of them runs.
+
+    `print` of it shows memory by stage, seconds by kind, and what was assumed.
+    """
+
+    machine: Machine
+    world_size: int
+    layout: Layout
+    # "megafn", or "megatron": with its overlap and fusions.
+    implementation: str
+    # Of the rank with the most, by pipeline stage.
+    memory: tuple[Memory, ...]
+    time: StepTime
+    # Per second and device.
+    tokens_per_second: float
+    # Share of the machine's peak, from 0 to 1.
+    mfu: float
+    band: Band
+    problems: tuple[Problem, ...] = ()
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        return plan_text(
+            machine=self.machine,
+            world_size=self.world_size,
+            layout=self.layout,
+            implementation=self.implementation,
+            memory=self.memory,
+            time=self.time,
+            tokens_per_second=self.tokens_per_second,
+            mfu=self.mfu,
+            band=self.band,
+            problems=self.problems,
+            assumptions=self.assumptions,
+        )
+
+
+@frozen(kw_only=True)
+class Refusal:
+    """A layout that cannot run, and why."""
+
+    layout: Layout
+    problems: tuple[Problem, ...]
+
+
+@frozen(kw_only=True)
+class Ranking:
+    """The layouts of a config on a number of devices. `print` of it shows the best ones.
+
+    Plans and refusals are built when they are read: there may be tens of thousands.
+    """
+
+    machine: Machine
+    world_size: int
+    # "megafn", or "megatron": with its overlap and fusions.
+    implementation: str
+    # Those that fit, the fastest first; of equally fast ones the simplest.
+    plans: Sequence[Plan]
+    # Those that need too much memory, the least first; then those that break a rule.
+    refused: Sequence[Refusal]
+    # (how many are refused, why), the commonest reason first.
+    reasons: tuple[tuple[int, str], ...] = field(default=(), repr=False)
+    # If nothing fits: by how much, and what would help.
+    advice: str | None = None
+
+    def __str__(self) -> str:
+        return ranking_text(
+            machine=self.machine,
+            world_size=self.world_size,
+            implementation=self.implementation,
+            rows=[_row(plan) for plan in islice(self.plans, _SHOWN)],
+            num_plans=len(self.plans),
+            reasons=self.reasons,
+            advice=self.advice,
+        )
+
+
+def _row(plan: Plan) -> RankingRow:
+    return RankingRow(
+        layout=plan.layout,
+        memory=max(memory.total for memory in plan.memory),
+        seconds=plan.time.total,
+        tokens_per_second=plan.tokens_per_second,
+        mfu=plan.mfu,
+        band=plan.band,
+    )

@@ -1,0 +1,312 @@
+"""Plans and rankings as tables of text, narrower than 100 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+import attrs
+from attrs import frozen
+
+from megafn.pure.config.problems import Problem
+from megafn.pure.config.records import RecomputeConfig
+from megafn.pure.planner.machine import Machine
+from megafn.pure.planner.records import Band, Layout, Memory, StepTime
+
+_WIDTH = 96
+
+# A pipeline with more stages is printed in part.
+_MOST_STAGES = 8
+
+_IMPLEMENTATIONS = {
+    "megafn": "as megafn runs it",
+    "megatron": "as Megatron-LM runs it, with overlap and fused kernels",
+}
+
+
+@frozen(kw_only=True)
+class RankingRow:
+    """What a ranking shows of a plan."""
+
+    layout: Layout
+    # Bytes of the fullest stage.
+    memory: float
+    seconds: float
+    tokens_per_second: float
+    mfu: float
+    band: Band
+
+
+# --------------------------------------------------------------------------------------- plans
+
+
+def plan_text(
+    *,
+    machine: Machine,
+    world_size: int,
+    layout: Layout,
+    implementation: str,
+    memory: Sequence[Memory],
+    time: StepTime,
+    tokens_per_second: float,
+    mfu: float,
+    band: Band,
+    problems: Sequence[Problem],
+    assumptions: Sequence[str],
+) -> str:
+    """A plan: memory by stage, seconds by kind, problems and assumptions."""
+    low, high = mfu_band(mfu, band)
+    speed = [
+        f"{tokens_per_second:,.0f} tokens/s per device",
+        f"MFU {mfu:.1%}, measured between {low:.1%} and {high:.1%}: {band.source}",
+    ]
+    if band.not_trusted is not None:
+        speed.append(f"not trusted: {band.not_trusted}")
+    sections = [
+        [*_title(machine, world_size, implementation), *_wrapped(layout_in_words(layout))],
+        _memory_lines(memory, machine),
+        _time_lines(time),
+        [line for sentence in speed for line in _wrapped(sentence)],
+    ]
+    if problems:
+        sections.append(_listed("does not fit", map(str, problems)))
+    if assumptions:
+        sections.append(_listed("assumed", assumptions))
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _title(machine: Machine, world_size: int, implementation: str) -> list[str]:
+    return _wrapped(f"{_devices(world_size, machine)}, {_IMPLEMENTATIONS[implementation]}")
+
+
+def _devices(world_size: int, machine: Machine) -> str:
+    return f"{world_size:,} x {machine.name} of {gigabytes(machine.memory_bytes)} GB"
+
+
+def layout_in_words(layout: Layout) -> str:
+    """All that a layout chooses, in a line.
+
+    >>> layout_in_words(Layout(tp=2, dp=4, sequence_parallel=True, num_micro_batches=8))
+    'tp 2 x pp 1 x cp 1 x dp 4, 8 micro-batches of 1, sequence parallel'
+    """
+    words = [
+        f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} x dp {layout.dp}",
+        f"{layout.num_micro_batches} micro-batches of {layout.micro_batch_size}",
+    ]
+    if layout.vpp > 1:
+        words.append(f"{layout.vpp} chunks per stage")
+    outer = outer_stages_in_words(layout)
+    if outer:
+        words.append(outer)
+    if layout.sequence_parallel:
+        words.append("sequence parallel")
+    if layout.use_distributed_optimizer:
+        words.append("distributed optimizer")
+    recompute = recompute_in_words(layout.recompute)
+    if recompute != "-":
+        words.append(f"{recompute} recomputation")
+    return ", ".join(words)
+
+
+def outer_stages_in_words(layout: Layout) -> str:
+    """The layers of the first and the last stage, if they are given."""
+    first = layout.num_layers_in_first_pipeline_stage
+    last = layout.num_layers_in_last_pipeline_stage
+    if first and last:
+        return f"{first} and {last} layers in the first and last stage"
+    if first or last:
+        return f"{first or last} layers in the {'first' if first else 'last'} stage"
+    return ""
+
+
+def recompute_in_words(recompute: RecomputeConfig) -> str:
+    """ "-", "selective", "full" or, with other layers than usual, "block 3".
+
+    >>> recompute_in_words(RecomputeConfig(granularity="full", num_layers=2))
+    'full by 2'
+    """
+    if recompute.granularity is None:
+        return "-"
+    if recompute.granularity == "full" and recompute.method == "block":
+        return f"block {recompute.num_layers}"
+    if recompute.granularity == "full" and recompute.num_layers > 1:
+        return f"full by {recompute.num_layers}"
+    return recompute.granularity
+
+
+def _memory_lines(memory: Sequence[Memory], machine: Machine) -> list[str]:
+    kinds = [attribute.name for attribute in attrs.fields(Memory)]
+    header = ["GB", *(kind.replace("_", " ") for kind in kinds), "total"]
+    rows = [header]
+    shown = shown_stages(memory)
+    for previous, stage in zip([-1, *shown], shown, strict=False):
+        if stage > previous + 1:
+            rows.append([f"({stage - previous - 1} more)", *[""] * (len(kinds) + 1)])
+        part = memory[stage]
+        numbers = [getattr(part, kind) for kind in kinds] + [part.total]
+        rows.append([f"stage {stage}", *(f"{number / 1e9:,.1f}" for number in numbers)])
+    fullest = max(part.total for part in memory)
+    left = machine.memory_bytes - machine.reserved_bytes - fullest
+    verdict = f"{gigabytes(left)} GB are free" if left >= 0 else f"{gigabytes(-left)} GB too much"
+    return [
+        *aligned(rows),
+        f"{gigabytes(machine.memory_bytes)} GB, {gigabytes(machine.reserved_bytes)} of them in "
+        f"reserve: {verdict} on the fullest stage",
+    ]
+
+
+def shown_stages(memory: Sequence[Memory]) -> list[int]:
+    """All stages, or of many the first three, the fullest and the last two."""
+    stages = range(len(memory))
+    if len(stages) <= _MOST_STAGES:
+        return list(stages)
+    fullest = max(stages, key=lambda stage: memory[stage].total)
+    return sorted({*stages[:3], fullest, *stages[-2:]})
+
+
+def _time_lines(time: StepTime) -> list[str]:
+    rows = [["seconds", "", ""]]
+    for kind in (attribute.name for attribute in attrs.fields(StepTime)):
+        seconds = getattr(time, kind)
+        if seconds:
+            rows.append([kind, in_seconds(seconds), f"{seconds / time.total:.1%}"])
+    rows.append(["step", in_seconds(time.total), ""])
+    return aligned(rows)
+
+
+# ------------------------------------------------------------------------------------- rankings
+
+
+def ranking_text(
+    *,
+    machine: Machine,
+    world_size: int,
+    implementation: str,
+    rows: Sequence[RankingRow],
+    num_plans: int,
+    reasons: Sequence[tuple[int, str]],
+    advice: str | None,
+) -> str:
+    """A ranking: the best plans, how many there are, and why others are refused."""
+    lines = _title(machine, world_size, implementation)
+    if advice is not None:
+        lines += _wrapped(advice)
+    if rows:
+        lines += ["", *aligned([_HEADER, *map(_cells, range(1, len(rows) + 1), rows)]), ""]
+        lines += _notes(rows, num_plans)
+    for count, reason in reasons:
+        lines += _wrapped(f"{count:,} refused: {reason}")
+    return "\n".join(lines)
+
+
+_HEADER = [
+    "",
+    "tp",
+    "pp",
+    "vpp",
+    "cp",
+    "dp",
+    "micro",
+    "SP",
+    "DO",
+    "recompute",
+    "GB",
+    "s/step",
+    "tokens/s",
+    "MFU",
+    "band",
+]
+
+
+def _cells(number: int, row: RankingRow) -> list[str]:
+    layout = row.layout
+    low, high = mfu_band(row.mfu, row.band)
+    sizes = (layout.tp, layout.pp, layout.vpp, layout.cp, layout.dp, layout.micro_batch_size)
+    return [
+        str(number),
+        *map(str, sizes),
+        "yes" if layout.sequence_parallel else "-",
+        "yes" if layout.use_distributed_optimizer else "-",
+        recompute_in_words(layout.recompute),
+        f"{row.memory / 1e9:,.1f}",
+        in_seconds(row.seconds),
+        f"{row.tokens_per_second:,.0f}",
+        f"{row.mfu:.1%}",
+        f"{low:.0%} to {high:.0%}{'' if row.band.not_trusted is None else '*'}",
+    ]
+
+
+def _notes(rows: Sequence[RankingRow], num_plans: int) -> list[str]:
+    notes = [
+        "SP: sequence parallel. DO: distributed optimizer. GB: the fullest stage, without what is "
+        "in reserve. tokens/s: per device. band: what was measured where such MFU was planned."
+    ]
+    reasons = {row.band.not_trusted for row in rows} - {None}
+    notes += [f"* not trusted: {reason}" for reason in sorted(map(str, reasons))]
+    outer = {outer_stages_in_words(row.layout) for row in rows} - {""}
+    if outer:
+        notes.append("Uneven stages: " + "; ".join(sorted(outer)))
+    more = num_plans - len(rows)
+    if more > 0:
+        notes.append(f"{more:,} more fit, slower than these.")
+    return [line for note in notes for line in _wrapped(note)]
+
+
+# ---------------------------------------------------------------------------------------- parts
+
+
+def mfu_band(mfu: float, band: Band) -> tuple[float, float]:
+    """The MFU that was measured where such an MFU was planned, lowest and highest.
+
+    >>> mfu_band(0.5, Band(low=-0.1, high=0.2, source="some rows"))
+    (0.45, 0.6)
+    """
+    return mfu * (1 + band.low), mfu * (1 + band.high)
+
+
+def gigabytes(number: float) -> str:
+    """Bytes in GB, with three digits or more.
+
+    >>> gigabytes(1.234e9), gigabytes(80e9), gigabytes(1234.5e9)
+    ('1.2', '80', '1,234')
+    """
+    billions = number / 1e9
+    if abs(billions) >= 99.95:
+        return f"{billions:,.0f}"
+    return f"{billions:.1f}".removesuffix(".0")
+
+
+def in_seconds(number: float) -> str:
+    """Seconds with three digits or more.
+
+    >>> in_seconds(0.012345), in_seconds(1.2345), in_seconds(1234.5)
+    ('0.0123', '1.23', '1,234')
+    """
+    if number >= 99.95:
+        return f"{number:,.0f}"
+    return f"{number:#.3g}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines: the first column to the left, the others to the right.
+
+    >>> aligned([["stage 0", "1"], ["all", "100"]])
+    ['stage 0    1', 'all      100']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return lines
+
+
+def _listed(title: str, sentences: Iterable[str]) -> list[str]:
+    lines = [title]
+    for sentence in sentences:
+        lines += _wrapped(sentence, indent="- ")
+    return lines
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent))
