@@ -17,9 +17,9 @@ _BEST_MATMUL_SHARE = 0.8
 _FP32_SHARE = 1 / 16
 
 # Of a machine that nobody fitted: H100's share of products; of memory and links, A100's.
-MATMUL_EFFICIENCY = 0.720
-MEMORY_EFFICIENCY = 0.903
-LINK_EFFICIENCY = 0.834
+MATMUL_EFFICIENCY = 0.742
+MEMORY_EFFICIENCY = 0.825
+LINK_EFFICIENCY = 0.726
 
 
 def _check_positive(machine: Machine, attribute: Attribute[float], value: Any) -> None:
@@ -65,7 +65,7 @@ _MEANINGS = {
         "the bytes/s of the network for each device, one way, for example 50e9 (of a single node "
         "it is not read)"
     ),
-    "reserved_bytes": "the bytes of one device that CUDA, NCCL and workspaces take, or leave it out",
+    "reserved_bytes": "the bytes of one device that CUDA and NCCL take, or leave it out",
     "matmul_efficiency": "the share of best_matmul_flops that a model's products reach",
     "memory_efficiency": "the share of memory_bandwidth that a model's kernels reach",
     "link_efficiency": "the share of link and network bandwidth that messages reach",
@@ -139,7 +139,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
                 memory_bandwidth=2.039e12,
                 link_bandwidth=300e9,
                 network_bandwidth=25e9,
-                matmul_efficiency=0.827,
+                matmul_efficiency=0.888,
                 memory_efficiency=MEMORY_EFFICIENCY,
                 link_efficiency=LINK_EFFICIENCY,
                 fitted_on="table 1 of arXiv 2104.04473",

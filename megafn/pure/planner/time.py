@@ -8,9 +8,11 @@ pipeline, sums of gradients, the update.
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from attrs import frozen
 
-from megafn.pure.config.records import TrainConfig
+from megafn.pure.config.records import TrainConfig, padded_vocab_size
 from megafn.pure.planner.implementation import Implementation, implementation_of
 from megafn.pure.planner.kernels import (
     LayerSeconds,
@@ -20,14 +22,9 @@ from megafn.pure.planner.kernels import (
     speeds_of,
 )
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.model_shape import (
-    ModelShape,
-    StackShape,
-    StageLoad,
-    model_shape,
-    stage_loads,
-)
+from megafn.pure.planner.model_shape import ModelShape, StackShape, model_shape
 from megafn.pure.planner.records import Layout, StepTime
+from megafn.pure.planner.stage_kinds import StageKind, kinds_of_stages
 from megafn.pure.planner.wires import (
     Bandwidths,
     all_gather_seconds,
@@ -70,28 +67,30 @@ def price(
     model = model_shape(config.model)
     speeds = speeds_of(machine, config.precision.dtype)
     wires = bandwidths(machine, layout, config.parallel.order)
-    head = head_seconds(model, layout, speeds)
+    head = head_seconds(model, layout, speeds, implementation)
     costs = [
         _layer_cost(model, stack, layout, speeds, wires, implementation) for stack in model.stacks
     ]
-    loads = _loads(config, model, layout)
-    stages = [_stage_seconds(load, costs, head) for load in loads]
-    slowest = max(stages)
-    load = loads[stages.index(slowest)]
-    mean = sum(seconds * load.stages for seconds, load in zip(stages, loads, strict=True))
-    mean /= layout.pp
+    accumulation = implementation.accumulation_bytes / speeds.memory
+    kinds = kinds_of_stages(config, layout)
+    stages = [_stage_cost(kind, costs, head, accumulation) for kind in kinds]
+    slowest = max(stages, key=attrgetter("total"))
+    all_stages = sum(kind.stages * cost.total for kind, cost in zip(kinds, stages, strict=True))
+    mean = all_stages / layout.pp
+    parameters = max(kind.parameters for kind in kinds)
 
     m = layout.num_micro_batches
-    parameters = max(_parameters(model, load, layout) for load in loads)
+    messages = _pipeline_seconds(model, layout, speeds, wires, implementation)
+    tables = _shared_table_seconds(model, layout, wires, implementation)
     return StepTime(
-        layers=m * _total(load, [cost.passes for cost in costs]),
-        recomputation=m * _total(load, [cost.recomputation for cost in costs]),
-        tp=m * _total(load, [cost.tp for cost in costs]),
-        cp=m * _total(load, [cost.cp for cost in costs]),
-        head=m * head if load.has_head else 0.0,
+        layers=m * slowest.passes,
+        recomputation=m * slowest.recomputation,
+        head=m * slowest.head,
+        tp=m * slowest.tp,
+        cp=m * slowest.cp,
+        pp=messages + tables,
+        dp=_gradient_seconds(parameters, slowest.total, layout, speeds, wires, implementation),
         bubble=(layout.pp - 1) * mean / layout.vpp,
-        pp=_pipeline_seconds(model, layout, speeds, wires, implementation),
-        dp=_gradient_seconds(parameters, slowest, layout, speeds, wires, implementation),
         optimizer=_update_seconds(parameters, layout, speeds, implementation),
     )
 
@@ -100,18 +99,20 @@ def price(
 
 
 @frozen(kw_only=True)
-class _LayerCost:
-    """Seconds of one layer for one micro-batch, all passes."""
+class _Cost:
+    """Seconds of a layer or a stage for one micro-batch, all passes."""
 
     passes: float
     recomputation: float
     # Messages.
     tp: float
     cp: float
+    # The output layer and the loss.
+    head: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.passes + self.recomputation + self.tp + self.cp
+        return self.passes + self.recomputation + self.tp + self.cp + self.head
 
 
 def _layer_cost(
@@ -121,14 +122,14 @@ def _layer_cost(
     speeds: Speeds,
     wires: Bandwidths,
     implementation: Implementation,
-) -> _LayerCost:
+) -> _Cost:
     computed = layer_seconds(model, stack, layout, speeds, implementation)
     repeated = _repeated_layers(stack, layout)
     if layout.recompute.granularity == "selective":
         recomputation = computed.core
     else:
         recomputation = repeated * computed.forward
-    return _LayerCost(
+    return _Cost(
         passes=computed.forward + computed.backward,
         recomputation=recomputation,
         tp=_tp_seconds(model, stack, layout, speeds, wires, implementation, repeated),
@@ -203,38 +204,24 @@ def _cp_seconds(
 # --------------------------------------------------------------------------------------- stages
 
 
-def _loads(config: TrainConfig, model: ModelShape, layout: Layout) -> tuple[StageLoad, ...]:
-    parallel = config.parallel
-    return stage_loads(
-        tuple(stack.layers for stack in model.stacks),
-        layout.pp,
-        parallel.num_layers_in_first_pipeline_stage,
-        parallel.num_layers_in_last_pipeline_stage,
-        parallel.pipeline_model_parallel_split_rank,
+def _stage_cost(kind: StageKind, costs: list[_Cost], head: float, accumulation: float) -> _Cost:
+    """One micro-batch on one stage. accumulation: of the gradient of one parameter."""
+    passes = kind.parameters * accumulation
+    recomputation = 0.0
+    tp = 0.0
+    cp = 0.0
+    for layers, cost in zip(kind.layers, costs, strict=True):
+        passes += layers * cost.passes
+        recomputation += layers * cost.recomputation
+        tp += layers * cost.tp
+        cp += layers * cost.cp
+    return _Cost(
+        passes=passes,
+        recomputation=recomputation,
+        tp=tp,
+        cp=cp,
+        head=head if kind.has_head else 0.0,
     )
-
-
-def _stage_seconds(load: StageLoad, costs: list[_LayerCost], head: float) -> float:
-    """One micro-batch on one stage."""
-    seconds = _total(load, [cost.total for cost in costs])
-    return seconds + head if load.has_head else seconds
-
-
-def _total(load: StageLoad, of_a_layer: list[float]) -> float:
-    return sum(count * each for count, each in zip(load.layers, of_a_layer, strict=True))
-
-
-def _parameters(model: ModelShape, load: StageLoad, layout: Layout) -> float:
-    """Of one rank on such a stage."""
-    tp = layout.tp
-    parameters = 0.0
-    for count, stack in zip(load.layers, model.stacks, strict=True):
-        parameters += count * (stack.matrices / tp + stack.vectors)
-    if load.has_embedding:
-        parameters += model.word_table / tp
-    if load.has_head and model.head_length and not (load.has_embedding and model.tied):
-        parameters += model.word_table / tp
-    return parameters
 
 
 # ------------------------------------------------------------------- once for a micro-batch, a step
@@ -261,6 +248,17 @@ def _pipeline_seconds(
     return seconds
 
 
+def _shared_table_seconds(
+    model: ModelShape, layout: Layout, wires: Bandwidths, implementation: Implementation
+) -> float:
+    """Gradients of the word table, summed over the stages that hold a copy of it."""
+    if layout.pp == 1 or model.word_tables == 1:
+        return 0.0
+    table = padded_vocab_size(model.vocab, layout.tp) / layout.tp * model.hidden
+    payload = table * implementation.gradient_bytes
+    return all_reduce_seconds(payload, model.word_tables, wires.pp)
+
+
 def _gradient_seconds(
     parameters: float,
     slowest: float,
@@ -284,13 +282,16 @@ def _gradient_seconds(
     # in the last micro-batch's backward pass, and the first one's forward pass
     window = slowest
     if layout.vpp > 1 and layout.pp > 1:
-        window *= layout.pp * (layout.vpp - 1) / layout.vpp
+        # gradients of a chunk are whole while other chunks still compute
+        micro_batches = layout.pp * (layout.vpp - 1) / layout.vpp
+        window *= min(micro_batches, layout.num_micro_batches)
     return max(0.0, seconds - _WINDOW_SHARE * window) + _DP_VISIBLE * seconds
 
 
 def _update_seconds(
     parameters: float, layout: Layout, speeds: Speeds, implementation: Implementation
 ) -> float:
-    """Adam, and the passes over gradients before it."""
+    """Passes over all gradients; norm, clipping and Adam over a rank's share."""
     ranks = layout.dp * layout.cp if layout.use_distributed_optimizer else 1
-    return parameters / ranks * implementation.update_bytes / speeds.memory
+    moved = implementation.gradient_pass_bytes + implementation.update_bytes / ranks
+    return parameters * moved / speeds.memory
