@@ -494,10 +494,10 @@ def test_a_plan_is_drawn_against_the_line_of_its_device():
     assert (
         draw_plan(a_plan())
         == """\
-GB by stage; the device has 80, of which 2 are in reserve
+GB by stage; the device has 80 GB, of which 2 are in reserve
 stage 0 60.0 PPPPPPPPGGGGGGGGGGGGGGGGGAAAAAAAAAAAAAAAAAAAAAAAA               |
 stage 1 59.0 PPPPPPPPGGGGGGGGGGGGGGGGGAAAAAAAAAAAAAAAAAAAAAAA                |
-P parameters, G gradients, A activations; | where the device is full
+P parameters, G gradients, A activations, | where the device is full
 
 seconds of a step, 8.00 in all
 layers  6.00  75.0% ################################################################

@@ -211,6 +211,6 @@ def nothing_fits(scale: Scale, layouts: Sequence[Layout], world_size: int) -> st
         more = f"start {devices:,} devices, or choose a machine with more memory"
     return (
         f"no layout of {world_size:,} x {machine.name} fits: the least that one needs is "
-        f"{gigabytes(scale.needed(layout))} GB of {gigabytes(machine.memory_bytes)} "
-        f"({layout_in_words(layout)}); {more}"
+        f"{gigabytes(scale.needed(layout))} GB of {gigabytes(machine.memory_bytes)}, "
+        f"{gigabytes(machine.reserved_bytes)} in reserve ({layout_in_words(layout)}); {more}"
     )
