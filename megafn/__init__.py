@@ -130,6 +130,8 @@ _HOME = {
     "to_pretrained": "runtime.pretrained.export",
     "export": "runtime.pretrained.export",
     "describe_weights": "runtime.pretrained.describe",
+    "dry_run": "runtime.dry_run.dry_run",
+    "DryRun": "runtime.dry_run.report",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"
@@ -241,6 +243,8 @@ if TYPE_CHECKING:
         group_batches as group_batches,
     )
     from megafn.runtime.data.corpus_identity import describe_data as describe_data
+    from megafn.runtime.dry_run.dry_run import dry_run as dry_run
+    from megafn.runtime.dry_run.report import DryRun as DryRun
     from megafn.runtime.families.build import build_chunk as build_chunk
     from megafn.runtime.families.built_in import (
         family_of as family_of,

@@ -109,6 +109,9 @@ class PublishedRow:
     implementation: Implementation
     # Of one step, measured.
     seconds: float
+    # Of the rank that reports them, on the last stage: allocated before a step, and at its peak.
+    state_bytes: float | None
+    peak_bytes: float | None
     # Settings that the source does not state.
     assumed: tuple[str, ...]
 
@@ -134,8 +137,14 @@ def _row(cells: Mapping[str, str]) -> PublishedRow:
         machine=_MACHINES[cells["machine"]],
         implementation=_IMPLEMENTATIONS[cells["implementation"]],
         seconds=_seconds(cells, config, world_size),
+        state_bytes=_number(cells["state_bytes"]),
+        peak_bytes=_number(cells["peak_bytes"]),
         assumed=tuple(cells["assumed"].split()),
     )
+
+
+def _number(cell: str) -> float | None:
+    return float(cell) if cell else None
 
 
 def _config(cells: Mapping[str, str]) -> TrainConfig:
@@ -154,7 +163,9 @@ def _config(cells: Mapping[str, str]) -> TrainConfig:
         normalization="RMSNorm" if gated else "LayerNorm",
         position_embedding="rope" if gated else "learned_absolute",
         add_bias_linear=not gated,
-        tie_word_embeddings=not gated,
+        hidden_dropout=float(cells["dropout"]),
+        attention_dropout=float(cells["dropout"]),
+        tie_word_embeddings=cells["tied"] == "1",
     )
     return TrainConfig(
         model=model,

@@ -8,9 +8,11 @@ pipeline, sums of gradients, the update.
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from attrs import frozen
 
-from megafn.pure.config.records import TrainConfig
+from megafn.pure.config.records import TrainConfig, padded_vocab_size
 from megafn.pure.planner.implementation import Implementation, implementation_of
 from megafn.pure.planner.kernels import (
     LayerSeconds,
@@ -65,28 +67,30 @@ def price(
     model = model_shape(config.model)
     speeds = speeds_of(machine, config.precision.dtype)
     wires = bandwidths(machine, layout, config.parallel.order)
-    head = head_seconds(model, layout, speeds)
+    head = head_seconds(model, layout, speeds, implementation)
     costs = [
         _layer_cost(model, stack, layout, speeds, wires, implementation) for stack in model.stacks
     ]
+    accumulation = implementation.accumulation_bytes / speeds.memory
     kinds = kinds_of_stages(config, layout)
-    stages = [_stage_seconds(kind, costs, head) for kind in kinds]
-    slowest = max(stages)
-    kind = kinds[stages.index(slowest)]
-    all_stages = sum(seconds * kind.stages for seconds, kind in zip(stages, kinds, strict=True))
+    stages = [_stage_cost(kind, costs, head, accumulation) for kind in kinds]
+    slowest = max(stages, key=attrgetter("total"))
+    all_stages = sum(kind.stages * cost.total for kind, cost in zip(kinds, stages, strict=True))
     mean = all_stages / layout.pp
+    parameters = max(kind.parameters for kind in kinds)
 
     m = layout.num_micro_batches
-    parameters = max(kind.parameters for kind in kinds)
+    messages = _pipeline_seconds(model, layout, speeds, wires, implementation)
+    tables = _shared_table_seconds(model, layout, wires, implementation)
     return StepTime(
-        layers=m * _total(kind, [cost.passes for cost in costs]),
-        recomputation=m * _total(kind, [cost.recomputation for cost in costs]),
-        tp=m * _total(kind, [cost.tp for cost in costs]),
-        cp=m * _total(kind, [cost.cp for cost in costs]),
-        head=m * head if kind.has_head else 0.0,
+        layers=m * slowest.passes,
+        recomputation=m * slowest.recomputation,
+        head=m * slowest.head,
+        tp=m * slowest.tp,
+        cp=m * slowest.cp,
+        pp=messages + tables,
+        dp=_gradient_seconds(parameters, slowest.total, layout, speeds, wires, implementation),
         bubble=(layout.pp - 1) * mean / layout.vpp,
-        pp=_pipeline_seconds(model, layout, speeds, wires, implementation),
-        dp=_gradient_seconds(parameters, slowest, layout, speeds, wires, implementation),
         optimizer=_update_seconds(parameters, layout, speeds, implementation),
     )
 
@@ -95,18 +99,20 @@ def price(
 
 
 @frozen(kw_only=True)
-class _LayerCost:
-    """Seconds of one layer for one micro-batch, all passes."""
+class _Cost:
+    """Seconds of a layer or a stage for one micro-batch, all passes."""
 
     passes: float
     recomputation: float
     # Messages.
     tp: float
     cp: float
+    # The output layer and the loss.
+    head: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.passes + self.recomputation + self.tp + self.cp
+        return self.passes + self.recomputation + self.tp + self.cp + self.head
 
 
 def _layer_cost(
@@ -116,14 +122,14 @@ def _layer_cost(
     speeds: Speeds,
     wires: Bandwidths,
     implementation: Implementation,
-) -> _LayerCost:
+) -> _Cost:
     computed = layer_seconds(model, stack, layout, speeds, implementation)
     repeated = _repeated_layers(stack, layout)
     if layout.recompute.granularity == "selective":
         recomputation = computed.core
     else:
         recomputation = repeated * computed.forward
-    return _LayerCost(
+    return _Cost(
         passes=computed.forward + computed.backward,
         recomputation=recomputation,
         tp=_tp_seconds(model, stack, layout, speeds, wires, implementation, repeated),
@@ -198,14 +204,24 @@ def _cp_seconds(
 # --------------------------------------------------------------------------------------- stages
 
 
-def _stage_seconds(kind: StageKind, costs: list[_LayerCost], head: float) -> float:
-    """One micro-batch on one stage."""
-    seconds = _total(kind, [cost.total for cost in costs])
-    return seconds + head if kind.has_head else seconds
-
-
-def _total(kind: StageKind, of_a_layer: list[float]) -> float:
-    return sum(count * each for count, each in zip(kind.layers, of_a_layer, strict=True))
+def _stage_cost(kind: StageKind, costs: list[_Cost], head: float, accumulation: float) -> _Cost:
+    """One micro-batch on one stage. accumulation: of the gradient of one parameter."""
+    passes = kind.parameters * accumulation
+    recomputation = 0.0
+    tp = 0.0
+    cp = 0.0
+    for layers, cost in zip(kind.layers, costs, strict=True):
+        passes += layers * cost.passes
+        recomputation += layers * cost.recomputation
+        tp += layers * cost.tp
+        cp += layers * cost.cp
+    return _Cost(
+        passes=passes,
+        recomputation=recomputation,
+        tp=tp,
+        cp=cp,
+        head=head if kind.has_head else 0.0,
+    )
 
 
 # ------------------------------------------------------------------- once for a micro-batch, a step
@@ -230,6 +246,17 @@ def _pipeline_seconds(
     if implementation.overlap and layout.vpp > 1:
         seconds *= _PP_VISIBLE
     return seconds
+
+
+def _shared_table_seconds(
+    model: ModelShape, layout: Layout, wires: Bandwidths, implementation: Implementation
+) -> float:
+    """Gradients of the word table, summed over the stages that hold a copy of it."""
+    if layout.pp == 1 or model.word_tables == 1:
+        return 0.0
+    table = padded_vocab_size(model.vocab, layout.tp) / layout.tp * model.hidden
+    payload = table * implementation.gradient_bytes
+    return all_reduce_seconds(payload, model.word_tables, wires.pp)
 
 
 def _gradient_seconds(
@@ -264,6 +291,7 @@ def _gradient_seconds(
 def _update_seconds(
     parameters: float, layout: Layout, speeds: Speeds, implementation: Implementation
 ) -> float:
-    """Adam, and the passes over gradients before it."""
+    """Passes over all gradients; norm, clipping and Adam over a rank's share."""
     ranks = layout.dp * layout.cp if layout.use_distributed_optimizer else 1
-    return parameters / ranks * implementation.update_bytes / speeds.memory
+    moved = implementation.gradient_pass_bytes + implementation.update_bytes / ranks
+    return parameters * moved / speeds.memory
