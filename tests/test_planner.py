@@ -384,7 +384,7 @@ def test_a_model_that_fits_nowhere_says_so_when_a_plan_is_read():
     ranking = rank_plans(LLAMA_8B, H100, world_size=1)
     assert len(ranking.plans) == 0 and ranking.refused
     with pytest.raises(
-        IndexError, match=r"no layout of 1 x h100 fits: .* 80 .*; start \d+ devices"
+        IndexError, match=r"no layout of 1 x h100 fits: .* 80, 2 in .*; start \d+ devices"
     ):
         ranking.plans[0]
     assert ranking.advice in " ".join(str(ranking).split())
