@@ -68,8 +68,10 @@ def price(
     speeds = speeds_of(machine, config.precision.dtype)
     wires = bandwidths(machine, layout, config.parallel.order)
     head = head_seconds(model, layout, speeds, implementation)
+    launch = machine.launch_seconds
     costs = [
-        _layer_cost(model, stack, layout, speeds, wires, implementation) for stack in model.stacks
+        _layer_cost(model, stack, layout, speeds, wires, implementation, launch)
+        for stack in model.stacks
     ]
     accumulation = implementation.accumulation_bytes / speeds.memory
     kinds = kinds_of_stages(config, layout)
@@ -122,6 +124,7 @@ def _layer_cost(
     speeds: Speeds,
     wires: Bandwidths,
     implementation: Implementation,
+    launch_seconds: float,
 ) -> _Cost:
     computed = layer_seconds(model, stack, layout, speeds, implementation)
     repeated = _repeated_layers(stack, layout)
@@ -129,12 +132,13 @@ def _layer_cost(
         recomputation = computed.core
     else:
         recomputation = repeated * computed.forward
-    return _Cost(
-        passes=computed.forward + computed.backward,
-        recomputation=recomputation,
-        tp=_tp_seconds(model, stack, layout, speeds, wires, implementation, repeated),
-        cp=_cp_seconds(model, stack, layout, speeds, wires, implementation, repeated, computed),
-    )
+    passes = computed.forward + computed.backward
+    tp = _tp_seconds(model, stack, layout, speeds, wires, implementation, repeated)
+    cp = _cp_seconds(model, stack, layout, speeds, wires, implementation, repeated, computed)
+    # the device waits for the host if that takes longer; half as much again for one more forward
+    launched = launch_seconds * (1 + repeated / 2)
+    waiting = max(0.0, launched - (passes + recomputation + tp + cp))
+    return _Cost(passes=passes + waiting, recomputation=recomputation, tp=tp, cp=cp)
 
 
 def _repeated_layers(stack: StackShape, layout: Layout) -> float:
