@@ -28,6 +28,8 @@ _IMPLEMENTATIONS = {
 class RankingRow:
     """What a ranking shows of a plan."""
 
+    # In `Ranking.plans`.
+    index: int
     layout: Layout
     # Bytes of the fullest stage.
     memory: float
@@ -192,15 +194,16 @@ def ranking_text(
     if advice is not None:
         lines += _wrapped(advice)
     if rows:
-        lines += ["", *aligned([_HEADER, *map(_cells, range(1, len(rows) + 1), rows)]), ""]
+        lines += ["", *aligned([_HEADER, *map(_cells, rows)]), ""]
         lines += _notes(rows, num_plans)
-    for count, reason in reasons:
-        lines += _wrapped(f"{count:,} refused: {reason}")
+    if reasons:
+        refused = ", ".join(f"{count:,} {reason}" for count, reason in reasons)
+        lines += _wrapped(f"Refused: {refused}.")
     return "\n".join(lines)
 
 
 _HEADER = [
-    "",
+    "plan",
     "tp",
     "pp",
     "vpp",
@@ -218,12 +221,12 @@ _HEADER = [
 ]
 
 
-def _cells(number: int, row: RankingRow) -> list[str]:
+def _cells(row: RankingRow) -> list[str]:
     layout = row.layout
     low, high = mfu_band(row.mfu, row.band)
     sizes = (layout.tp, layout.pp, layout.vpp, layout.cp, layout.dp, layout.micro_batch_size)
     return [
-        str(number),
+        str(row.index),
         *map(str, sizes),
         "yes" if layout.sequence_parallel else "-",
         "yes" if layout.use_distributed_optimizer else "-",
@@ -232,23 +235,26 @@ def _cells(number: int, row: RankingRow) -> list[str]:
         in_seconds(row.seconds),
         f"{row.tokens_per_second:,.0f}",
         f"{row.mfu:.1%}",
-        f"{low:.0%} to {high:.0%}{'' if row.band.not_trusted is None else '*'}",
+        f"{low:.0%} to {high:.0%}{' ' if row.band.not_trusted is None else '*'}",
     ]
 
 
 def _notes(rows: Sequence[RankingRow], num_plans: int) -> list[str]:
     notes = [
-        "SP: sequence parallel. DO: distributed optimizer. GB: the fullest stage, without what is "
-        "in reserve. tokens/s: per device. band: what was measured where such MFU was planned."
+        "plan: its index; plans that differ from a better one only in SP, DO or recompute are not "
+        "shown. SP: sequence parallel. DO: distributed optimizer. GB: of the fullest stage, "
+        "without the reserve. tokens/s: per device. band: the MFU measured where such was planned."
     ]
     reasons = {row.band.not_trusted for row in rows} - {None}
     notes += [f"* not trusted: {reason}" for reason in sorted(map(str, reasons))]
-    outer = {outer_stages_in_words(row.layout) for row in rows} - {""}
-    if outer:
-        notes.append("Uneven stages: " + "; ".join(sorted(outer)))
-    more = num_plans - len(rows)
-    if more > 0:
-        notes.append(f"{more:,} more fit, slower than these.")
+    uneven = {
+        f"{words} (pp {row.layout.pp}, vpp {row.layout.vpp})": None
+        for row in rows
+        if (words := outer_stages_in_words(row.layout))
+    }
+    if uneven:
+        notes.append(f"Stages are not equal: {'; '.join(uneven)}.")
+    notes.append(f"{num_plans:,} layouts fit.")
     return [line for note in notes for line in _wrapped(note)]
 
 

@@ -15,6 +15,7 @@ libraries allocate for themselves (NCCL, cuBLAS), and fragmentation.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ from megafn.runtime.dry_run.messages import (
     tensors_received,
     tensors_sent,
 )
+from megafn.runtime.dry_run.nested import tensors_in
 from megafn.runtime.dry_run.operations import Operations
 from megafn.runtime.dry_run.records import DryRunMemory, LargeTensor, Messages
 from megafn.runtime.dry_run.state_tensors import module_names, state_tensors
@@ -81,6 +83,7 @@ class Counter:
     # Number of changes of memory before the step, and at its end.
     _step_start: int = 0
     _step_end: int | None = None
+    _thread: int = field(factory=threading.get_ident)
     _device_type: str = field(factory=lambda: cpu.device().type)
 
     # -------------------------------------------------------------------------- while it runs
@@ -156,12 +159,17 @@ class Counter:
         """One operation of torch."""
         if torch._C._current_graph_task_id() != -1:
             self._memory.runs = live_bytes.BACKWARD
+        elif threading.get_ident() != self._thread:
+            # gloo's threads work on copies of their own. (Backward passes may have threads too.)
+            return run()
         if operation.namespace == "c10d":
             self._see_message(operation, arguments)
             return run()
         result = run()
         self._operations.see(operation, arguments, named, result)
-        self._see_tensors(result)
+        for tensor in tensors_in(result):
+            if self._memory.knows(tensor) or not _is_of_another(tensor, operation, arguments):
+                self._allocation(tensor)
         return result
 
     def _see_message(self, operation: Any, arguments: Sequence[Any]) -> None:
@@ -196,13 +204,6 @@ class Counter:
             allocation.kernel = None
         return output
 
-    def _see_tensors(self, result: Any) -> None:
-        if isinstance(result, torch.Tensor):
-            self._allocation(result)
-        elif isinstance(result, list | tuple):
-            for part in result:
-                self._see_tensors(part)
-
     def _allocation(self, tensor: torch.Tensor) -> Allocation | None:
         if tensor.device.type != self._device_type or _is_random_state(tensor):
             return None
@@ -228,6 +229,18 @@ class Counter:
 
     def _enter_optimizer(self, *_: Any) -> None:
         self._memory.runs = live_bytes.OPTIMIZER
+
+
+def _is_of_another(tensor: torch.Tensor, operation: Any, arguments: Sequence[Any]) -> bool:
+    """Whether it is a view of memory that no operation made.
+
+    Such is what gloo copies for itself, and what a user's batch was read into.
+    """
+    if operation is torch.ops.aten.lift_fresh.default:
+        # How torch.tensor ends.
+        return False
+    address = tensor.untyped_storage()._cdata
+    return any(other.untyped_storage()._cdata == address for other in tensors_in(arguments))
 
 
 def _is_random_state(tensor: torch.Tensor) -> bool:

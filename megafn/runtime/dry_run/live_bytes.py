@@ -107,6 +107,10 @@ class MemoryLog:
         self._changed(allocation, allocation.bytes)
         return allocation
 
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether the memory of a tensor was seen before."""
+        return tensor.untyped_storage()._cdata in self._alive
+
     def look_for_resized(self) -> None:
         """Log storages that were resized without an operation (`untyped_storage().resize_`)."""
         for reference, allocation in list(self._alive.values()):

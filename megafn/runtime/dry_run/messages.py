@@ -16,6 +16,7 @@ import torch.distributed as dist
 from attrs import define, field, frozen
 
 from megafn.pure.layout import GROUP_KINDS
+from megafn.runtime.dry_run.nested import tensors_in
 from megafn.runtime.dry_run.records import Messages
 from megafn.runtime.parallel.groups import ProcessGroups
 
@@ -79,7 +80,7 @@ class MessageLog:
         if group.size() > 1:
             message = Message(
                 collective=collective.name,
-                bytes=sum(tensor.nbytes for tensor in _tensors(arguments[collective.argument])),
+                bytes=sum(tensor.nbytes for tensor in tensors_in(arguments[collective.argument])),
                 group_name=group.group_name,
                 group_size=group.size(),
             )
@@ -118,21 +119,13 @@ def _sums(messages: Sequence[Message]) -> Messages:
 def tensors_received(collective: _Collective, arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
     """The tensors that a message from one rank is received in."""
     if collective.name == "recv":
-        yield from _tensors(arguments[0])
+        yield from tensors_in(arguments[0])
 
 
 def tensors_sent(collective: _Collective, arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
     """The tensors that are sent to one rank."""
     if collective.name == "send":
-        yield from _tensors(arguments[0])
-
-
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    if isinstance(values, torch.Tensor):
-        yield values
-        return
-    for value in values:
-        yield from _tensors(value)
+        yield from tensors_in(arguments[0])
 
 
 def _group_of(arguments: Sequence[Any]) -> dist.ProcessGroup:
