@@ -1,6 +1,7 @@
 """The planner's times: their error on published results, and what must hold for any of them."""
 
 import math
+import re
 import subprocess
 import sys
 from importlib import resources
@@ -174,6 +175,17 @@ def test_the_page_holds_the_tables_that_the_command_prints():
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == PAGE.read_text().partition("## The tables\n")[2].strip()
     assert f"{len(published_rows())} published results" in PAGE.read_text()
+
+
+@pytest.mark.parametrize("name", ["a100", "h100"])
+def test_the_page_has_the_constants_of_a_machine(name):
+    (row,) = re.findall(rf"^\| {name} \| (.+) \|$", PAGE.read_text(), re.M)
+    *cells, fitted_on = row.split(" | ")
+    for cell, share in zip(cells, SHARES, strict=True):
+        machine = MACHINES["a100" if cell == "A100's" else name]
+        assert getattr(MACHINES[name], share) == getattr(machine, share)
+        assert cell in ("A100's", f"{getattr(machine, share):.3f}")
+    assert fitted_on.startswith(MACHINES[name].fitted_on)
 
 
 def test_the_planner_needs_no_torch_and_finds_its_rows_in_the_package():

@@ -161,7 +161,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
                 link_bandwidth=450e9,
                 network_bandwidth=50e9,
                 matmul_efficiency=MATMUL_EFFICIENCY,
-                fitted_on="Megatron-LM's table of H100 results",
+                fitted_on="Megatron-LM's H100 table",
             ),
             Machine(
                 name="h200",
