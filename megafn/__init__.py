@@ -132,6 +132,8 @@ _HOME = {
     "describe_weights": "runtime.pretrained.describe",
     "dry_run": "runtime.dry_run.dry_run",
     "DryRun": "runtime.dry_run.report",
+    "draw_dry_run": "runtime.dry_run.drawing",
+    "plot_dry_run": "runtime.dry_run.picture",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"
@@ -243,7 +245,9 @@ if TYPE_CHECKING:
         group_batches as group_batches,
     )
     from megafn.runtime.data.corpus_identity import describe_data as describe_data
+    from megafn.runtime.dry_run.drawing import draw_dry_run as draw_dry_run
     from megafn.runtime.dry_run.dry_run import dry_run as dry_run
+    from megafn.runtime.dry_run.picture import plot_dry_run as plot_dry_run
     from megafn.runtime.dry_run.report import DryRun as DryRun
     from megafn.runtime.families.build import build_chunk as build_chunk
     from megafn.runtime.families.built_in import (
