@@ -10,13 +10,9 @@ import attrs
 import pytest
 
 import megafn as mf
-
 import test_equivalence
-
-
 from counted_steps import real_and_dry
 from equivalence import recomputation, tiny
-
 
 SP = dict(sequence_parallel=True)
 DIST = dict(use_distributed_optimizer=True)
