@@ -125,6 +125,7 @@ _HOME = {
     "save": "runtime.checkpoint.save",
     "load": "runtime.pretrained.load",
     "latest": "runtime.checkpoint.disk_format",
+    "checkpoint_config": "runtime.checkpoint.load",
     "CheckpointError": "runtime.checkpoint.atomic_files",
     "from_pretrained": "runtime.pretrained.start",
     "to_pretrained": "runtime.pretrained.export",
@@ -239,6 +240,7 @@ if TYPE_CHECKING:
     from megafn.runtime.accelerate.train_steps import step_of as step_of
     from megafn.runtime.checkpoint.atomic_files import CheckpointError as CheckpointError
     from megafn.runtime.checkpoint.disk_format import latest as latest
+    from megafn.runtime.checkpoint.load import checkpoint_config as checkpoint_config
     from megafn.runtime.checkpoint.save import save as save
     from megafn.runtime.data.batches import (
         batches as batches,

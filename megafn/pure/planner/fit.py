@@ -21,6 +21,7 @@ FITTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "table-1": ("matmul_efficiency", "memory_efficiency", "link_efficiency"),
         "h100-table": ("matmul_efficiency",),
+        "ci-tiny": ("launch_seconds",),
     }
 )
 
@@ -46,6 +47,7 @@ def _with_shares(machine: Machine, shares: Mapping[str, float]) -> Machine:
         matmul_efficiency=shares.get("matmul_efficiency", machine.matmul_efficiency),
         memory_efficiency=shares.get("memory_efficiency", machine.memory_efficiency),
         link_efficiency=shares.get("link_efficiency", machine.link_efficiency),
+        launch_seconds=shares.get("launch_seconds", machine.launch_seconds),
     )
 
 

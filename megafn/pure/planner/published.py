@@ -63,6 +63,10 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
         "ci": Source(
             "Megatron-LM's CI", "NVIDIA/Megatron-LM, tests/functional_tests, commit d98e8a64"
         ),
+        "ci-tiny": Source(
+            "tiny models of Megatron-LM's CI",
+            "NVIDIA/Megatron-LM, tests/functional_tests, d98e8a64",
+        ),
         "nemo-fp8": Source(
             "NeMo 24.07 in fp8",
             "NVIDIA/NeMo, docs/source/performance/performance_summary.md, commit d31653f792^",

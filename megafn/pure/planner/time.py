@@ -15,7 +15,6 @@ from attrs import frozen
 from megafn.pure.config.records import TrainConfig, padded_vocab_size
 from megafn.pure.planner.implementation import Implementation, implementation_of
 from megafn.pure.planner.kernels import (
-    LayerSeconds,
     Speeds,
     head_seconds,
     layer_seconds,
@@ -64,35 +63,51 @@ def price(
     config: TrainConfig, layout: Layout, machine: Machine, implementation: Implementation
 ) -> StepTime:
     """`step_time` of any implementation."""
-    model = model_shape(config.model)
-    speeds = speeds_of(machine, config.precision.dtype)
-    wires = bandwidths(machine, layout, config.parallel.order)
-    head = head_seconds(model, layout, speeds, implementation)
-    costs = [
-        _layer_cost(model, stack, layout, speeds, wires, implementation) for stack in model.stacks
-    ]
-    accumulation = implementation.accumulation_bytes / speeds.memory
+    run = _Run(
+        model=model_shape(config.model),
+        layout=layout,
+        speeds=speeds_of(machine, config.precision.dtype),
+        wires=bandwidths(machine, layout, config.parallel.order),
+        implementation=implementation,
+    )
+    head = head_seconds(run.model, layout, run.speeds, implementation)
+    layers = [_layer_cost(run, stack, machine.launch_seconds) for stack in run.model.stacks]
     kinds = kinds_of_stages(config, layout)
-    stages = [_stage_cost(kind, costs, head, accumulation) for kind in kinds]
+    stages = [_stage_cost(run, kind, layers, head) for kind in kinds]
     slowest = max(stages, key=attrgetter("total"))
     all_stages = sum(kind.stages * cost.total for kind, cost in zip(kinds, stages, strict=True))
     mean = all_stages / layout.pp
     parameters = max(kind.parameters for kind in kinds)
 
     m = layout.num_micro_batches
-    messages = _pipeline_seconds(model, layout, speeds, wires, implementation)
-    tables = _shared_table_seconds(model, layout, wires, implementation)
     return StepTime(
         layers=m * slowest.passes,
         recomputation=m * slowest.recomputation,
         head=m * slowest.head,
         tp=m * slowest.tp,
         cp=m * slowest.cp,
-        pp=messages + tables,
-        dp=_gradient_seconds(parameters, slowest.total, layout, speeds, wires, implementation),
+        pp=_pipeline_seconds(run) + _shared_table_seconds(run),
+        dp=_gradient_seconds(run, parameters, slowest.total),
         bubble=(layout.pp - 1) * mean / layout.vpp,
-        optimizer=_update_seconds(parameters, layout, speeds, implementation),
+        optimizer=_update_seconds(run, parameters),
     )
+
+
+@frozen(kw_only=True)
+class _Run:
+    """What is priced: a model in a layout, and what computes and connects."""
+
+    model: ModelShape
+    layout: Layout
+    speeds: Speeds
+    wires: Bandwidths
+    implementation: Implementation
+
+    def hidden_bytes(self, length: int) -> float:
+        """Of a micro-batch's hidden states, for sequences of this length, on one rank of cp."""
+        layout = self.layout
+        tokens = length * layout.micro_batch_size / layout.cp
+        return tokens * self.model.hidden * self.speeds.element
 
 
 # --------------------------------------------------------------------------------------- layers
@@ -115,26 +130,21 @@ class _Cost:
         return self.passes + self.recomputation + self.tp + self.cp + self.head
 
 
-def _layer_cost(
-    model: ModelShape,
-    stack: StackShape,
-    layout: Layout,
-    speeds: Speeds,
-    wires: Bandwidths,
-    implementation: Implementation,
-) -> _Cost:
-    computed = layer_seconds(model, stack, layout, speeds, implementation)
+def _layer_cost(run: _Run, stack: StackShape, launch_seconds: float) -> _Cost:
+    layout = run.layout
+    computed = layer_seconds(run.model, stack, layout, run.speeds, run.implementation)
     repeated = _repeated_layers(stack, layout)
     if layout.recompute.granularity == "selective":
         recomputation = computed.core
     else:
         recomputation = repeated * computed.forward
-    return _Cost(
-        passes=computed.forward + computed.backward,
-        recomputation=recomputation,
-        tp=_tp_seconds(model, stack, layout, speeds, wires, implementation, repeated),
-        cp=_cp_seconds(model, stack, layout, speeds, wires, implementation, repeated, computed),
-    )
+    passes = computed.forward + computed.backward
+    tp = _tp_seconds(run, stack, repeated)
+    cp = _cp_seconds(run, stack, repeated, computed.core)
+    # the device waits for the host if that takes longer; half as much again for one more forward
+    launched = launch_seconds * (1 + repeated / 2)
+    waiting = max(0.0, launched - (passes + recomputation + tp + cp))
+    return _Cost(passes=passes + waiting, recomputation=recomputation, tp=tp, cp=cp)
 
 
 def _repeated_layers(stack: StackShape, layout: Layout) -> float:
@@ -148,55 +158,40 @@ def _repeated_layers(stack: StackShape, layout: Layout) -> float:
     return min(1.0, recompute.num_layers / in_a_chunk)
 
 
-def _tp_seconds(
-    model: ModelShape,
-    stack: StackShape,
-    layout: Layout,
-    speeds: Speeds,
-    wires: Bandwidths,
-    implementation: Implementation,
-    repeated: float,
-) -> float:
+def _tp_seconds(run: _Run, stack: StackShape, repeated: float) -> float:
     """An all-reduce behind attention and MLP, and one before each in the backward pass.
 
     With sequence parallelism each is a gather and a scatter, and the backward pass gathers the two
     inputs again, which every rank holds a part of (arXiv 2205.05198, section 4.2.2).
     """
-    tp = layout.tp
+    tp = run.layout.tp
     if tp == 1:
         return 0.0
-    tokens = stack.length * layout.micro_batch_size / layout.cp
-    payload = tokens * model.hidden * speeds.element
+    payload = run.hidden_bytes(stack.length)
     blocks = 3 if stack.context else 2
     reduces = blocks * (2 + repeated)
-    seconds = reduces * all_reduce_seconds(payload, tp, wires.tp)
-    if layout.sequence_parallel:
-        seconds += blocks * all_gather_seconds(payload, tp, wires.tp)
-        if implementation.overlap:
+    seconds = reduces * all_reduce_seconds(payload, tp, run.wires.tp)
+    if run.layout.sequence_parallel:
+        seconds += blocks * all_gather_seconds(payload, tp, run.wires.tp)
+        if run.implementation.overlap:
             seconds *= 1 - _TP_HIDDEN
     return seconds
 
 
-def _cp_seconds(
-    model: ModelShape,
-    stack: StackShape,
-    layout: Layout,
-    speeds: Speeds,
-    wires: Bandwidths,
-    implementation: Implementation,
-    repeated: float,
-    computed: LayerSeconds,
-) -> float:
-    """Keys and values gathered for each forward pass, their gradients scattered once."""
-    cp = layout.cp
-    if cp == 1:
+def _cp_seconds(run: _Run, stack: StackShape, repeated: float, attention: float) -> float:
+    """Keys and values gathered for each forward pass, their gradients scattered once.
+
+    attention: seconds of its forward pass, under which messages may travel.
+    """
+    layout = run.layout
+    if layout.cp == 1:
         return 0.0
     tokens = stack.length * layout.micro_batch_size
-    payload = tokens * model.key_value / layout.tp * speeds.element
-    once = all_gather_seconds(payload, cp, wires.cp)
-    if implementation.overlap:
+    payload = tokens * run.model.key_value / layout.tp * run.speeds.element
+    once = all_gather_seconds(payload, layout.cp, run.wires.cp)
+    if run.implementation.overlap:
         # parts travel on while attention to the last one is computed (arXiv 2310.01889)
-        once = max(0.0, once - computed.core)
+        once = max(0.0, once - attention)
     # the backward pass of attention needs keys and values too, which autograd has kept
     return (2 + repeated) * once
 
@@ -204,9 +199,10 @@ def _cp_seconds(
 # --------------------------------------------------------------------------------------- stages
 
 
-def _stage_cost(kind: StageKind, costs: list[_Cost], head: float, accumulation: float) -> _Cost:
-    """One micro-batch on one stage. accumulation: of the gradient of one parameter."""
-    passes = kind.parameters * accumulation
+def _stage_cost(run: _Run, kind: StageKind, costs: list[_Cost], head: float) -> _Cost:
+    """One micro-batch on one stage. costs: of one layer of each stack."""
+    # its gradients added to those of earlier micro-batches
+    passes = kind.parameters * run.implementation.accumulation_bytes / run.speeds.memory
     recomputation = 0.0
     tp = 0.0
     cp = 0.0
@@ -227,57 +223,47 @@ def _stage_cost(kind: StageKind, costs: list[_Cost], head: float, accumulation: 
 # ------------------------------------------------------------------- once for a micro-batch, a step
 
 
-def _pipeline_seconds(
-    model: ModelShape,
-    layout: Layout,
-    speeds: Speeds,
-    wires: Bandwidths,
-    implementation: Implementation,
-) -> float:
+def _pipeline_seconds(run: _Run) -> float:
     """Hidden states to the next stage and their gradients back, for each chunk of each stage."""
+    layout = run.layout
     if layout.pp == 1:
         return 0.0
-    length = sum(stack.length for stack in model.stacks)
-    tokens = length * layout.micro_batch_size / layout.cp
-    message = tokens * model.hidden * speeds.element
-    if layout.sequence_parallel or implementation.scatter_gather:
+    message = run.hidden_bytes(sum(stack.length for stack in run.model.stacks))
+    if layout.sequence_parallel or run.implementation.scatter_gather:
         message /= layout.tp
-    seconds = 2 * layout.num_micro_batches * layout.vpp * message / wires.pp
-    if implementation.overlap and layout.vpp > 1:
+    seconds = 2 * layout.num_micro_batches * layout.vpp * message / run.wires.pp
+    if run.implementation.overlap and layout.vpp > 1:
         seconds *= _PP_VISIBLE
     return seconds
 
 
-def _shared_table_seconds(
-    model: ModelShape, layout: Layout, wires: Bandwidths, implementation: Implementation
-) -> float:
+def _shared_table_seconds(run: _Run) -> float:
     """Gradients of the word table, summed over the stages that hold a copy of it."""
-    if layout.pp == 1 or model.word_tables == 1:
+    model = run.model
+    tp = run.layout.tp
+    if run.layout.pp == 1 or model.word_tables == 1:
         return 0.0
-    table = padded_vocab_size(model.vocab, layout.tp) / layout.tp * model.hidden
-    payload = table * implementation.gradient_bytes
-    return all_reduce_seconds(payload, model.word_tables, wires.pp)
+    table = padded_vocab_size(model.vocab, tp) / tp * model.hidden
+    payload = table * run.implementation.gradient_bytes
+    return all_reduce_seconds(payload, model.word_tables, run.wires.pp)
 
 
-def _gradient_seconds(
-    parameters: float,
-    slowest: float,
-    layout: Layout,
-    speeds: Speeds,
-    wires: Bandwidths,
-    implementation: Implementation,
-) -> float:
-    """Gradients summed over ranks that hold the same parameters; if sharded, weights gathered."""
+def _gradient_seconds(run: _Run, parameters: int, slowest: float) -> float:
+    """Gradients summed over ranks that hold the same parameters; if sharded, weights gathered.
+
+    slowest: seconds of a micro-batch on the slowest stage.
+    """
+    layout = run.layout
     ranks = layout.dp * layout.cp
     if ranks == 1:
         return 0.0
-    gradients = parameters * implementation.gradient_bytes
+    gradients = parameters * run.implementation.gradient_bytes
     if layout.use_distributed_optimizer:
-        payload = gradients + parameters * speeds.element
-        seconds = all_gather_seconds(payload, ranks, wires.dp)
+        payload = gradients + parameters * run.speeds.element
+        seconds = all_gather_seconds(payload, ranks, run.wires.dp)
     else:
-        seconds = all_reduce_seconds(gradients, ranks, wires.dp)
-    if not implementation.overlap:
+        seconds = all_reduce_seconds(gradients, ranks, run.wires.dp)
+    if not run.implementation.overlap:
         return seconds
     # in the last micro-batch's backward pass, and the first one's forward pass
     window = slowest
@@ -288,10 +274,9 @@ def _gradient_seconds(
     return max(0.0, seconds - _WINDOW_SHARE * window) + _DP_VISIBLE * seconds
 
 
-def _update_seconds(
-    parameters: float, layout: Layout, speeds: Speeds, implementation: Implementation
-) -> float:
+def _update_seconds(run: _Run, parameters: int) -> float:
     """Passes over all gradients; norm, clipping and Adam over a rank's share."""
+    layout = run.layout
     ranks = layout.dp * layout.cp if layout.use_distributed_optimizer else 1
-    moved = implementation.gradient_pass_bytes + implementation.update_bytes / ranks
-    return parameters * moved / speeds.memory
+    moved = run.implementation.gradient_pass_bytes + run.implementation.update_bytes / ranks
+    return parameters * moved / run.speeds.memory
