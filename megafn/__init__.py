@@ -125,6 +125,7 @@ _HOME = {
     "save": "runtime.checkpoint.save",
     "load": "runtime.pretrained.load",
     "latest": "runtime.checkpoint.disk_format",
+    "checkpoint_config": "runtime.checkpoint.load",
     "CheckpointError": "runtime.checkpoint.atomic_files",
     "from_pretrained": "runtime.pretrained.start",
     "to_pretrained": "runtime.pretrained.export",
@@ -132,6 +133,8 @@ _HOME = {
     "describe_weights": "runtime.pretrained.describe",
     "dry_run": "runtime.dry_run.dry_run",
     "DryRun": "runtime.dry_run.report",
+    "draw_dry_run": "runtime.dry_run.drawing",
+    "plot_dry_run": "runtime.dry_run.picture",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"
@@ -237,13 +240,16 @@ if TYPE_CHECKING:
     from megafn.runtime.accelerate.train_steps import step_of as step_of
     from megafn.runtime.checkpoint.atomic_files import CheckpointError as CheckpointError
     from megafn.runtime.checkpoint.disk_format import latest as latest
+    from megafn.runtime.checkpoint.load import checkpoint_config as checkpoint_config
     from megafn.runtime.checkpoint.save import save as save
     from megafn.runtime.data.batches import (
         batches as batches,
         group_batches as group_batches,
     )
     from megafn.runtime.data.corpus_identity import describe_data as describe_data
+    from megafn.runtime.dry_run.drawing import draw_dry_run as draw_dry_run
     from megafn.runtime.dry_run.dry_run import dry_run as dry_run
+    from megafn.runtime.dry_run.picture import plot_dry_run as plot_dry_run
     from megafn.runtime.dry_run.report import DryRun as DryRun
     from megafn.runtime.families.build import build_chunk as build_chunk
     from megafn.runtime.families.built_in import (

@@ -230,14 +230,19 @@ def save_with_failure(directory, rank, name):
             try:
                 mf.save(state, directory)
             except ValueError as error:
-                return str(error)
+                return str(error), getattr(error, "__notes__", [])
 
 
-@pytest.mark.parametrize("rank, name", [(0, "plan_writes"), (1, "check_buffers")])
+@pytest.mark.parametrize(
+    "rank, name, notes",
+    [(0, "plan_writes", [[], []]), (1, "check_buffers", [["raised on rank 1"], []])],
+)
 def test_what_fails_before_anything_is_written_is_raised_on_every_rank_and_leaves_nothing(
-    rank, name, pool, tmp_path
+    rank, name, notes, pool, tmp_path
 ):
-    assert pool(2, save_with_failure, tmp_path, rank, name) == [f"{name} fails"] * 2
+    """Where it is another rank's error, a note says whose."""
+    raised = pool(2, save_with_failure, tmp_path, rank, name)
+    assert raised == [(f"{name} fails", notes_of_rank) for notes_of_rank in notes]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -384,7 +384,7 @@ def test_a_model_that_fits_nowhere_says_so_when_a_plan_is_read():
     ranking = rank_plans(LLAMA_8B, H100, world_size=1)
     assert len(ranking.plans) == 0 and ranking.refused
     with pytest.raises(
-        IndexError, match=r"no layout of 1 x h100 fits: .* 80 .*; start \d+ devices"
+        IndexError, match=r"no layout of 1 x h100 fits: .* 80, 2 in .*; start \d+ devices"
     ):
         ranking.plans[0]
     assert ranking.advice in " ".join(str(ranking).split())
@@ -494,10 +494,10 @@ def test_a_plan_is_drawn_against_the_line_of_its_device():
     assert (
         draw_plan(a_plan())
         == """\
-GB by stage; the device has 80, of which 2 are in reserve
+GB by stage; the device has 80 GB, of which 2 are in reserve
 stage 0 60.0 PPPPPPPPGGGGGGGGGGGGGGGGGAAAAAAAAAAAAAAAAAAAAAAAA               |
 stage 1 59.0 PPPPPPPPGGGGGGGGGGGGGGGGGAAAAAAAAAAAAAAAAAAAAAAA                |
-P parameters, G gradients, A activations; | where the device is full
+P parameters, G gradients, A activations, | where the device is full
 
 seconds of a step, 8.00 in all
 layers  6.00  75.0% ################################################################

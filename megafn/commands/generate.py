@@ -10,14 +10,10 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import attrs
 from attrs import define, field
 
 import megafn as mf
@@ -80,7 +76,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     path = Path(arguments.path)
-    run_of_checkpoint = _config_of_checkpoint(path)
+    if not path.is_dir():
+        raise mf.ConfigError(f"path = {str(path)!r}: there is no such directory; name a checkpoint")
+    run_of_checkpoint = mf.checkpoint_config(path)
     config = _config_to_generate(path, run_of_checkpoint, arguments)
     tokenizer = mf.load_tokenizer(arguments.tokenizer or _tokenizer_of(path, run_of_checkpoint))
     ids = tokenizer.encode(arguments.prompt).tolist()
@@ -102,32 +100,6 @@ def run(arguments: Namespace) -> int:
         if pg.is_rank_zero:
             printer.end()
     return 0
-
-
-def _config_of_checkpoint(path: Path) -> mf.TrainConfig | None:
-    """The config of the run that wrote the checkpoint at a path, with its adapters.
-
-    None if no checkpoint is there.
-    """
-    if not path.is_dir():
-        raise mf.ConfigError(f"path = {str(path)!r}: there is no such directory; name a checkpoint")
-    checkpoint = mf.latest(path) or path
-    file = checkpoint / "manifest.json"
-    if not file.is_file():
-        return None
-    manifest = json.loads(file.read_bytes())
-    config = mf.from_dict(manifest["config"])
-    adapters = manifest.get("adapters")
-    return config if adapters is None else attrs.evolve(config, prepare_model=_lora(adapters))
-
-
-def _lora(adapters: Mapping[str, Any]) -> Callable[..., Any]:
-    return mf.lora(
-        rank=adapters["rank"],
-        alpha=adapters["alpha"],
-        modules=adapters["modules"],
-        train_modules=adapters["train_modules"],
-    )
 
 
 def _config_to_generate(

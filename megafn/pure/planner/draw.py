@@ -8,7 +8,7 @@ import attrs
 
 from megafn.pure.planner.plans import Plan
 from megafn.pure.planner.records import Memory, StepTime
-from megafn.pure.planner.table import gigabytes, in_seconds, shown_stages
+from megafn.pure.planner.table import gigabytes, in_seconds, in_unit, memory_unit, shown_stages
 
 # Columns of the longest bar.
 _WIDTH = 64
@@ -33,7 +33,7 @@ def draw_plan(plan: Plan) -> str:
     >>> config = TrainConfig(model=model, micro_batch_size=1, global_batch_size=8, train_iters=9)
     >>> drawing = draw_plan(plan(config, MACHINES["h100"], world_size=8))
     >>> drawing.splitlines()[0]
-    'GB by stage; the device has 80, of which 2 are in reserve'
+    'MB by stage; the device has 80 GB, of which 2 are in reserve'
     """
     return "\n".join([*_memory_bars(plan), "", *_time_bars(plan.time)])
 
@@ -44,24 +44,25 @@ def _memory_bars(plan: Plan) -> list[str]:
     fullest = max(memory.total for memory in plan.memory)
     scale = _WIDTH / max(limit, fullest)
     line = round(limit * scale)
+    unit = memory_unit(fullest)
     lines = [
-        f"GB by stage; the device has {gigabytes(machine.memory_bytes)}, "
+        f"{unit} by stage; the device has {gigabytes(machine.memory_bytes)} GB, "
         f"of which {gigabytes(machine.reserved_bytes)} are in reserve"
     ]
     label = len(f"stage {len(plan.memory) - 1}")
-    width = len(f"{fullest / 1e9:,.1f}")
+    width = len(in_unit(fullest, unit))
     for stage in shown_stages(plan.memory):
         memory = plan.memory[stage]
         bar = _with_line(_stacked(_by_kind(memory), scale), line)
-        number = f"{memory.total / 1e9:,.1f}".rjust(width)
+        number = in_unit(memory.total, unit).rjust(width)
         lines.append(f"{f'stage {stage}'.ljust(label)} {number} {bar}")
     hidden = len(plan.memory) - len(shown_stages(plan.memory))
     if hidden:
         lines.append(f"and {hidden} stages that are not shown, none of them fuller")
     drawn = set("".join(lines[1:]))
     kinds = [(mark, kind) for kind, mark in _MARKS.items() if mark in drawn]
-    legend = ", ".join(f"{mark} {kind.replace('_', ' ')}" for mark, kind in kinds)
-    lines.append(f"{legend}; | where the device is full")
+    legend = [f"{mark} {kind.replace('_', ' ')}" for mark, kind in kinds]
+    lines.append(", ".join([*legend, "| where the device is full"]))
     return lines
 
 

@@ -33,7 +33,8 @@ class Scale:
     implementation: str
     # The config with other outer stages, which pricing reads from it.
     configs: dict[OuterStages, TrainConfig] = field(factory=dict, repr=False, eq=False)
-    # By pp.
+    weights: dict[Layout, float] = field(factory=dict, repr=False, eq=False)
+    # Those of which one is the fullest, by pp.
     stages: dict[int, tuple[int, ...]] = field(factory=dict, repr=False, eq=False)
 
     def config_of(self, layout: Layout) -> TrainConfig:
@@ -52,6 +53,11 @@ class Scale:
 
     def needed(self, layout: Layout) -> float:
         """Bytes of the fullest stage, those in reserve included."""
+        if layout not in self.weights:
+            self.weights[layout] = self._needed(layout)
+        return self.weights[layout]
+
+    def _needed(self, layout: Layout) -> float:
         if layout.pp not in self.stages:
             self.stages[layout.pp] = telling_stages(self.config, layout.pp)
         memory = memory_by_stage(

@@ -7,6 +7,7 @@ returns what `validate` accepts, no more and no less.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from math import isqrt
 from operator import itemgetter
@@ -243,15 +244,17 @@ _CHOICES: tuple[Callable[[_Space, Chosen], Iterable[Chosen]], ...] = (
 )
 
 
-def divisors(number: int) -> list[int]:
-    """The divisors of a number, ascending.
+@functools.cache
+def divisors(number: int) -> tuple[int, ...]:
+    """The divisors of a number, ascending; beyond 2**32, those of which one factor is below 2**16.
 
     >>> divisors(12)
-    [1, 2, 3, 4, 6, 12]
+    (1, 2, 3, 4, 6, 12)
     """
-    small = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
-    large = [number // divisor for divisor in reversed(small) if divisor * divisor != number]
-    return small + large
+    factors = range(1, min(isqrt(number), 2**16) + 1)
+    small = [factor for factor in factors if number % factor == 0]
+    large = [number // factor for factor in reversed(small) if factor * factor != number]
+    return (*small, *large)
 
 
 # --------------------------------------------------------------------------------------- rules

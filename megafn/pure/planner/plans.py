@@ -82,7 +82,7 @@ class Ranking:
     plans: Sequence[Plan]
     # Those that need too much memory, the least first; then those that break a rule.
     refused: Sequence[Refusal]
-    # (how many are refused, what they do wrong), the commonest first.
+    # (how many are refused, what they do wrong)
     reasons: tuple[tuple[int, str], ...] = field(default=(), repr=False)
     # If nothing fits: by how much, and what would help.
     advice: str | None = None

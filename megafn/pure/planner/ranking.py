@@ -136,9 +136,11 @@ def _reasons(
         least, _ = heavy[0]
         limit = gigabytes(machine.memory_bytes)
         reasons.append((len(heavy), f"need more than {limit} GB ({least / 1e9:,.2f} or more)"))
-    fields = Counter(choice.problem.field for choice in choices)
-    reasons += [(count, f"break a rule of {name}") for name, count in fields.items()]
-    return tuple(sorted(reasons, key=lambda reason: -reason[0]))
+    if choices:
+        fields = Counter(choice.problem.field for choice in choices).most_common()
+        named = ", ".join(f"{name} ({count:,})" for name, count in fields)
+        reasons.append((len(choices), f"break a rule: {named}"))
+    return tuple(reasons)
 
 
 def _no_layout(scale: Scale, world_size: int) -> str:
@@ -161,4 +163,5 @@ def _no_layout(scale: Scale, world_size: int) -> str:
 def _numbers_near(world_size: int) -> list[int]:
     """The powers of two below and above."""
     above = 1 << world_size.bit_length()
-    return [above // 2, above]
+    # Integers of a config have 64 bits.
+    return [number for number in (above // 2, above) if number < 2**63]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from attrs import field, frozen
+from attrs import frozen
 
 from megafn.pure.config.problems import Problem
 from megafn.pure.config.records import RecomputeConfig
@@ -102,17 +102,13 @@ class Neighbours:
     layouts: Mapping[Values, Layout]
     # For each aspect all its values, in the order of the search.
     choices: tuple[tuple[Any, ...], ...]
-    # Bytes, for the layouts that were asked for.
-    weighed: dict[Values, float] = field(factory=dict, repr=False)
 
     def needed(self, values: Values) -> float:
         """Bytes that a layout needs on its fullest stage."""
-        if values not in self.weighed:
-            self.weighed[values] = self.scale.needed(self.layouts[values])
-        return self.weighed[values]
+        return self.scale.needed(self.layouts[values])
 
     def fits(self, values: Values) -> bool:
-        return self.needed(values) <= self.scale.machine.memory_bytes
+        return self.scale.fits(self.layouts[values])
 
 
 def neighbours_among(layouts: Sequence[Layout], scale: Scale) -> Neighbours:
@@ -211,6 +207,6 @@ def nothing_fits(scale: Scale, layouts: Sequence[Layout], world_size: int) -> st
         more = f"start {devices:,} devices, or choose a machine with more memory"
     return (
         f"no layout of {world_size:,} x {machine.name} fits: the least that one needs is "
-        f"{gigabytes(scale.needed(layout))} GB of {gigabytes(machine.memory_bytes)} "
-        f"({layout_in_words(layout)}); {more}"
+        f"{gigabytes(scale.needed(layout))} GB of {gigabytes(machine.memory_bytes)}, "
+        f"{gigabytes(machine.reserved_bytes)} in reserve ({layout_in_words(layout)}); {more}"
     )

@@ -80,6 +80,8 @@ class Counter:
     _names: dict[torch.nn.Module, str] = field(factory=dict)
     # The modules whose forward passes run, the innermost last.
     _running: list[str] = field(factory=list)
+    # By the number of each node of the graph that backward passes walk, what made it.
+    _module_of_node: dict[int, str] = field(factory=dict)
     # Number of changes of memory before the step, and at its end.
     _step_start: int = 0
     _step_end: int | None = None
@@ -93,6 +95,7 @@ class Counter:
         self._names = module_names(state.chunks)
         self._memory.runs = live_bytes.BATCH
         self._note_kinds(state)
+        self._module_of_node.clear()
         self._messages = MessageLog()
         self._operations = Operations()
         self._step_start = len(self._memory.changes)
@@ -162,6 +165,10 @@ class Counter:
         elif threading.get_ident() != self._thread:
             # gloo's threads work on copies of their own. (Backward passes may have threads too.)
             return run()
+        else:
+            # The node that is the newest now, if it is that of this operation.
+            node = torch.autograd._get_sequence_nr() - 1
+            self._module_of_node.setdefault(node, self._module())
         if operation.namespace == "c10d":
             self._see_message(operation, arguments)
             return run()
@@ -207,7 +214,16 @@ class Counter:
     def _allocation(self, tensor: torch.Tensor) -> Allocation | None:
         if tensor.device.type != self._device_type or _is_random_state(tensor):
             return None
-        return self._memory.see(tensor, self._running[-1] if self._running else "")
+        return self._memory.see(tensor, self._module())
+
+    def _module(self) -> str:
+        """The module whose forward pass runs, or whose backward pass."""
+        if self._running:
+            return self._running[-1]
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return ""
+        return self._module_of_node.get(node._sequence_nr(), "")
 
     def _note_kinds(self, state: State) -> None:
         self._memory.look_for_resized()
@@ -220,8 +236,7 @@ class Counter:
         in_step = self._memory.runs not in (live_bytes.SETUP, live_bytes.BETWEEN_STEPS)
         if in_step and torch._C._current_graph_task_id() == -1:
             self._memory.runs = live_bytes.FORWARD
-        outer = self._running[-1] if self._running else ""
-        self._running.append(self._names.get(module, outer))
+        self._running.append(self._names.get(module, self._module()))
 
     def _leave_module(self, *_: Any) -> None:
         if self._running:

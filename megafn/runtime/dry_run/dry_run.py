@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
@@ -14,6 +13,7 @@ from megafn.pure.config.records import TrainConfig, num_micro_batches
 from megafn.pure.layout import build_groups
 from megafn.pure.validation.validate import check
 from megafn.runtime.accelerate.train_steps import step_of
+from megafn.runtime.dry_run.announced_shapes import announced_shapes
 from megafn.runtime.dry_run.count import counting
 from megafn.runtime.dry_run.fake_values import fake_values, without_values
 from megafn.runtime.dry_run.fake_world import fake_world
@@ -21,8 +21,10 @@ from megafn.runtime.dry_run.report import DryRun
 from megafn.runtime.families.built_in import family_of
 from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.state import State
+from megafn.runtime.parallel.exchanged import exchanged
 from megafn.runtime.parallel.groups import ProcessGroups, init_groups
 from megafn.runtime.training.arguments import ModelFunction, OptimizerFunction
+from megafn.runtime.training.forward_backward import shape_between_stages
 from megafn.runtime.training.setup import build_state
 from megafn.runtime.training.step import train_step
 
@@ -65,7 +67,10 @@ def dry_run(
             state = build_state(config, pg, model=model, optimizer=optimizer)
             num_parameters = _num_parameters(state)
             counter.start_step(state)
-            state, _ = train_step(state, micro_batches, _with_fake_batches(step, fake))
+            shapes: list[tuple[int, int]] = []
+            with exchanged([announced_shapes(shapes, config, pg)]):
+                reading = _with_fake_batches(step, fake, shapes)
+                state, _ = train_step(state, micro_batches, reading)
             counter.end_step(state)
         return DryRun(
             config=config,
@@ -119,18 +124,16 @@ def _num_parameters(state: State) -> int:
     return sum(parameter.numel() for chunk in state.chunks for parameter in chunk.parameters())
 
 
-def _with_fake_batches(step: Step, fake: FakeTensorMode) -> Step:
-    """The step, whose micro-batches are read with their values, and lose them afterwards."""
-    return attrs.evolve(step, batch=partial(_fake_batch, step.batch, fake))
+def _with_fake_batches(step: Step, fake: FakeTensorMode, shapes: list[tuple[int, int]]) -> Step:
+    """The step, whose micro-batches are read with their values, and lose them afterwards.
 
+    Their shapes are added to `shapes`.
+    """
 
-def _fake_batch(
-    read: Callable[..., Batch],
-    fake: FakeTensorMode,
-    raw: Any,
-    config: TrainConfig,
-    pg: ProcessGroups,
-) -> Batch:
-    with unset_fake_temporarily():
-        batch = read(raw, config, pg)
-    return {key: without_values(value, fake) for key, value in batch.items()}
+    def read(raw: Any, config: TrainConfig, pg: ProcessGroups) -> Batch:
+        with unset_fake_temporarily():
+            batch = step.batch(raw, config, pg)
+        shapes.append(shape_between_stages(batch))
+        return {key: without_values(value, fake) for key, value in batch.items()}
+
+    return attrs.evolve(step, batch=read)

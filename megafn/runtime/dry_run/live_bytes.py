@@ -46,7 +46,7 @@ class Allocation:
     # Of the tensor that was seen first.
     shape: tuple[int, ...]
     dtype: torch.dtype
-    # Dotted name of the module whose forward pass made it, "" outside of all modules.
+    # Dotted name of the module whose forward or backward pass made it, "" outside of all modules.
     module: str
     # What ran when it was made.
     made_in: str

@@ -18,7 +18,7 @@ class LargeTensor:
     dtype: str
     # A field of `Memory`: "parameters", "activations" and so on.
     kind: str
-    # Dotted name of the module whose forward pass made it; "" outside of all modules.
+    # Dotted name of the module whose forward or backward pass made it; "" outside of all modules.
     module: str
 
 

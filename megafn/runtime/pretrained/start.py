@@ -28,7 +28,7 @@ from megafn.pure.pretrained.compatibility import (
 from megafn.pure.pretrained.natural_order import in_natural_order
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.checkpoint.disk_format import latest
-from megafn.runtime.checkpoint.state_boxes import fill_state, held_shapes
+from megafn.runtime.checkpoint.state_boxes import fill_state, held_shapes, kind_and_parameter
 from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.model.state import State, check_usable, donate
 from megafn.runtime.parallel.groups import ProcessGroups
@@ -258,7 +258,7 @@ def _fill_everywhere(source: WeightSource, state: State, match: Match) -> None:
 def _copy_finite(
     source: WeightSource, tensor: str, shape: Index, box: Box, target: torch.Tensor
 ) -> None:
-    name = tensor.partition("/")[2]
+    _, name = kind_and_parameter(tensor)
     source.copy(name, shape, box, target)
     if not torch.isfinite(target).all():
         stored = ", ".join(source.made_of(name, shape))
