@@ -29,7 +29,7 @@ fuzz: $(VENV)/test            ## 200 random products of layout and features held
 	$(BIN)/python -m pytest tests/test_fuzz.py --cases 200 --planted --timeout 7200 -o faulthandler_timeout=0
 
 plan-check: $(VENV)/demo      ## the error of the planner's times on every published result
-	$(BIN)/python -m megafn.pure.planner.accuracy
+	$(BIN)/python -m megafn.pure.planner.published.accuracy
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
