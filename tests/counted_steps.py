@@ -36,7 +36,7 @@ class LetGlooLetGo(TorchDispatchMode):
 
     def wait(self):
         # A message whose handle is kept is held for longer.
-        end = time.monotonic() + 0.005
+        end = time.monotonic() + 0.02
         while any(uses(storage) > before for storage, before in self.held):
             if time.monotonic() > end:
                 break

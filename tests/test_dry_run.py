@@ -254,6 +254,31 @@ def test_micro_batches_of_different_lengths_over_a_pipeline(rank):
     assert sent["send"] > 0
 
 
+@pytest.mark.parametrize(
+    "rank, changes",
+    [
+        (0, {}),
+        (1, dict(pp=2, dtype="bf16", use_distributed_optimizer=True)),
+        (0, dict(pp=2, vpp=2, tp=2, sequence_parallel=True, num_layers=4)),
+        (3, PAIRS | dict(pp=2, num_layers=2)),
+        (0, T5 | dict(pp=2, num_layers=2)),
+    ],
+)
+def test_of_many_micro_batches_a_few_are_run_and_the_numbers_are_the_same(rank, changes):
+    config = small(**changes)
+    dp = 4 // (config.parallel.tp * config.parallel.pp)
+    config = attrs.evolve(config, global_batch_size=24 * dp * config.micro_batch_size)
+    few = mf.dry_run(config, 4, rank)
+    # of a custom step nothing is known
+    all_of_them = mf.dry_run(config, 4, rank, step=attrs.evolve(mf.step_fn(config.model.family)))
+    assert len(few.memory.timeline) < len(all_of_them.memory.timeline) or config.parallel.pp == 1
+
+    def without_timeline(report):
+        return attrs.evolve(report, memory=attrs.evolve(report.memory, timeline=()))
+
+    assert without_timeline(few) == without_timeline(all_of_them)
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 
@@ -303,7 +328,7 @@ def test_the_command_prints_the_table_and_draws_memory(tmp_path, capsys):
 
 
 def test_a_long_step_is_drawn_in_the_width_of_a_terminal():
-    report = mf.dry_run(small(pp=2, global_batch_size=64), 2)
+    report = mf.dry_run(small(pp=2, global_batch_size=64), 2, step=attrs.evolve(GPT_STEP))
     assert len(report.memory.timeline) > 80
     drawing = mf.draw_dry_run(report)
     assert max(map(len, drawing.splitlines())) < 110

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from typing import TYPE_CHECKING
 
 import attrs
 
 from megafn.pure.planner.plans import Plan
 from megafn.pure.planner.records import Memory, StepTime
+from megafn.pure.planner.table import in_seconds, layout_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+# Kinds of memory that are a smaller share of the fullest stage are not drawn.
+_VISIBLE = 0.001
 
 
 def plot_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
@@ -21,14 +26,20 @@ def plot_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """
     from matplotlib.figure import Figure
 
-    stages = len(plan.memory)
-    # Inches: narrow bars if there are many stages.
-    height = 1.5 + min(0.35 * stages, 8)
+    # In inches: bars are narrower if there are many stages.
+    height = 1.5 + min(0.3 * len(plan.memory), 4)
     figure = Figure(figsize=(9, height + 3), layout="constrained")
+    figure.suptitle("\n".join(textwrap.wrap(_title(plan), 100)), fontsize="medium")
     memory, time = figure.subplots(2, 1, height_ratios=(height, 3))
     _draw_memory(memory, plan)
     _draw_time(time, plan.time)
     figure.savefig(path, dpi=120, format="png")
+
+
+def _title(plan: Plan) -> str:
+    fits = "fits" if plan.fits else "does not fit"
+    layout = layout_in_words(plan.layout)
+    return f"{plan.world_size:,} x {plan.machine.name}, {layout}: {fits}"
 
 
 def _draw_memory(panel: Axes, plan: Plan) -> None:
@@ -36,20 +47,21 @@ def _draw_memory(panel: Axes, plan: Plan) -> None:
 
     machine = plan.machine
     stages = range(len(plan.memory))
+    visible = _VISIBLE * max(memory.total for memory in plan.memory) / 1e9
     ends = [0.0] * len(plan.memory)
     for kind in _kinds(Memory):
         amounts = [getattr(memory, kind) / 1e9 for memory in plan.memory]
-        if any(amounts):
+        if max(amounts) > visible:
             panel.barh(stages, amounts, left=ends, label=kind.replace("_", " "))
             ends = [end + amount for end, amount in zip(ends, amounts, strict=True)]
     usable = (machine.memory_bytes - machine.reserved_bytes) / 1e9
     panel.axvline(usable, color="black", linestyle="--", label="without the reserve")
     panel.axvline(machine.memory_bytes / 1e9, color="black", label=f"memory of {machine.name}")
     panel.invert_yaxis()
-    panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.margins(y=0.02)
+    panel.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panel.set_xlabel("GB of the fullest rank")
     panel.set_ylabel("pipeline stage")
-    panel.set_title("does not fit" if plan.problems else "fits")
     panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -60,7 +72,7 @@ def _draw_time(panel: Axes, time: StepTime) -> None:
     panel.bar_label(bars, [f"{amount / time.total:.1%}" for amount in shown.values()], padding=3)
     panel.margins(x=0.1)
     panel.invert_yaxis()
-    panel.set_xlabel(f"seconds of a step, {time.total:#.3g} in all")
+    panel.set_xlabel(f"seconds of a step, {in_seconds(time.total)} in all")
 
 
 def _kinds(record: type[attrs.AttrsInstance]) -> list[str]:

@@ -17,9 +17,9 @@ _BEST_MATMUL_SHARE = 0.8
 _FP32_SHARE = 1 / 16
 
 # Of a machine that nobody fitted: H100's share of products; of memory and links, A100's.
-MATMUL_EFFICIENCY = 0.742
-MEMORY_EFFICIENCY = 0.825
-LINK_EFFICIENCY = 0.726
+MATMUL_EFFICIENCY = 0.744
+MEMORY_EFFICIENCY = 0.818
+LINK_EFFICIENCY = 0.724
 
 # Fitted to tiny models on the hosts of Megatron-LM's CI.
 LAUNCH_SECONDS = 5.0e-3
@@ -146,7 +146,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
                 memory_bandwidth=2.039e12,
                 link_bandwidth=300e9,
                 network_bandwidth=25e9,
-                matmul_efficiency=0.888,
+                matmul_efficiency=0.893,
                 memory_efficiency=MEMORY_EFFICIENCY,
                 link_efficiency=LINK_EFFICIENCY,
                 fitted_on="table 1 of arXiv 2104.04473",

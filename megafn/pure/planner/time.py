@@ -164,18 +164,22 @@ def _tp_seconds(run: _Run, stack: StackShape, repeated: float) -> float:
     With sequence parallelism each is a gather and a scatter, and the backward pass gathers the two
     inputs again, which every rank holds a part of (arXiv 2205.05198, section 4.2.2).
     """
+    blocks = 3 if stack.context else 2
+    gathered_again = blocks
+    return _tp_messages(run, stack.length, blocks * (2 + repeated), gathered_again)
+
+
+def _tp_messages(run: _Run, length: int, reduces: float, gathers: float) -> float:
+    """Seconds of all-reduces of hidden states; under sequence parallelism of `gathers` too."""
     tp = run.layout.tp
     if tp == 1:
         return 0.0
-    payload = run.hidden_bytes(stack.length)
-    blocks = 3 if stack.context else 2
-    reduces = blocks * (2 + repeated)
+    payload = run.hidden_bytes(length)
     seconds = reduces * all_reduce_seconds(payload, tp, run.wires.tp)
-    if run.layout.sequence_parallel:
-        seconds += blocks * all_gather_seconds(payload, tp, run.wires.tp)
-        if run.implementation.overlap:
-            seconds *= 1 - _TP_HIDDEN
-    return seconds
+    if not run.layout.sequence_parallel:
+        return seconds
+    seconds += gathers * all_gather_seconds(payload, tp, run.wires.tp)
+    return seconds * (1 - _TP_HIDDEN) if run.implementation.overlap else seconds
 
 
 def _cp_seconds(run: _Run, stack: StackShape, repeated: float, attention: float) -> float:
@@ -204,7 +208,7 @@ def _stage_cost(run: _Run, kind: StageKind, costs: list[_Cost], head: float) -> 
     # its gradients added to those of earlier micro-batches
     passes = kind.parameters * run.implementation.accumulation_bytes / run.speeds.memory
     recomputation = 0.0
-    tp = 0.0
+    tp = _tp_seconds_of_ends(run, kind)
     cp = 0.0
     for layers, cost in zip(kind.layers, costs, strict=True):
         passes += layers * cost.passes
@@ -218,6 +222,17 @@ def _stage_cost(run: _Run, kind: StageKind, costs: list[_Cost], head: float) -> 
         cp=cp,
         head=head if kind.has_head else 0.0,
     )
+
+
+def _tp_seconds_of_ends(run: _Run, kind: StageKind) -> float:
+    """The word table's rows are summed, and the gradient of what the output layer reads."""
+    model = run.model
+    seconds = 0.0
+    if kind.embeds:
+        seconds += _tp_messages(run, model.stacks[0].length, reduces=1, gathers=0)
+    if kind.has_head and model.head_length:
+        seconds += _tp_messages(run, model.head_length, reduces=1, gathers=1)
+    return seconds
 
 
 # ------------------------------------------------------------------- once for a micro-batch, a step

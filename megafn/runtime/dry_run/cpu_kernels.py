@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from megafn.runtime.parallel.exchanged import exchanged
 
@@ -51,9 +52,10 @@ def _kept_by_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
 ) -> Kept:
     kept = 4 * query.numel() // query.shape[-1]
-    # A bool mask becomes one of the query's dtype. torch's own biases are no masks on a GPU.
-    if type(attn_mask) is Tensor and attn_mask.dtype == torch.bool:
-        kept += attn_mask.numel() * query.element_size()
+    # A bool mask becomes one of the query's dtype. A causal bias is no mask on a GPU.
+    if attn_mask is not None and not isinstance(attn_mask, CausalBias):
+        if attn_mask.dtype == torch.bool:
+            kept += attn_mask.numel() * query.element_size()
     return Kept(inputs=(query, key, value), bytes=kept)
 
 

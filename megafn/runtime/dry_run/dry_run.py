@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import attrs
@@ -10,17 +11,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig, num_micro_batches
-from megafn.pure.layout import build_groups
-from megafn.pure.validation.validate import check
+from megafn.pure.layout import Groups, build_groups
+from megafn.pure.validation.validate import check, validate
 from megafn.runtime.accelerate.train_steps import step_of
 from megafn.runtime.dry_run.announced_shapes import announced_shapes
 from megafn.runtime.dry_run.count import counting
+from megafn.runtime.dry_run.extrapolation import extrapolated, short_steps
 from megafn.runtime.dry_run.fake_values import fake_values, without_values
 from megafn.runtime.dry_run.fake_world import fake_world
 from megafn.runtime.dry_run.report import DryRun
 from megafn.runtime.families.built_in import family_of
 from megafn.runtime.families.step import Batch, Step
 from megafn.runtime.model.state import State
+from megafn.runtime.parallel import cpu
 from megafn.runtime.parallel.exchanged import exchanged
 from megafn.runtime.parallel.groups import ProcessGroups, init_groups
 from megafn.runtime.training.arguments import ModelFunction, OptimizerFunction
@@ -47,7 +50,8 @@ def dry_run(
 
     The arguments are those of `train`. batch: this rank's raw micro-batches of one global batch, as
     `train_step` takes them; their values are read as usual, so give real ones if masks or lengths
-    matter. If None, whole sequences without padding, under the keys of the family's dataset.
+    matter. If None, whole sequences without padding, under the keys of the family's dataset; and of
+    many micro-batches only a few are run, since the rest repeat them: the numbers are the same.
 
     What this process has (groups, random states, CUDA) is left alone, and no GPU is used: counted
     is what the step does on a CPU. Other threads should not use torch.distributed meanwhile.
@@ -56,13 +60,50 @@ def dry_run(
     a rank outside of it, and if the step cannot read the batch that is made up.
     """
     check(config, world_size)
-    groups = build_groups(config.parallel, world_size, model=config.model)
     _check_rank(rank, world_size)
-    step = step if step is not None else step_of(config)
-    micro_batches = tuple(batch) if batch is not None else _example_batch(config, groups.dp_size)
+    groups = build_groups(config.parallel, world_size, model=config.model)
+    run = partial(
+        _run,
+        groups=groups,
+        rank=rank,
+        step=step if step is not None else step_of(config),
+        model=model,
+        optimizer=optimizer,
+    )
+    if batch is not None:
+        return run(config, tuple(batch))
+    # A custom step may do for the whole global batch what is not linear in its micro-batches.
+    is_custom = step is not None or config.step_function is not None
+    steps = short_steps(config.parallel, num_micro_batches(config, groups.dp_size))
+    if is_custom or steps is None:
+        return run(config, None)
+    first = _with_micro_batches(config, steps.first, groups.dp_size)
+    second = _with_micro_batches(config, steps.second, groups.dp_size)
+    if validate(first, world_size) or validate(second, world_size):
+        return run(config, None)
+    return extrapolated(run(first, None), run(second, None), steps, config)
 
-    with fake_world(world_size, rank), init_groups(groups) as pg:
-        _check_readable(micro_batches, step, config, pg, is_example=batch is None)
+
+def _with_micro_batches(config: TrainConfig, count: int, dp: int) -> TrainConfig:
+    return attrs.evolve(config, global_batch_size=config.micro_batch_size * dp * count)
+
+
+def _run(
+    config: TrainConfig,
+    batch: tuple[Any, ...] | None,
+    *,
+    groups: Groups,
+    rank: int,
+    step: Step,
+    model: ModelFunction | None,
+    optimizer: OptimizerFunction | None,
+) -> DryRun:
+    """`dry_run` of exactly this config; batch None: one is made up."""
+    world_size = groups.world_size
+    with cpu.without_cuda(), fake_world(world_size, rank), init_groups(groups) as pg:
+        if batch is None:
+            batch = _example_batch(config, pg.dp_size)
+            _check_readable(batch[0], step, config, pg)
         with fake_values() as fake, counting() as counter:
             state = build_state(config, pg, model=model, optimizer=optimizer)
             num_parameters = _num_parameters(state)
@@ -70,7 +111,7 @@ def dry_run(
             shapes: list[tuple[int, int]] = []
             with exchanged([announced_shapes(shapes, config, pg)]):
                 reading = _with_fake_batches(step, fake, shapes)
-                state, _ = train_step(state, micro_batches, reading)
+                state, _ = train_step(state, batch, reading)
             counter.end_step(state)
         return DryRun(
             config=config,
@@ -100,17 +141,9 @@ def _example_batch(config: TrainConfig, dp: int) -> tuple[Any, ...]:
 
 
 def _check_readable(
-    micro_batches: tuple[Any, ...],
-    step: Step,
-    config: TrainConfig,
-    pg: ProcessGroups,
-    *,
-    is_example: bool,
+    raw: Mapping[str, Any], step: Step, config: TrainConfig, pg: ProcessGroups
 ) -> None:
-    """Raise ConfigError if the step cannot read the batch that was made up for it."""
-    if not is_example:
-        return
-    raw = micro_batches[0]
+    """Raise ConfigError if the step cannot read the micro-batch that was made up for it."""
     try:
         step.batch(raw, config, pg)
     except Exception as error:
