@@ -104,7 +104,7 @@ CI_OF_7B = [row for row in published_rows() if row.name.startswith("ci-") and "-
 
 
 def test_megatron_lms_models_of_7b_need_what_its_ci_measured():
-    """On H100, A100 and GB200: state 0.94 to 1.0 of what was allocated, peak 0.95 to 1.0.
+    """On H100, A100 and GB200: state 0.94 to 1.0 of what was allocated, peak 0.97 to 1.0.
 
     The rest is not the model's: workspaces, and buffers of Transformer Engine and of libraries.
     """
@@ -113,7 +113,24 @@ def test_megatron_lms_models_of_7b_need_what_its_ci_measured():
         plan = memory_by_stage(row.config, row.layout, implementation="megatron")[-1]
         state = plan.parameters + plan.gradients + plan.optimizer_state
         assert 0.94 < state / row.state_bytes < 1.0, row.name
-        assert 0.95 < plan.total / row.peak_bytes < 1.0, row.name
+        assert 0.97 < plan.total / row.peak_bytes < 1.0, row.name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ci-h100-tiny_tp1_pp1_uniform_full_recompute",
+        "ci-h100-tiny_tp1_pp1_dist_optimizer",
+        "ci-h100-tiny_tp2_pp2",
+        "ci-h100-tiny_tp2_pp2_cp2",
+        "ci-h100-tiny_tp2_pp1_cp2_nondeterministic",
+    ],
+)
+def test_activations_of_a_tiny_model_are_what_an_h100_needed_between_state_and_peak(name):
+    """Its state is dwarfed by workspaces, which are in both of the measured numbers."""
+    (row,) = (row for row in published_rows() if row.name == name)
+    plan = memory_by_stage(row.config, row.layout, implementation="megatron")[-1]
+    assert plan.activations == pytest.approx(row.peak_bytes - row.state_bytes, rel=0.03)
 
 
 # ---------------------------------------------------------------------------- beside a dry run

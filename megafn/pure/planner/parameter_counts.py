@@ -139,9 +139,8 @@ def parameters_by_stage(
 ) -> tuple[int, ...]:
     """Parameters of one rank of each pipeline stage, all of its chunks together.
 
-    Equal to what the modules hold. Of `parallel` are read uneven first and last stages and T5's
-    split. Layers of a stack are taken to be alike; adapters and other parts that
-    `config.prepare_model` adds are not counted.
+    Equal to what the modules hold. Of `parallel` is read T5's split. Layers of a stack are
+    taken to be alike; adapters and other parts that `config.prepare_model` adds are not counted.
 
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
     >>> parameters_by_stage(model, ParallelConfig(), Layout(pp=2, tp=2))
@@ -151,8 +150,8 @@ def parameters_by_stage(
         model,
         layout.pp,
         layout.tp,
-        parallel.num_layers_in_first_pipeline_stage,
-        parallel.num_layers_in_last_pipeline_stage,
+        layout.num_layers_in_first_pipeline_stage,
+        layout.num_layers_in_last_pipeline_stage,
         parallel.pipeline_model_parallel_split_rank,
     )
 
