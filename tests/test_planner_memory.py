@@ -1,5 +1,6 @@
 """Bytes of a plan, by stage and kind: equal to what the product holds."""
 
+import math
 import os
 
 import attrs
@@ -14,12 +15,15 @@ from equivalence import recomputation, tiny
 from megafn.pure.config.records import (
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     PrecisionConfig,
     RecomputeConfig,
     TrainConfig,
 )
+from megafn.pure.families.built_in import parameter_shapes
 from megafn.pure.planner.layout import layout_of
 from megafn.pure.planner.memory import memory_by_stage
+from megafn.pure.planner.parameter_counts import parameters_by_stage
 from megafn.pure.planner.published.rows import published_rows
 from megafn.pure.planner.records import Layout
 from t5_rows import T5
@@ -53,6 +57,29 @@ def run(model=LLAMA_7B, dtype="bf16", **optimizer):
 def test_llama_7b_has_its_published_number_of_parameters():
     (memory,) = memory_by_stage(run(), Layout())
     assert memory.parameters == 2 * 6_738_415_616
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(tie_word_embeddings=False),
+        dict(tie_word_embeddings=False, position_embedding="rope", qk_layernorm=True),
+        dict(family="bert", num_labels=3, num_tokentypes=2),
+        dict(family="bert", tie_word_embeddings=False, bert_binary_head=True),
+    ],
+)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(pp=4),
+        Layout(pp=4, num_layers_in_last_pipeline_stage=2),
+        Layout(pp=3, num_layers_in_first_pipeline_stage=1, num_layers_in_last_pipeline_stage=3),
+    ],
+)
+def test_stages_hold_the_whole_model_once_if_no_table_is_tied(changes, layout):
+    model = tiny(num_layers=8, **changes).model
+    every_parameter = sum(map(math.prod, parameter_shapes(model).values()))
+    assert sum(parameters_by_stage(model, ParallelConfig(), layout)) == every_parameter
 
 
 @pytest.mark.parametrize(
