@@ -267,7 +267,7 @@ def test_micro_batches_of_different_lengths_over_a_pipeline(rank):
 def test_of_many_micro_batches_a_few_are_run_and_the_numbers_are_the_same(rank, changes):
     config = small(**changes)
     dp = 4 // (config.parallel.tp * config.parallel.pp)
-    config = attrs.evolve(config, global_batch_size=24 * dp * config.micro_batch_size)
+    config = attrs.evolve(config, global_batch_size=20 * dp * config.micro_batch_size)
     few = mf.dry_run(config, 4, rank)
     # of a custom step nothing is known
     all_of_them = mf.dry_run(config, 4, rank, step=attrs.evolve(mf.step_fn(config.model.family)))
@@ -328,7 +328,7 @@ def test_the_command_prints_the_table_and_draws_memory(tmp_path, capsys):
 
 
 def test_a_long_step_is_drawn_in_the_width_of_a_terminal():
-    report = mf.dry_run(small(pp=2, global_batch_size=64), 2, step=attrs.evolve(GPT_STEP))
+    report = mf.dry_run(small(pp=2, global_batch_size=24), 2, step=attrs.evolve(GPT_STEP))
     assert len(report.memory.timeline) > 80
     drawing = mf.draw_dry_run(report)
     assert max(map(len, drawing.splitlines())) < 110

@@ -78,7 +78,8 @@ def held_to_the_allocator():
         at_end = alive(counter)
     events = profiler.profiler.kineto_results.events()
     end, most = allocated([event for event in events if event.name() == "[memory]"])
-    assert at_end == end
+    # gloo may let go of a few numbers later
+    assert at_end == pytest.approx(end, rel=0.001)
     # the allocator also sees what is temporary inside of a kernel
     assert 0.95 * most < counter.memory().peak.total <= most
 
@@ -348,6 +349,8 @@ def test_every_collective_is_counted_over_its_group():
         dist.barrier(group=pg.tp)
         peer = dist.get_process_group_ranks(pg.pp)[1]
         dist.send(four, peer, group=pg.pp)
+        # torch's own group of all ranks, as megatron-core uses it between two stages
+        dist.irecv(four, peer).wait()
         operations = [
             dist.P2POp(dist.isend, four, peer, pg.pp),
             dist.P2POp(dist.irecv, eight, peer, pg.pp),
@@ -361,10 +364,10 @@ def test_every_collective_is_counted_over_its_group():
         "tp": {"all_reduce": 16, "all_gather": 32 + 32, "reduce_scatter": 32},
         "dp": {"all_reduce": 16, "all_to_all": 32},
         "mp": {"broadcast": 16},
-        "pp": {"send": 32, "recv": 32},
+        "pp": {"send": 32, "recv": 16 + 32},
     }
     assert found["tp"].count == 4 and found["tp"].bytes == 112
-    assert found["pp"].count == 3
+    assert found["pp"].count == 4
 
 
 def test_a_group_of_one_rank_sends_nothing_and_groups_of_the_same_ranks_are_the_first_of_them():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig, num_micro_batches
-from megafn.pure.layout import Groups, build_groups
+from megafn.pure.layout import Groups, build_groups, coordinates, rank_of
 from megafn.pure.validation.validate import check, validate
 from megafn.runtime.accelerate.train_steps import step_of
-from megafn.runtime.dry_run.announced_shapes import announced_shapes
+from megafn.runtime.dry_run.announced_shapes import Shapes, announced_shapes
 from megafn.runtime.dry_run.count import counting
 from megafn.runtime.dry_run.extrapolation import extrapolated, short_steps
 from megafn.runtime.dry_run.fake_values import fake_values, without_values
@@ -22,14 +23,16 @@ from megafn.runtime.dry_run.fake_world import fake_world
 from megafn.runtime.dry_run.report import DryRun
 from megafn.runtime.families.built_in import family_of
 from megafn.runtime.families.step import Batch, Step
+from megafn.runtime.model.losses import token_loss
 from megafn.runtime.model.state import State
 from megafn.runtime.parallel import cpu
-from megafn.runtime.parallel.exchanged import exchanged
+from megafn.runtime.parallel.exchanged import Exchange, exchanged
 from megafn.runtime.parallel.groups import ProcessGroups, init_groups
+from megafn.runtime.training import totals
 from megafn.runtime.training.arguments import ModelFunction, OptimizerFunction
 from megafn.runtime.training.forward_backward import shape_between_stages
 from megafn.runtime.training.setup import build_state
-from megafn.runtime.training.step import train_step
+from megafn.runtime.training.step import evaluate, train_step
 
 
 def dry_run(
@@ -99,23 +102,29 @@ def _run(
     optimizer: OptimizerFunction | None,
 ) -> DryRun:
     """`dry_run` of exactly this config; batch None: one is made up."""
-    world_size = groups.world_size
-    with cpu.without_cuda(), fake_world(world_size, rank), init_groups(groups) as pg:
-        if batch is None:
-            batch = _example_batch(config, pg.dp_size)
+    if batch is None:
+        batch = _example_batch(config, groups.dp_size)
+        with _rank_of_fake_world(groups, rank) as pg:
             _check_readable(batch[0], step, config, pg)
-        with fake_values() as fake, counting() as counter:
-            state = build_state(config, pg, model=model, optimizer=optimizer)
-            num_parameters = _num_parameters(state)
-            counter.start_step(state)
-            shapes: list[tuple[int, int]] = []
-            with exchanged([announced_shapes(shapes, config, pg)]):
-                reading = _with_fake_batches(step, fake, shapes)
-                state, _ = train_step(state, batch, reading)
-            counter.end_step(state)
+    names = _names_of_last_stage(
+        config, batch, groups=groups, rank=rank, step=step, model=model, optimizer=optimizer
+    )
+    with (
+        _rank_of_fake_world(groups, rank) as pg,
+        fake_values() as fake,
+        counting() as counter,
+    ):
+        state = build_state(config, pg, model=model, optimizer=optimizer)
+        num_parameters = _num_parameters(state)
+        counter.start_step(state)
+        shapes: list[tuple[int, int]] = []
+        reading = _with_fake_batches(step, fake, shapes)
+        with exchanged(_answers_of_other_stages(shapes, names, config, pg)):
+            state, _ = train_step(state, batch, reading)
+        counter.end_step(state)
         return DryRun(
             config=config,
-            world_size=world_size,
+            world_size=groups.world_size,
             rank=rank,
             place=pg.place,
             num_parameters=num_parameters,
@@ -125,6 +134,50 @@ def _run(
             matmuls=counter.matmuls,
             messages=counter.messages(pg),
         )
+
+
+@contextlib.contextmanager
+def _rank_of_fake_world(groups: Groups, rank: int) -> Iterator[ProcessGroups]:
+    with cpu.without_cuda(), fake_world(groups.world_size, rank), init_groups(groups) as pg:
+        yield pg
+
+
+def _names_of_last_stage(
+    config: TrainConfig,
+    batch: tuple[Any, ...],
+    *,
+    groups: Groups,
+    rank: int,
+    step: Step,
+    model: ModelFunction | None,
+    optimizer: OptimizerFunction | None,
+) -> tuple[str, ...]:
+    """What the step reports besides the loss, which only the last pipeline stage knows.
+
+    For a rank of an earlier one, one forward pass of that stage is run. () on the last stage.
+    """
+    place = coordinates(groups, rank)
+    last = rank_of(groups, attrs.evolve(place, pp=groups.pp_size - 1))
+    if rank == last or step.loss is token_loss:
+        return ()
+    # interleaving runs as many micro-batches as stages in turn
+    few = batch[: groups.pp_size if config.parallel.vpp > 1 else 1]
+    with _rank_of_fake_world(groups, last) as pg, fake_values() as fake:
+        state = build_state(config, pg, model=model, optimizer=optimizer)
+        shapes: list[tuple[int, int]] = []
+        reading = _with_fake_batches(step, fake, shapes)
+        with exchanged([announced_shapes(shapes, config, pg)]):
+            return tuple(evaluate(state, [few], reading).report)
+
+
+def _answers_of_other_stages(
+    shapes: Shapes, names: tuple[str, ...], config: TrainConfig, pg: ProcessGroups
+) -> list[Exchange]:
+    """What is known of the pipeline stages that do not exist."""
+    answers = [announced_shapes(shapes, config, pg)]
+    if not pg.is_last_stage:
+        answers.append((totals, "agree_on_names", lambda sums, pg: names))
+    return answers
 
 
 def _check_rank(rank: int, world_size: int) -> None:
