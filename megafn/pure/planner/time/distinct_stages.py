@@ -7,9 +7,9 @@ from functools import lru_cache
 from attrs import frozen
 
 from megafn.pure.config.records import ModelConfig, ParallelConfig, TrainConfig
-from megafn.pure.planner.parameter_counts import parameters_by_stage
+from megafn.pure.planner.memory.parameter_counts import parameters_by_stage
+from megafn.pure.planner.memory.stage_contents import contents_of_stages
 from megafn.pure.planner.records import Layout
-from megafn.pure.planner.stage_contents import contents_of_stages
 
 
 @frozen(kw_only=True)

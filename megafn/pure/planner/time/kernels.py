@@ -11,9 +11,9 @@ import attrs
 from attrs import frozen
 
 from megafn.pure.config.records import padded_vocab_size
-from megafn.pure.planner.activations import ELEMENT_BYTES
 from megafn.pure.planner.implementation import Implementation
 from megafn.pure.planner.machine import Machine
+from megafn.pure.planner.memory.activations import ELEMENT_BYTES
 from megafn.pure.planner.records import Layout
 from megafn.pure.planner.time.model_dimensions import ModelDimensions, StackDimensions
 
