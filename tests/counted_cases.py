@@ -48,7 +48,12 @@ def case(processes, base, layout, *, data="uneven", section=None, **arguments):
 
 def fewest_layers(base, layout):
     """Two if each model chunk has at least one then."""
-    needs_more = ("layers_without_rope", "num_layers_in_first_pipeline_stage", "granularity")
+    needs_more = (
+        "layers_without_rope",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "granularity",
+    )
     chunks = layout.get("pp", 1) * layout.get("vpp", 1)
     if chunks > 2 or any(field in needs_more for field in (*base, *layout)):
         return 4
@@ -75,7 +80,7 @@ def of_random(product):
 def laid_out(name, base, layouts=test_equivalence.LAYOUTS, **arguments):
     """One of the law's layouts with more fields of the model."""
     processes, layout, *of_layout = layouts[name]
-    return case(processes, (of_layout[0] if of_layout else {}) | base, layout, **arguments)
+    return case(processes, base | (of_layout[0] if of_layout else {}), layout, **arguments)
 
 
 def of_every_list():
