@@ -246,6 +246,20 @@ def test_a_signal_to_any_rank_saves_and_ends_all_with_code_0(number, asynchronou
     assert_resumed(whole, pool(4, train, config), after=5)
 
 
+def breaking_loader(config):
+    """Micro-batches of three iterations; then the storage is gone."""
+    yield from loader(attrs.evolve(config, train_iters=3))
+    raise OSError("the storage is gone")
+
+
+def test_a_signal_saves_before_the_next_batch_is_read(tmp_path):
+    config = text_config(tmp_path)
+    stopped = train(config, at=3, act=partial(send, signal.SIGTERM), data=breaking_loader)
+    assert stopped.exit_code == 0 and list(checkpoints(tmp_path)) == [2, 3]
+    with pytest.raises(OSError, match="the storage is gone"):
+        train(with_checkpoint(config, directory=str(tmp_path / "other")), data=breaking_loader)
+
+
 def test_signal_handlers_are_put_back(tmp_path):
     before = [signal.getsignal(number) for number in SIGNALS]
     train(text_config(tmp_path, steps=2), stop=1)

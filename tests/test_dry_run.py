@@ -1,6 +1,7 @@
 """A dry run: the product's own step for one rank of any world, in this process, without memory."""
 
 import random
+import re
 import sys
 import warnings
 
@@ -12,6 +13,8 @@ import torch
 import megafn as mf
 from bert_rows import MASKED, PAIRS, bert_rows
 from equivalence import share, tiny
+from gpt_rows import growing_rows
+from megafn.__main__ import main
 from t5_rows import T5, pairs
 
 
@@ -240,6 +243,42 @@ def test_a_batch_of_the_users(changes, rows):
     assert report.flops == mf.dry_run(config, 2).flops
 
 
+@pytest.mark.parametrize("rank", range(4))
+def test_micro_batches_of_different_lengths_over_a_pipeline(rank):
+    """Neighbours would announce the shapes: in an interleaved pipeline, in the schedule's order."""
+    config = small(pp=4, vpp=2, num_layers=8, global_batch_size=8)
+    batch = raw_batch(config, growing_rows, 4)
+    assert len({micro_batch["tokens"].shape for micro_batch in batch}) > 1
+    report = mf.dry_run(config, 4, rank, batch=batch)
+    sent = report.messages["pp"].by_collective
+    assert sent["send"] > 0
+
+
+@pytest.mark.parametrize(
+    "rank, changes",
+    [
+        (0, {}),
+        (1, dict(pp=2, dtype="bf16", use_distributed_optimizer=True)),
+        (0, dict(pp=2, vpp=2, tp=2, sequence_parallel=True, num_layers=4)),
+        (3, PAIRS | dict(pp=2, num_layers=2)),
+        (0, T5 | dict(pp=2, num_layers=2)),
+    ],
+)
+def test_of_many_micro_batches_a_few_are_run_and_the_numbers_are_the_same(rank, changes):
+    config = small(**changes)
+    dp = 4 // (config.parallel.tp * config.parallel.pp)
+    config = attrs.evolve(config, global_batch_size=20 * dp * config.micro_batch_size)
+    few = mf.dry_run(config, 4, rank)
+    # of a custom step nothing is known
+    all_of_them = mf.dry_run(config, 4, rank, step=attrs.evolve(mf.step_fn(config.model.family)))
+    assert len(few.memory.timeline) < len(all_of_them.memory.timeline) or config.parallel.pp == 1
+
+    def without_timeline(report):
+        return attrs.evolve(report, memory=attrs.evolve(report.memory, timeline=()))
+
+    assert without_timeline(few) == without_timeline(all_of_them)
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 
@@ -263,3 +302,35 @@ def test_a_step_that_cannot_read_the_example_asks_for_a_batch():
     step = attrs.evolve(GPT_STEP, batch=lambda raw, config, pg: {"tokens": raw["sentences"]})
     with pytest.raises(mf.ConfigError, match="batch = None: .*'sentences'.*give dry_run a batch"):
         mf.dry_run(small(), 1, step=step)
+
+
+# --------------------------------------------------------------------------- pictures, command
+
+
+def test_the_command_prints_the_table_and_draws_memory(tmp_path, capsys):
+    path = tmp_path / "config.toml"
+    mf.dump_config(small(pp=2, tp=2), path)
+    arguments = ["dry-run", str(path), "--world-size", "8", "--rank", "7"]
+    assert main([*arguments, "--picture", str(tmp_path / "memory.png")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("one step of rank 7 of 8 (tp 1, pp 1, cp 0, dp 1, ep 0): ")
+    assert re.search(r"^at the peak .* [kM]B$", out, re.M)
+    assert re.search(r"^tp +[\d,]+ +[\d.]+ kB  all_reduce ", out, re.M)
+    assert "A activations" in out and re.search(r"^ +0 \+ *f.*b.*o+$", out, re.M)
+    assert max(map(len, out.splitlines())) < 110
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+    assert main([*arguments[:-1], "8"]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "megafn: rank = 8: must be 0 to 7 in a world of 8 ranks\n",
+    )
+
+
+def test_a_long_step_is_drawn_in_the_width_of_a_terminal():
+    report = mf.dry_run(small(pp=2, global_batch_size=24), 2, step=attrs.evolve(GPT_STEP))
+    assert len(report.memory.timeline) > 80
+    drawing = mf.draw_dry_run(report)
+    assert max(map(len, drawing.splitlines())) < 110
+    # the highest moment is not lost where neighbours share a column
+    assert "A" in drawing.splitlines()[0]

@@ -3,6 +3,14 @@ died; and what it deletes.
 
 `save_if_due`, `save_on_signal` and `save_before_error` take the record of where automatic saving
 stands, and the first two return the next one.
+
+What a signal of one rank means for all costs a small collective at the end of each iteration. It is
+not joined with one of the others that a run makes:
+
+- `sum_over_ranks` has its own before the update. A signal or a failed sink that comes after it, in
+  an evaluation for instance, would be found a whole step later.
+- `check_same_batches` has its own after the next batch is read. A loader that hangs or fails then
+  would take the checkpoint with it, for which a scheduler leaves seconds.
 """
 
 from __future__ import annotations

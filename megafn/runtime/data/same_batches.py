@@ -1,4 +1,9 @@
-"""Fingerprints of batches, and a check that ranks which must read the same batches do."""
+"""Fingerprints of batches, and a check that ranks which must read the same batches do.
+
+The fingerprints of a step are not added to the sums that it makes over all ranks before its update.
+Those come after the forward pass, in which ranks with other shapes, or without a batch, would wait
+for each other for ever.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,20 +12,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig, num_micro_batches
-from megafn.pure.layout import build_groups
-from megafn.pure.validation.validate import check
+from megafn.pure.layout import Groups, build_groups, coordinates, rank_of
+from megafn.pure.validation.validate import check, validate
 from megafn.runtime.accelerate.train_steps import step_of
+from megafn.runtime.dry_run.announced_shapes import Shapes, announced_shapes
 from megafn.runtime.dry_run.count import counting
+from megafn.runtime.dry_run.extrapolation import extrapolated, short_steps
 from megafn.runtime.dry_run.fake_values import fake_values, without_values
 from megafn.runtime.dry_run.fake_world import fake_world
 from megafn.runtime.dry_run.report import DryRun
 from megafn.runtime.families.built_in import family_of
 from megafn.runtime.families.step import Batch, Step
+from megafn.runtime.model.losses import token_loss
 from megafn.runtime.model.state import State
+from megafn.runtime.parallel import cpu
+from megafn.runtime.parallel.exchanged import Exchange, exchanged
 from megafn.runtime.parallel.groups import ProcessGroups, init_groups
+from megafn.runtime.training import totals
 from megafn.runtime.training.arguments import ModelFunction, OptimizerFunction
+from megafn.runtime.training.forward_backward import shape_between_stages
 from megafn.runtime.training.setup import build_state
-from megafn.runtime.training.step import train_step
+from megafn.runtime.training.step import evaluate, train_step
 
 
 def dry_run(
@@ -45,7 +53,8 @@ def dry_run(
 
     The arguments are those of `train`. batch: this rank's raw micro-batches of one global batch, as
     `train_step` takes them; their values are read as usual, so give real ones if masks or lengths
-    matter. If None, whole sequences without padding, under the keys of the family's dataset.
+    matter. If None, whole sequences without padding, under the keys of the family's dataset; and of
+    many micro-batches only a few are run, since the rest repeat them: the numbers are the same.
 
     What this process has (groups, random states, CUDA) is left alone, and no GPU is used: counted
     is what the step does on a CPU. Other threads should not use torch.distributed meanwhile.
@@ -54,22 +63,68 @@ def dry_run(
     a rank outside of it, and if the step cannot read the batch that is made up.
     """
     check(config, world_size)
-    groups = build_groups(config.parallel, world_size, model=config.model)
     _check_rank(rank, world_size)
-    step = step if step is not None else step_of(config)
-    micro_batches = tuple(batch) if batch is not None else _example_batch(config, groups.dp_size)
+    groups = build_groups(config.parallel, world_size, model=config.model)
+    run = partial(
+        _run,
+        groups=groups,
+        rank=rank,
+        step=step if step is not None else step_of(config),
+        model=model,
+        optimizer=optimizer,
+    )
+    if batch is not None:
+        return run(config, tuple(batch))
+    # A custom step may do for the whole global batch what is not linear in its micro-batches.
+    is_custom = step is not None or config.step_function is not None
+    steps = short_steps(config.parallel, num_micro_batches(config, groups.dp_size))
+    if is_custom or steps is None:
+        return run(config, None)
+    first = _with_micro_batches(config, steps.first, groups.dp_size)
+    second = _with_micro_batches(config, steps.second, groups.dp_size)
+    if validate(first, world_size) or validate(second, world_size):
+        return run(config, None)
+    return extrapolated(run(first, None), run(second, None), steps, config)
 
-    with fake_world(world_size, rank), init_groups(groups) as pg:
-        _check_readable(micro_batches, step, config, pg, is_example=batch is None)
-        with fake_values() as fake, counting() as counter:
-            state = build_state(config, pg, model=model, optimizer=optimizer)
-            num_parameters = _num_parameters(state)
-            counter.start_step(state)
-            state, _ = train_step(state, micro_batches, _with_fake_batches(step, fake))
-            counter.end_step(state)
+
+def _with_micro_batches(config: TrainConfig, count: int, dp: int) -> TrainConfig:
+    return attrs.evolve(config, global_batch_size=config.micro_batch_size * dp * count)
+
+
+def _run(
+    config: TrainConfig,
+    batch: tuple[Any, ...] | None,
+    *,
+    groups: Groups,
+    rank: int,
+    step: Step,
+    model: ModelFunction | None,
+    optimizer: OptimizerFunction | None,
+) -> DryRun:
+    """`dry_run` of exactly this config; batch None: one is made up."""
+    if batch is None:
+        batch = _example_batch(config, groups.dp_size)
+        with _rank_of_fake_world(groups, rank) as pg:
+            _check_readable(batch[0], step, config, pg)
+    names = _names_of_last_stage(
+        config, batch, groups=groups, rank=rank, step=step, model=model, optimizer=optimizer
+    )
+    with (
+        _rank_of_fake_world(groups, rank) as pg,
+        fake_values() as fake,
+        counting() as counter,
+    ):
+        state = build_state(config, pg, model=model, optimizer=optimizer)
+        num_parameters = _num_parameters(state)
+        counter.start_step(state)
+        shapes: list[tuple[int, int]] = []
+        reading = _with_fake_batches(step, fake, shapes)
+        with exchanged(_answers_of_other_stages(shapes, names, config, pg)):
+            state, _ = train_step(state, batch, reading)
+        counter.end_step(state)
         return DryRun(
             config=config,
-            world_size=world_size,
+            world_size=groups.world_size,
             rank=rank,
             place=pg.place,
             num_parameters=num_parameters,
@@ -79,6 +134,50 @@ def dry_run(
             matmuls=counter.matmuls,
             messages=counter.messages(pg),
         )
+
+
+@contextlib.contextmanager
+def _rank_of_fake_world(groups: Groups, rank: int) -> Iterator[ProcessGroups]:
+    with cpu.without_cuda(), fake_world(groups.world_size, rank), init_groups(groups) as pg:
+        yield pg
+
+
+def _names_of_last_stage(
+    config: TrainConfig,
+    batch: tuple[Any, ...],
+    *,
+    groups: Groups,
+    rank: int,
+    step: Step,
+    model: ModelFunction | None,
+    optimizer: OptimizerFunction | None,
+) -> tuple[str, ...]:
+    """What the step reports besides the loss, which only the last pipeline stage knows.
+
+    For a rank of an earlier one, one forward pass of that stage is run. () on the last stage.
+    """
+    place = coordinates(groups, rank)
+    last = rank_of(groups, attrs.evolve(place, pp=groups.pp_size - 1))
+    if rank == last or step.loss is token_loss:
+        return ()
+    # interleaving runs as many micro-batches as stages in turn
+    few = batch[: groups.pp_size if config.parallel.vpp > 1 else 1]
+    with _rank_of_fake_world(groups, last) as pg, fake_values() as fake:
+        state = build_state(config, pg, model=model, optimizer=optimizer)
+        shapes: list[tuple[int, int]] = []
+        reading = _with_fake_batches(step, fake, shapes)
+        with exchanged([announced_shapes(shapes, config, pg)]):
+            return tuple(evaluate(state, [few], reading).report)
+
+
+def _answers_of_other_stages(
+    shapes: Shapes, names: tuple[str, ...], config: TrainConfig, pg: ProcessGroups
+) -> list[Exchange]:
+    """What is known of the pipeline stages that do not exist."""
+    answers = [announced_shapes(shapes, config, pg)]
+    if not pg.is_last_stage:
+        answers.append((totals, "agree_on_names", lambda sums, pg: names))
+    return answers
 
 
 def _check_rank(rank: int, world_size: int) -> None:
@@ -95,17 +194,9 @@ def _example_batch(config: TrainConfig, dp: int) -> tuple[Any, ...]:
 
 
 def _check_readable(
-    micro_batches: tuple[Any, ...],
-    step: Step,
-    config: TrainConfig,
-    pg: ProcessGroups,
-    *,
-    is_example: bool,
+    raw: Mapping[str, Any], step: Step, config: TrainConfig, pg: ProcessGroups
 ) -> None:
-    """Raise ConfigError if the step cannot read the batch that was made up for it."""
-    if not is_example:
-        return
-    raw = micro_batches[0]
+    """Raise ConfigError if the step cannot read the micro-batch that was made up for it."""
     try:
         step.batch(raw, config, pg)
     except Exception as error:
@@ -119,18 +210,16 @@ def _num_parameters(state: State) -> int:
     return sum(parameter.numel() for chunk in state.chunks for parameter in chunk.parameters())
 
 
-def _with_fake_batches(step: Step, fake: FakeTensorMode) -> Step:
-    """The step, whose micro-batches are read with their values, and lose them afterwards."""
-    return attrs.evolve(step, batch=partial(_fake_batch, step.batch, fake))
+def _with_fake_batches(step: Step, fake: FakeTensorMode, shapes: list[tuple[int, int]]) -> Step:
+    """The step, whose micro-batches are read with their values, and lose them afterwards.
 
+    Their shapes are added to `shapes`.
+    """
 
-def _fake_batch(
-    read: Callable[..., Batch],
-    fake: FakeTensorMode,
-    raw: Any,
-    config: TrainConfig,
-    pg: ProcessGroups,
-) -> Batch:
-    with unset_fake_temporarily():
-        batch = read(raw, config, pg)
-    return {key: without_values(value, fake) for key, value in batch.items()}
+    def read(raw: Any, config: TrainConfig, pg: ProcessGroups) -> Batch:
+        with unset_fake_temporarily():
+            batch = step.batch(raw, config, pg)
+        shapes.append(shape_between_stages(batch))
+        return {key: without_values(value, fake) for key, value in batch.items()}
+
+    return attrs.evolve(step, batch=read)

@@ -120,7 +120,7 @@ def _random_states_restored() -> Iterator[None]:
     states_of_python = random.getstate()
     states_of_numpy = np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(states_of_python)

@@ -149,11 +149,12 @@ def memory_of_step(changes: Sequence[Change], start: int) -> StepMemory:
 
     What the optimizer makes in it and keeps was there from the beginning.
     """
-    kept = {
+    # A dict, whose order is that of time: equal runs give equal reports.
+    kept = dict.fromkeys(
         allocation
         for allocation in _alive_after(changes[start:])
         if allocation.kind == "optimizer_state"
-    }
+    )
     before = [change for change in changes[:start] if change.allocation not in kept]
     for allocation in kept:
         before.append(Change(bytes=allocation.bytes, allocation=allocation, runs=SETUP))

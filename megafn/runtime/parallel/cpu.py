@@ -118,6 +118,13 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+@contextlib.contextmanager
+def without_cuda() -> Iterator[None]:
+    """Use the CPU until the `with` is left, also on a machine with GPUs."""
+    with exchanged([(torch.cuda, "is_available", lambda: False)]):
+        yield
+
+
 def has_values_at_hand(tensor: torch.Tensor) -> bool:
     """Whether looking at values costs nothing: not on a GPU, where it would wait for the device.
 

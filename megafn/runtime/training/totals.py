@@ -53,7 +53,7 @@ def sum_over_ranks(
         numbers = _all_reduced(sums, names, pg, squared_norm)
     if names is None or numbers is None:
         # The first step, or a step that reports other names than the one before.
-        names = _agree_on_names(sums, pg)
+        names = agree_on_names(sums, pg)
         numbers = _all_reduced(sums, names, pg, squared_norm)
     if numbers is None:
         raise RuntimeError(f"report names = {names}: ranks that agreed on them do not have them")
@@ -91,12 +91,9 @@ def _all_reduced(
     return None if math.isnan(disagreeing) else numbers
 
 
-def _agree_on_names(sums: Sequence[MicroBatchSums], pg: ProcessGroups) -> tuple[str, ...]:
+def agree_on_names(sums: Sequence[MicroBatchSums], pg: ProcessGroups) -> tuple[str, ...]:
     """The names of the step's report, on every rank; ValueError if they differ anywhere."""
     here = sorted({micro_batch.names for micro_batch in sums})
-    if pg.is_dry_run and not here:
-        # The last stage, which knows the names, is not there: the tensor is a few numbers shorter.
-        return ()
     everywhere = {names for rank in gather_from_all_ranks(here, pg) for names in rank}
     if len(everywhere) != 1:
         listed = " and ".join(str(list(names)) for names in sorted(everywhere))
