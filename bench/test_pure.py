@@ -20,6 +20,27 @@ CONFIG = mf.TrainConfig(
     train_iters=95_000,
 )
 
+LLAMA_405B = mf.TrainConfig(
+    model=mf.ModelConfig(
+        num_layers=126,
+        hidden_size=16384,
+        num_attention_heads=128,
+        num_query_groups=8,
+        ffn_hidden_size=53248,
+        seq_length=8192,
+        vocab_size=128256,
+        position_embedding="rope",
+        activation="swiglu",
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        tie_word_embeddings=False,
+    ),
+    precision=mf.PrecisionConfig(dtype="bf16"),
+    micro_batch_size=1,
+    global_batch_size=2048,
+    train_iters=1000,
+)
+
 
 def test_build_groups_of_1024_ranks(benchmark):
     groups = benchmark(mf.build_groups, PARALLEL, 1024)
@@ -92,3 +113,11 @@ def test_sample_indices_among_10_to_the_12(benchmark):
 
 def test_pipeline_order_of_interleaved_stages(benchmark):
     assert len(benchmark(mf.pipeline_order, pp=8, vpp=2, num_micro_batches=96)) == 8
+
+
+def test_rank_all_layouts_of_llama_405b_on_16384_devices(benchmark):
+    ranking = benchmark(mf.rank_plans, LLAMA_405B, mf.MACHINES["h100"], 16384)
+    layouts = len(ranking.plans) + len(ranking.refused)
+    assert layouts > 10_000
+    # The goal is a second, for all of them.
+    benchmark.extra_info["layouts"] = layouts

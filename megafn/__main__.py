@@ -19,10 +19,12 @@ from megafn.commands import (
     check,
     data,
     demo,
+    dry_run,
     export,
     failures,
     generate,
     inspect,
+    plan,
     tokenizer,
     train,
 )
@@ -31,6 +33,8 @@ from megafn.commands.arguments import Parser
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "check": check,
+    "plan": plan,
+    "dry-run": dry_run,
     "data": data,
     "tokenizer": tokenizer,
     "demo": demo,
@@ -44,7 +48,7 @@ DESCRIPTION = "Megatron-scale training as functions."
 EPILOG = """\
 Exit codes:
   0    success
-  1    check found problems
+  1    check found problems, or plan no layout that fits
   2    the input is at fault; one sentence on standard error says why
   130  Ctrl-C
 

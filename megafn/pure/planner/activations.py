@@ -242,13 +242,33 @@ def _is_banded(model: ModelConfig) -> bool:
 
 
 def _band_bytes(model: ModelConfig, cut: Cut) -> float:
-    """Of a sliding window's masks: for each block of queries, the keys that its windows cover."""
+    """Of a sliding window's masks, on the context-parallel rank with the most."""
     if not _is_banded(model) or model.sliding_window is None:
         return 0.0
-    block = max(model.sliding_window, _LEAST_BLOCK)
-    queries = model.seq_length / cut.cp
-    keys = min(model.seq_length, block + model.sliding_window - 1)
-    return queries * keys * cut.element
+    length = model.seq_length
+    if cut.cp == 1:
+        return cut.element * _masked_pairs(0, length, model.sliding_window)
+    # each rank has a chunk from the front and one from the back
+    half = length // (2 * cut.cp)
+    pairs = [
+        _masked_pairs(rank * half, half, model.sliding_window)
+        + _masked_pairs((2 * cut.cp - rank - 1) * half, half, model.sliding_window)
+        for rank in range(cut.cp)
+    ]
+    return cut.element * max(pairs)
+
+
+def _masked_pairs(first: int, count: int, window: int) -> int:
+    """Queries at positions `first`, first + 1, ...: the size of their blocks' masks."""
+    if first + count <= window:
+        return 0
+    block = max(window, _LEAST_BLOCK)
+    pairs = 0
+    for start in range(first, first + count, block):
+        stop = min(start + block, first + count)
+        keys = stop - max(0, start - window + 1)
+        pairs += (stop - start) * keys
+    return pairs
 
 
 def _cross_attention(model: ModelConfig, cut: Cut, tokens: float) -> tuple[float, float]:

@@ -228,8 +228,9 @@ def _plan_of_all(
 
 
 def _raise_first_error(reports: Sequence[Report]) -> None:
-    for report in reports:
+    for rank, report in enumerate(reports):
         if report.error is not None:
+            report.error.add_note(f"raised on rank {rank}")
             raise report.error
 
 

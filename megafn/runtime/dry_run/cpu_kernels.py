@@ -17,14 +17,17 @@ would then read freed memory, so on a CPU it is kept until its backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.nn.attention.bias import CausalBias
+
+from megafn.runtime.parallel.exchanged import exchanged
 
 
 @frozen(kw_only=True)
@@ -49,9 +52,10 @@ def _kept_by_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
 ) -> Kept:
     kept = 4 * query.numel() // query.shape[-1]
-    # A bool mask becomes one of the query's dtype. torch's own biases are no masks on a GPU.
-    if type(attn_mask) is Tensor and attn_mask.dtype == torch.bool:
-        kept += attn_mask.numel() * query.element_size()
+    # A bool mask becomes one of the query's dtype. A causal bias is no mask on a GPU.
+    if attn_mask is not None and not isinstance(attn_mask, CausalBias):
+        if attn_mask.dtype == torch.bool:
+            kept += attn_mask.numel() * query.element_size()
     return Kept(inputs=(query, key, value), bytes=kept)
 
 
@@ -62,24 +66,33 @@ KERNELS: Mapping[Callable[..., Any], Callable[..., Kept]] = {
     torch.dropout: _kept_by_dropout,
     F.scaled_dot_product_attention: _kept_by_attention,
 }
+# Where programs find them.
+_PLACES = (
+    (F, "rms_norm"),
+    (torch, "rms_norm"),
+    (F, "dropout"),
+    (torch, "dropout"),
+    (F, "scaled_dot_product_attention"),
+)
 
 
-class EveryKernel(TorchFunctionMode):
-    """Shows every call of a function in `KERNELS` to a function, which runs it."""
+@contextlib.contextmanager
+def every_kernel(see: Callable[[Kept, Callable[[], Any]], Any]) -> Iterator[None]:
+    """Show every call of a function in `KERNELS` to a function, which runs it.
 
-    def __init__(self, see: Callable[[Kept, Callable[[], Any]], Any]):
-        super().__init__()
-        self.see = see
+    The functions are exchanged, for torch enters no TorchFunctionMode in a backward pass, in which
+    recomputed layers call them.
+    """
+    originals = [(owner, name, getattr(owner, name)) for owner, name in _PLACES]
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        arguments: tuple[Any, ...] = (),
-        named: Mapping[str, Any] | None = None,
-    ) -> Any:
-        named = named or {}
-        kept_by = KERNELS.get(function)
-        if kept_by is None:
-            return function(*arguments, **named)
-        return self.see(kept_by(*arguments, **named), lambda: function(*arguments, **named))
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            # what it calls itself is a part of it, and torch compares functions by identity
+            with exchanged(originals):
+                kept = KERNELS[function](*arguments, **named)
+                return see(kept, lambda: function(*arguments, **named))
+
+        return call
+
+    with exchanged([(owner, name, watched(value)) for owner, name, value in originals]):
+        yield

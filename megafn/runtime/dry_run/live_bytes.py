@@ -46,7 +46,7 @@ class Allocation:
     # Of the tensor that was seen first.
     shape: tuple[int, ...]
     dtype: torch.dtype
-    # Dotted name of the module whose forward pass made it, "" outside of all modules.
+    # Dotted name of the module whose forward or backward pass made it, "" outside of all modules.
     module: str
     # What ran when it was made.
     made_in: str
@@ -107,6 +107,10 @@ class MemoryLog:
         self._changed(allocation, allocation.bytes)
         return allocation
 
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether the memory of a tensor was seen before."""
+        return tensor.untyped_storage()._cdata in self._alive
+
     def look_for_resized(self) -> None:
         """Log storages that were resized without an operation (`untyped_storage().resize_`)."""
         for reference, allocation in list(self._alive.values()):
@@ -145,11 +149,12 @@ def memory_of_step(changes: Sequence[Change], start: int) -> StepMemory:
 
     What the optimizer makes in it and keeps was there from the beginning.
     """
-    kept = {
+    # A dict, whose order is that of time: equal runs give equal reports.
+    kept = dict.fromkeys(
         allocation
         for allocation in _alive_after(changes[start:])
         if allocation.kind == "optimizer_state"
-    }
+    )
     before = [change for change in changes[:start] if change.allocation not in kept]
     for allocation in kept:
         before.append(Change(bytes=allocation.bytes, allocation=allocation, runs=SETUP))

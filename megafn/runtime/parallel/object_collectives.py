@@ -1,9 +1,8 @@
 """Python objects from rank to rank: one rank's object on all ranks, or all ranks' on every rank.
 
 For control (paths, manifests, errors), not for the training step: each call pickles its object and
-waits for every rank of the layout. What is more than a few bytes of each rank, and is needed on
-rank zero only, goes through `gather_on_rank_zero`: `gather_from_all_ranks` gives every rank all of
-it.
+waits for every rank of the layout. What is more than a few hundred bytes of each rank goes through
+`gather_on_rank_zero` or `decide_on_rank_zero`: `gather_from_all_ranks` gives every rank all of it.
 
 What can fail on one rank (a file that only rank zero reads, a copy of the data that only one host
 has) and is followed by a collective goes through `call_on_rank_zero` or `errors_on_all_ranks`:
@@ -27,6 +26,7 @@ from megafn.pure.layout import group_of
 from megafn.runtime.parallel.groups import ProcessGroups
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def broadcast_from_rank_zero(value: T, pg: ProcessGroups, *, during: str | None = None) -> T:
@@ -188,6 +188,16 @@ def call_on_rank_zero(function: Callable[[], T], pg: ProcessGroups) -> T:
     if outcome.error is not None:
         raise outcome.error
     return outcome.value  # type: ignore[return-value]
+
+
+def decide_on_rank_zero(value: T, decide: Callable[[list[T]], R], pg: ProcessGroups) -> R:
+    """What a function makes of the values of all ranks, on every rank; rank zero alone calls it.
+
+    For values that are too many for `gather_from_all_ranks`. An exception that the function raises
+    is raised on every rank. Communicates as `gather_on_rank_zero` and `call_on_rank_zero`.
+    """
+    values = gather_on_rank_zero(value, pg)
+    return call_on_rank_zero(lambda: decide(values or []), pg)
 
 
 @contextlib.contextmanager

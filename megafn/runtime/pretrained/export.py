@@ -28,7 +28,7 @@ from megafn.runtime.checkpoint.state_boxes import (
 from megafn.runtime.model.lora import lora_of
 from megafn.runtime.model.state import State, check_usable
 from megafn.runtime.parallel.groups import ProcessGroups
-from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
+from megafn.runtime.parallel.object_collectives import decide_on_rank_zero
 from megafn.runtime.pretrained.base import merged, open_weights
 from megafn.runtime.pretrained.formats import find_weights
 from megafn.runtime.pretrained.model_directory import (
@@ -161,8 +161,8 @@ def _reader_of_state(state: State) -> ParameterReader:
             size = box.view.numel() * box.view.element_size()
             holdings.append((box.tensor, box.shape, box.box, size))
     listing = Listing(stage=pg.place.pp, holdings=tuple(holdings))
-    # Every rank needs the plan: it sends its boxes, parameter by parameter.
-    plan = plan_writes(gather_from_all_ranks(listing, pg))
+    # Every rank needs the whole plan: it sends its boxes, parameter by parameter.
+    plan = decide_on_rank_zero(listing, plan_writes, pg)
     shapes = {kind_and_parameter(tensor)[1]: shape for tensor, (shape, _) in plan.items()}
     spread = SpreadParameters(pg=pg, plan=plan, own=own)
     return ParameterReader(shapes=_in_order(shapes), read=partial(_read_from_ranks, spread))

@@ -34,6 +34,7 @@ from megafn.runtime.model.state import State, check_usable, donate
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
     call_on_rank_zero,
+    decide_on_rank_zero,
     errors_on_all_ranks,
     gather_from_all_ranks,
 )
@@ -172,7 +173,10 @@ def _match_everywhere(source: WeightSource, state: State) -> Match:
 
     with errors_on_all_ranks(state.pg):
         own = _match_own(source, state)
-    ranks = gather_from_all_ranks(own, state.pg)
+    return decide_on_rank_zero(own, partial(_match_of_all, source, model), state.pg)
+
+
+def _match_of_all(source: WeightSource, model: ModelConfig, ranks: Sequence[OwnMatch]) -> Match:
     problems_of_ranks = [problem for rank in ranks for problem in rank.problems]
     if problems_of_ranks:
         raise CheckpointError("; ".join(in_natural_order(problems_of_ranks)))

@@ -10,15 +10,16 @@ from collections.abc import Iterable, Sequence
 
 from attrs import frozen
 
-from megafn.pure.planner.bands import RowError, row_errors
-from megafn.pure.planner.published import SOURCES
+from megafn.pure.planner.memory import memory_by_stage
+from megafn.pure.planner.published.error_bands import RowError, row_errors
+from megafn.pure.planner.published.rows import SOURCES, PublishedRow
 
 # Measured times closer than this are not told apart.
 _CLOSE = 0.05
 
 
 def report() -> str:
-    """Summary by source, ranking of vTrain's sweeps, and every row."""
+    """Summary by source, ranking of vTrain's sweeps, memory, and the time of every row."""
     errors = row_errors()
     parts = [
         _table(
@@ -28,6 +29,10 @@ def report() -> str:
         _table(
             ("sweep", "layouts", "pairs in order", "chosen", "fastest", "regret"),
             [_sweep_cells(sweep) for sweep in sweeps()],
+        ),
+        _table(
+            ("row", "layout", "state GB", "computed", "error", "peak GB", "computed", "error"),
+            [_memory_cells(measured.row) for measured in errors if measured.row.peak_bytes],
         ),
         _table(
             ("row", "layout", "measured s", "computed s", "error", "left out", "assumed"),
@@ -52,7 +57,7 @@ def _summary(source: str, errors: Sequence[RowError]) -> list[str]:
         str(len(of_source)),
         f"{mean_error(sizes):.1%}",
         f"{max(map(abs, sizes)):.1%}",
-        f"{sum(sizes) / len(sizes):+.1%}",
+        _signed(sum(sizes) / len(sizes)),
     ]
     if not left_out:
         return [*cells, "not fitted", ""]
@@ -61,8 +66,20 @@ def _summary(source: str, errors: Sequence[RowError]) -> list[str]:
 
 def _row_cells(measured: RowError) -> list[str]:
     row = measured.row
-    layout = row.layout
     computed = row.seconds * (1 + measured.error)
+    return [
+        row.name,
+        _layout_cell(row),
+        f"{row.seconds:.3f}",
+        f"{computed:.3f}",
+        _signed(measured.error),
+        "" if measured.left_out is None else f"fitted; {_signed(measured.left_out)}",
+        ", ".join(row.assumed),
+    ]
+
+
+def _layout_cell(row: PublishedRow) -> str:
+    layout = row.layout
     sizes = {
         "tp": layout.tp,
         "pp": layout.pp,
@@ -71,15 +88,23 @@ def _row_cells(measured: RowError) -> list[str]:
         "dp": layout.dp,
     }
     shown = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
-    return [
-        row.name,
-        f"{shown} mbs{layout.micro_batch_size}".strip(),
-        f"{row.seconds:.3f}",
-        f"{computed:.3f}",
-        f"{measured.error:+.1%}",
-        "" if measured.left_out is None else f"fitted; {measured.left_out:+.1%}",
-        ", ".join(row.assumed),
-    ]
+    return f"{shown} mbs{layout.micro_batch_size}".strip()
+
+
+def memory_errors(row: PublishedRow) -> tuple[float, float]:
+    """Of the state and of the peak of the last stage: computed over measured bytes, less 1."""
+    last = row.layout.pp - 1
+    (memory,) = memory_by_stage(row.config, row.layout, implementation="megatron", stages=(last,))
+    state = memory.parameters + memory.gradients + memory.optimizer_state
+    return state / (row.state_bytes or 1) - 1, memory.total / (row.peak_bytes or 1) - 1
+
+
+def _memory_cells(row: PublishedRow) -> list[str]:
+    cells = [row.name, _layout_cell(row)]
+    measured = (row.state_bytes or 0, row.peak_bytes or 0)
+    for size, error in zip(measured, memory_errors(row), strict=True):
+        cells += [f"{size / 1e9:.2f}", f"{size * (1 + error) / 1e9:.2f}", _signed(error)]
+    return cells
 
 
 # --------------------------------------------------------------------------------------- sweeps
@@ -144,6 +169,11 @@ def _sweep_cells(sweep: Sweep) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------- tables
+
+
+def _signed(share: float) -> str:
+    """Zero has a plus."""
+    return f"{round(share, 3) + 0.0:+.1%}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,9 +9,9 @@ import attrs
 from attrs import frozen
 
 from megafn.pure.config.records import TrainConfig
-from megafn.pure.planner.fit import FITTED, error, left_out_errors
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.published import SOURCES, PublishedRow, published_rows
+from megafn.pure.planner.published.fit_constants import FITTED, error, left_out_errors
+from megafn.pure.planner.published.rows import SOURCES, PublishedRow, published_rows
 from megafn.pure.planner.records import Band, Layout
 
 # Rows that a band is taken from.
@@ -154,7 +154,7 @@ def _covered() -> _Covered:
     )
 
 
-# Below it the planner's times are too short, by up to half.
+# Below it some rows take up to twice as long as computed.
 _SMALLEST_HIDDEN = 4096
 
 
@@ -176,7 +176,7 @@ def _reasons(
     if config.precision.dtype == "fp32":
         reasons.append("no row is in fp32")
     if model.hidden_size < _SMALLEST_HIDDEN:
-        reasons.append(f"hidden size below {_SMALLEST_HIDDEN}, where times come out too short")
+        reasons.append(f"hidden size below {_SMALLEST_HIDDEN}, where some rows take twice as long")
     if layout.cp > 1:
         reasons.append("rows with cp are in fp8 only")
     if model.seq_length > covered.length:

@@ -39,8 +39,11 @@ class ModelShape:
     head_length: int
     head_inner: int
     stacks: tuple[StackShape, ...]
+    # Copies of the word table in a pipeline.
+    word_tables: int
     gated: bool
-    rope: bool
+    # Share of the layers that rotate queries and keys.
+    rotated: float
     bias: bool
     dropout: bool
 
@@ -65,11 +68,19 @@ def model_shape(model: ModelConfig) -> ModelShape:
         head_length=stacks[-1].length if has_output_layer else 0,
         head_inner=model.hidden_size if model.family == "bert" else 0,
         stacks=tuple(stacks),
+        # one at the beginning of each stack, and one in the output layer
+        word_tables=len(stacks) + (model.tie_word_embeddings and has_output_layer),
         gated=model.gated,
-        rope=model.position_embedding == "rope",
+        rotated=_rotated_share(model),
         bias=model.add_bias_linear,
         dropout=model.hidden_dropout > 0,
     )
+
+
+def _rotated_share(model: ModelConfig) -> float:
+    if model.position_embedding != "rope":
+        return 0.0
+    return 1 - len(model.layers_without_rope) / model.num_layers
 
 
 def _stack_shape(model: ModelConfig, name: str, *, decoder: bool) -> StackShape:

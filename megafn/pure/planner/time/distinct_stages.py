@@ -18,6 +18,7 @@ class StageKind:
 
     # Layers of each stack.
     layers: tuple[int, ...]
+    embeds: bool
     has_head: bool
     # Of one rank, the most among these stages.
     parameters: int
@@ -52,12 +53,18 @@ def _kinds(
         num_layers_in_first_pipeline_stage=first,
         num_layers_in_last_pipeline_stage=last,
     )
-    contents = contents_of_stages(model, parallel, layout)
+    contents = contents_of_stages(model, pp, first, last, split)
     parameters = parameters_by_stage(model, parallel, layout)
-    kinds: dict[tuple[tuple[int, ...], bool], list[int]] = {}
+    kinds: dict[tuple[tuple[int, ...], bool, bool], list[int]] = {}
     for count, held in zip(parameters, contents, strict=True):
-        kinds.setdefault((held.layers, held.has_head), []).append(count)
+        kinds.setdefault((held.layers, held.embeds, held.has_head), []).append(count)
     return tuple(
-        StageKind(layers=layers, has_head=has_head, parameters=max(counts), stages=len(counts))
-        for (layers, has_head), counts in kinds.items()
+        StageKind(
+            layers=layers,
+            embeds=embeds,
+            has_head=has_head,
+            parameters=max(counts),
+            stages=len(counts),
+        )
+        for (layers, embeds, has_head), counts in kinds.items()
     )

@@ -13,14 +13,15 @@ from types import MappingProxyType
 import attrs
 
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.published import PublishedRow
-from megafn.pure.planner.time import price
+from megafn.pure.planner.published.rows import PublishedRow
+from megafn.pure.planner.time.step_time import price
 
 # Source of the rows that were fitted, and which shares were; the others are A100's.
 FITTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "table-1": ("matmul_efficiency", "memory_efficiency", "link_efficiency"),
         "h100-table": ("matmul_efficiency",),
+        "ci-tiny": ("launch_seconds",),
     }
 )
 
@@ -46,6 +47,7 @@ def _with_shares(machine: Machine, shares: Mapping[str, float]) -> Machine:
         matmul_efficiency=shares.get("matmul_efficiency", machine.matmul_efficiency),
         memory_efficiency=shares.get("memory_efficiency", machine.memory_efficiency),
         link_efficiency=shares.get("link_efficiency", machine.link_efficiency),
+        launch_seconds=shares.get("launch_seconds", machine.launch_seconds),
     )
 
 

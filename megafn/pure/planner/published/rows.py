@@ -63,6 +63,10 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
         "ci": Source(
             "Megatron-LM's CI", "NVIDIA/Megatron-LM, tests/functional_tests, commit d98e8a64"
         ),
+        "ci-tiny": Source(
+            "tiny models of Megatron-LM's CI",
+            "NVIDIA/Megatron-LM, tests/functional_tests, d98e8a64",
+        ),
         "nemo-fp8": Source(
             "NeMo 24.07 in fp8",
             "NVIDIA/NeMo, docs/source/performance/performance_summary.md, commit d31653f792^",
@@ -109,6 +113,9 @@ class PublishedRow:
     implementation: Implementation
     # Of one step, measured.
     seconds: float
+    # Of the rank that reports them, on the last stage: allocated before a step, and at its peak.
+    state_bytes: float | None
+    peak_bytes: float | None
     # Settings that the source does not state.
     assumed: tuple[str, ...]
 
@@ -116,7 +123,7 @@ class PublishedRow:
 @cache
 def published_rows() -> tuple[PublishedRow, ...]:
     """All of them, in the order of the file."""
-    file = resources.files("megafn.pure.planner").joinpath("published.csv")
+    file = resources.files("megafn.pure.planner.published").joinpath("published.csv")
     lines = file.read_text(encoding="utf-8").splitlines()
     return tuple(_row(cells) for cells in csv.DictReader(lines))
 
@@ -134,8 +141,14 @@ def _row(cells: Mapping[str, str]) -> PublishedRow:
         machine=_MACHINES[cells["machine"]],
         implementation=_IMPLEMENTATIONS[cells["implementation"]],
         seconds=_seconds(cells, config, world_size),
+        state_bytes=_number(cells["state_bytes"]),
+        peak_bytes=_number(cells["peak_bytes"]),
         assumed=tuple(cells["assumed"].split()),
     )
+
+
+def _number(cell: str) -> float | None:
+    return float(cell) if cell else None
 
 
 def _config(cells: Mapping[str, str]) -> TrainConfig:
@@ -154,7 +167,9 @@ def _config(cells: Mapping[str, str]) -> TrainConfig:
         normalization="RMSNorm" if gated else "LayerNorm",
         position_embedding="rope" if gated else "learned_absolute",
         add_bias_linear=not gated,
-        tie_word_embeddings=not gated,
+        hidden_dropout=float(cells["dropout"]),
+        attention_dropout=float(cells["dropout"]),
+        tie_word_embeddings=cells["tied"] == "1",
     )
     return TrainConfig(
         model=model,
