@@ -6,7 +6,7 @@ FAMILY ?= gpt
 BIN = $(VENV)/bin
 RUN = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node
 
-.PHONY: demo test lint torture bench fuzz clean
+.PHONY: demo test lint torture bench fuzz plan-check memory-check clean
 
 demo: $(VENV)/demo            ## train a GPT on real text over 4 processes (or FAMILY=bert, t5, finetune)
 	$(RUN) 4 -m megafn demo --family $(FAMILY)
@@ -27,6 +27,12 @@ bench: $(VENV)/bench          ## speed side by side with the peers
 
 fuzz: $(VENV)/test            ## 200 random products of layout and features held to the single process; planted bugs searched for
 	$(BIN)/python -m pytest tests/test_fuzz.py --cases 200 --planted --timeout 7200 -o faulthandler_timeout=0
+
+plan-check: $(VENV)/demo      ## the error of the planner's times on every published result
+	$(BIN)/python -m megafn.pure.planner.published.accuracy
+
+memory-check: $(VENV)/test    ## the planner's bytes beside dry runs: every layout of the law, models of 7B to 405B
+	OMP_NUM_THREADS=1 MEGAFN_ALL_PLANS=1 $(BIN)/python -m pytest tests/test_planner_memory.py --timeout 600 -o faulthandler_timeout=0
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

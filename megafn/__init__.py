@@ -59,10 +59,15 @@ _HOME = {
     "draw_pipeline": "pure.pipeline",
     "Machine": "pure.planner.machine",
     "MACHINES": "pure.planner.machine",
+    "load_machine": "pure.planner.machine_file",
     "Memory": "pure.planner.records",
     "Layout": "pure.planner.records",
-    "Plan": "pure.planner.plans",
-    "Ranking": "pure.planner.plans",
+    "Plan": "pure.planner.plans.records",
+    "Ranking": "pure.planner.plans.records",
+    "plan": "pure.planner.plans.plan",
+    "apply_plan": "pure.planner.plans.plan",
+    "rank_plans": "pure.planner.plans.ranking",
+    "draw_plan": "pictures.plan_drawing",
     "ProcessGroups": "runtime.parallel.groups",
     "init_groups": "runtime.parallel.groups",
     "world_size": "runtime.parallel.groups",
@@ -110,6 +115,7 @@ _HOME = {
     "State": "runtime.model.state",
     "Metrics": "runtime.metrics.records",
     "Report": "runtime.metrics.records",
+    "plot_plan": "pictures.plan_picture",
     "setup": "runtime.training.setup",
     "train_step": "runtime.training.step",
     "evaluate": "runtime.training.step",
@@ -119,11 +125,16 @@ _HOME = {
     "save": "runtime.checkpoint.save",
     "load": "runtime.pretrained.load",
     "latest": "runtime.checkpoint.disk_format",
+    "checkpoint_config": "runtime.checkpoint.load",
     "CheckpointError": "runtime.checkpoint.atomic_files",
     "from_pretrained": "runtime.pretrained.start",
     "to_pretrained": "runtime.pretrained.export",
     "export": "runtime.pretrained.export",
     "describe_weights": "runtime.pretrained.describe",
+    "dry_run": "runtime.dry_run.dry_run",
+    "DryRun": "runtime.dry_run.report",
+    "draw_dry_run": "runtime.dry_run.drawing",
+    "plot_dry_run": "runtime.dry_run.picture",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"
@@ -187,14 +198,21 @@ if TYPE_CHECKING:
         pipeline_order as pipeline_order,
         timeline as timeline,
     )
+    from megafn.pictures.plan_drawing import draw_plan as draw_plan
     from megafn.pure.planner.machine import (
         MACHINES as MACHINES,
         Machine as Machine,
     )
-    from megafn.pure.planner.plans import (
+    from megafn.pure.planner.machine_file import load_machine as load_machine
+    from megafn.pure.planner.plans.plan import (
+        apply_plan as apply_plan,
+        plan as plan,
+    )
+    from megafn.pure.planner.plans.records import (
         Plan as Plan,
         Ranking as Ranking,
     )
+    from megafn.pure.planner.plans.ranking import rank_plans as rank_plans
     from megafn.pure.planner.records import (
         Layout as Layout,
         Memory as Memory,
@@ -222,12 +240,17 @@ if TYPE_CHECKING:
     from megafn.runtime.accelerate.train_steps import step_of as step_of
     from megafn.runtime.checkpoint.atomic_files import CheckpointError as CheckpointError
     from megafn.runtime.checkpoint.disk_format import latest as latest
+    from megafn.runtime.checkpoint.load import checkpoint_config as checkpoint_config
     from megafn.runtime.checkpoint.save import save as save
     from megafn.runtime.data.batches import (
         batches as batches,
         group_batches as group_batches,
     )
     from megafn.runtime.data.corpus_identity import describe_data as describe_data
+    from megafn.runtime.dry_run.drawing import draw_dry_run as draw_dry_run
+    from megafn.runtime.dry_run.dry_run import dry_run as dry_run
+    from megafn.runtime.dry_run.picture import plot_dry_run as plot_dry_run
+    from megafn.runtime.dry_run.report import DryRun as DryRun
     from megafn.runtime.families.build import build_chunk as build_chunk
     from megafn.runtime.families.built_in import (
         family_of as family_of,
@@ -283,6 +306,7 @@ if TYPE_CHECKING:
         is_rank_zero as is_rank_zero,
         world_size as world_size,
     )
+    from megafn.pictures.plan_picture import plot_plan as plot_plan
     from megafn.runtime.pretrained.describe import describe_weights as describe_weights
     from megafn.runtime.pretrained.export import (
         export as export,

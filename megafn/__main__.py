@@ -1,23 +1,40 @@
 """The command line: `python -m megafn train config.toml`, `check`, `data` and so on.
 
-Each command is a module of `megafn.commands`: its docstring is its help, `add_arguments` its
-arguments, `run` what it does. All share the exit codes: 0 for success, 1 if `check` finds problems,
-2 with one sentence on standard error if the input is at fault.
+Each command is a module of `megafn.commands`: its docstring is its help and has examples,
+`add_arguments` its arguments, `run` what it does, and what `run` returns the exit code. `run`
+raises ConfigError, another ValueError or an OSError if the input is at fault. Parsing, errors and
+exit codes are the same for all, here and in `commands.arguments` and `commands.failures`.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
+from argparse import Namespace
 from types import ModuleType
 from typing import Any
 
-from megafn.commands import check, data, demo, export, generate, inspect, tokenizer, train
+import megafn as mf
+from megafn.commands import (
+    check,
+    data,
+    demo,
+    dry_run,
+    export,
+    failures,
+    generate,
+    inspect,
+    plan,
+    tokenizer,
+    train,
+)
+from megafn.commands.arguments import Parser
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "check": check,
+    "plan": plan,
+    "dry-run": dry_run,
     "data": data,
     "tokenizer": tokenizer,
     "demo": demo,
@@ -26,38 +43,75 @@ COMMANDS: dict[str, ModuleType] = {
     "generate": generate,
 }
 
+DESCRIPTION = "Megatron-scale training as functions."
+
+EPILOG = """\
+Exit codes:
+  0    success
+  1    check found problems, or plan no layout that fits
+  2    the input is at fault; one sentence on standard error says why
+  130  Ctrl-C
+
+For several processes, run train, demo and generate under torchrun:
+  torchrun --nproc-per-node 4 -m megafn train config.toml
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command that the arguments name; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
-            return arguments.run(arguments)
+            return _run_or_report(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return failures.INTERRUPTED
+
+
+def _run_or_report(argv: list[str]) -> int:
+    try:
+        return _run(argv)
     except (ValueError, OSError) as error:
-        # On every process: torchrun ends the others when one has failed.
-        print(f"megafn: {error}", file=sys.stderr)
-        return 2
+        reader_has_left = isinstance(error, BrokenPipeError) and failures.output_is_closed()
+        failures.flush_or_discard_output()
+        if reader_has_left:  # as `head` does
+            return failures.OUTPUT_CLOSED
+        failures.report(error)
+        return failures.BAD_INPUT
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megafn",
-        description="Megatron-scale training as functions. "
-        "For several processes, run train and demo under torchrun.",
-        epilog="Exit codes: 0 success, 1 check found problems, 2 an error in the input.",
+def _run(argv: list[str]) -> int:
+    if not argv:
+        build_parser().print_help(sys.stderr)
+        return failures.BAD_INPUT
+    try:
+        arguments = parse(argv)
+        return arguments.run(arguments)
+    finally:
+        if sys.stdout is not None:
+            # A closed pipe or a full disk is an error here, not a remark as Python ends.
+            sys.stdout.flush()
+
+
+def parse(argv: list[str]) -> Namespace:
+    """The arguments of a command, and its function as `run`. Raises ConfigError."""
+    arguments, unknown = build_parser().parse_known_args(argv)
+    arguments.parser.refuse_unknown(unknown)
+    return arguments
+
+
+def build_parser() -> Parser:
+    parser = Parser("megafn", DESCRIPTION, EPILOG)
+    parser.add_argument("--version", action="version", version=f"megafn {mf.__version__}")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", required=True, metavar="COMMAND"
     )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         summary, _, details = (command.__doc__ or "").partition("\n\n")
-        subparser = subparsers.add_parser(
-            name,
-            help=summary,
-            description=f"{summary}\n\n{details}".strip(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+        subparser = commands.add_parser(
+            name, help=summary, description=f"{summary}\n\n{details}".strip()
         )
         command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(run=command.run, parser=subparser)
     return parser
 
 

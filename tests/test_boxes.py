@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megafn.pure.checkpoint.boxes import boxes, flat, in_whole, overlap
 from megafn.pure.checkpoint.retention import iterations_to_keep
-from megafn.pure.checkpoint.write_plan import plan_writes
+from megafn.pure.checkpoint.write_plan import Listing, plan_writes
 from megafn.runtime.model.weights import LocalParameter
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
@@ -118,13 +118,12 @@ def test_the_newest_is_always_kept(iterations, last, every):
 
 
 def test_replicas_share_the_work_and_what_does_not_cover_the_whole_is_refused():
-    rows = [(f"t{i}", (4, 2), ((0, 0), (4, 2)), 32) for i in range(8)]
-    writers = [
-        writer for _, written in plan_writes([(0, rows)] * 4).values() for _, writer in written
-    ]
+    rows = tuple((f"t{i}", (4, 2), ((0, 0), (4, 2)), 32) for i in range(8))
+    plan = plan_writes([Listing(stage=0, holdings=rows)] * 4)
+    writers = [writer for _, written in plan.values() for _, writer in written]
     assert sorted(writers) == [0, 0, 1, 1, 2, 2, 3, 3]
-    too_little = [("t", (4, 2), ((0, 0), (3, 2)), 24)]
-    too_much = [("t", (4, 2), ((0, 0), (4, 2)), 32), ("t", (4, 2), ((1, 0), (1, 2)), 8)]
+    too_little = (("t", (4, 2), ((0, 0), (3, 2)), 24),)
+    too_much = (("t", (4, 2), ((0, 0), (4, 2)), 32), ("t", (4, 2), ((1, 0), (1, 2)), 8))
     for wrong in (too_little, too_much):
         with pytest.raises(ValueError, match=r"^t: its boxes hold \d+ elements, expected 8; "):
-            plan_writes([(0, wrong)])
+            plan_writes([Listing(stage=0, holdings=wrong)])

@@ -1,11 +1,13 @@
 """What a save does to the disk: whole or absent, flushed, old ones deleted; what it refuses."""
 
+import contextlib
 import errno
 import os
 import shutil
 import threading
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -216,6 +218,32 @@ def test_a_second_save_of_an_iteration_is_refused(tmp_path):
         nothing = "holds no complete checkpoint: name a folder that `save` wrote"
         with pytest.raises(mf.CheckpointError, match=nothing):
             mf.load(mf.setup(config, pg), tmp_path / "elsewhere")
+
+
+def save_with_failure(directory, rank, name):
+    """What `save` raises on this rank if a function fails on that one."""
+    config = config_of(steps=2)
+    with mf.init_groups(mf.build_groups(config.parallel, 2), timeout_seconds=60) as pg:
+        state = mf.setup(config, pg)
+        fails = mock.patch.object(save, name, side_effect=ValueError(f"{name} fails"))
+        with fails if pg.rank == rank else contextlib.nullcontext():
+            try:
+                mf.save(state, directory)
+            except ValueError as error:
+                return str(error), getattr(error, "__notes__", [])
+
+
+@pytest.mark.parametrize(
+    "rank, name, notes",
+    [(0, "plan_writes", [[], []]), (1, "check_buffers", [["raised on rank 1"], []])],
+)
+def test_what_fails_before_anything_is_written_is_raised_on_every_rank_and_leaves_nothing(
+    rank, name, notes, pool, tmp_path
+):
+    """Where it is another rank's error, a note says whose."""
+    raised = pool(2, save_with_failure, tmp_path, rank, name)
+    assert raised == [(f"{name} fails", notes_of_rank) for notes_of_rank in notes]
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------- what is saved

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import shutil
 import subprocess
 from collections import OrderedDict
@@ -15,8 +16,10 @@ import torch
 
 import megafn as mf
 from equivalence import tiny
+from megafn.pure.pretrained.compatibility import changed_reach, model_problems
+from megafn.pure.pretrained.megatron_model import model_of_arguments
 from megafn.runtime.checkpoint.state_boxes import state_boxes
-from megafn.runtime.pretrained import megatron_source
+from megafn.runtime.pretrained import megatron_source, torch_dist
 from megafn.runtime.pretrained.formats import find_weights
 from megafn.runtime.pretrained.torch_archive import copy_part, open_files, read_archive
 from megatron_writers import (
@@ -252,6 +255,65 @@ def test_a_model_that_megafn_lacks_is_refused_by_its_argument(written):
         place.format.open(place.path, None),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    "name, shape, box, message",
+    [
+        ("decoder.layers.mlp.linear_fc1.bias", (2, 4), ((1, 0), (2, 4)), r"\[2, 4\] at \[1, 0\]"),
+        ("output_layer.bias", (4,), ((0, 0), (1, 4)), r"\[4\], and a part of the shape \[1, 4\]"),
+        ("decoder.layers.mlp.linear_fc1.bias", (), ((), ()), r"its shape \[\] does not count them"),
+    ],
+)
+def test_metadata_whose_shapes_disagree_are_damaged(name, shape, box, message, tmp_path):
+    chunk = torch_dist.Chunk(box=box, file=tmp_path, start=0, end=8)
+    tensor = torch_dist.ChunkedTensor(shape=shape, dtype=torch.float32, chunks=[chunk])
+    with pytest.raises(mf.CheckpointError, match=message):
+        torch_dist._check_shapes(name, tensor, tmp_path / ".metadata")
+
+
+def test_a_bias_that_is_one_number_is_of_another_shape(tmp_path):
+    bias = megatron_source.PiecewiseTensor(shape=(), pieces=(), file="there")
+    with open_files() as files:
+        weights = megatron_source.MegatronWeights(
+            path=tmp_path,
+            files=files,
+            tensors={"output_layer.bias": bias},
+            arguments={},
+            family="bert",
+            expected=frozenset(),
+        )
+        with pytest.raises(mf.CheckpointError, match=r"output_layer.bias: the model has it in sh"):
+            megatron_source._made_of(weights, "output_layer.bias", (97,))
+
+
+@pytest.mark.parametrize(
+    "name, value, more",
+    [
+        ("softmax_type", "learnable", {}),
+        ("window_size", (16, 16), {}),
+        ("window_size", (-1, -1), {}),
+        ("window_size", "16", {}),
+        ("window_attn_skip_freq", 2, {"window_size": (16, 0)}),
+    ],
+)
+def test_attention_that_megafn_lacks_is_refused_by_its_argument(name, value, more):
+    with pytest.raises(mf.ConfigError, match=f"^{name} = {re.escape(repr(value))}: the model of"):
+        model_of_arguments({name: value, **more}, {"family": "gpt"}, None, "base")
+
+
+def test_arguments_of_the_reach_are_translated_and_a_config_may_choose_others():
+    model = tiny(position_embedding="rope", rotary_base=7.0).model
+    arguments = {"rotary_base": 10_000, "use_rope_scaling": True, "window_size": [15, 0]}
+    described = model_of_arguments(arguments, {"family": "gpt", "num_layers": 4}, model, "base")
+    assert described.rope_scaling == mf.RopeScaling(factor=8.0)
+    assert described.sliding_window == 16
+    assert model_problems(described, model, "base") == ()
+    assert sorted(line.partition(",")[0] for line in changed_reach(described, model)) == [
+        "model.rope_scaling = None",
+        "model.rotary_base = 7.0",
+        "model.sliding_window = None",
+    ]
 
 
 # ------------------------------------------------------------------------------------------ attacks

@@ -486,6 +486,17 @@ def failing_exports(config, source, target):
             with pytest.raises(ValueError) as refused:
                 mf.to_pretrained(state, directory, **options)
             messages.append(str(refused.value))
+        for owner, name, failing_rank in (
+            (model_directory, "_place", 1),
+            (model_directory, "_json", 0),
+        ):
+            with contextlib.ExitStack() as patches:
+                if pg.rank == failing_rank:
+                    failure = RuntimeError("no memory")
+                    patches.enter_context(mock.patch.object(owner, name, side_effect=failure))
+                with pytest.raises(mf.CheckpointError) as refused:
+                    mf.to_pretrained(state, target, max_shard_bytes=20_000)
+            messages.append(str(refused.value))
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if not pg.is_rank_zero:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
@@ -503,9 +514,12 @@ def test_an_export_that_fails_says_why_on_every_rank_and_leaves_nothing(sources,
     config = train_config(folder / "llama", dict(tp=2))
     first, second = pool(2, failing_exports, config, folder / "llama", tmp_path / "target")
     assert first == second
-    exists, tokenizer, dtype, full = first
+    exists, tokenizer, dtype, unplaced, unpublished, full = first
     assert exists.endswith("llama exists already: name a new directory, or remove that one")
     assert "it holds no tokenizer; name a tokenizer.json" in tokenizer
+    failed = r"could not be written: RuntimeError\('no memory'\)"
+    assert re.search(rf"target/model-0000\d-of-\d+.safetensors {failed}", unplaced)
+    assert re.search(rf"target {failed}", unpublished)
     assert dtype.startswith("dtype = 'fp8': choose one of fp32, bf16, fp16")
     assert re.search(r"target/model-00002-of-.* could not be written: .*File too large", full)
     assert not list(tmp_path.iterdir())
@@ -660,6 +674,25 @@ def test_train_starts_from_pretrained_weights_once_and_export_remembers_where_fr
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
     errors = capsys.readouterr().err
     assert "exists already" in errors and "does not exist" in errors
+
+
+def test_a_model_of_ones_own_is_exported_with_the_end_of_its_texts(corpus, tmp_path):
+    trained = attrs.evolve(
+        tiny(steps=3, vocab_size=256),
+        data=mf.DataConfig(train=str(corpus)),
+        checkpoint=mf.CheckpointConfig(directory=str(tmp_path / "runs")),
+        log=mf.LogConfig(progress=False),
+        eval_iters=0,
+    )
+    mf.train(trained)
+    mf.export(tmp_path / "runs", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["eos_token_id"] == mf.byte_tokenizer().eod
+    assert config["bos_token_id"] is config["pad_token_id"] is None
+
+    moved = attrs.evolve(trained, data=attrs.evolve(trained.data, tokenizer="moved.json"))
+    with pytest.warns(UserWarning, match="no eos_token_id, because data.tokenizer = 'moved.json'"):
+        assert model_directory._end_of_text(moved) is None
 
 
 def test_is_rank_zero_by_the_launchers_environment_or_the_process_group(monkeypatch):

@@ -428,6 +428,13 @@ def test_tensorboard_that_cannot_write_is_one_warning(tmp_path, recwarn):
 
 
 class Full(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
     def write(self, _):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -440,10 +447,11 @@ def tqdm_lock_is_free():
     return all(acquired)
 
 
-def test_a_progress_bar_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("terminal", [True, False], ids=["bar", "lines"])
+def test_progress_that_cannot_be_written_ends_no_run(terminal, tmp_path, monkeypatch):
     made = config(tmp_path, log=mf.LogConfig(progress=True))
     with pytest.warns(UserWarning) as caught:
-        monkeypatch.setattr(sys, "stderr", Full())
+        monkeypatch.setattr(sys, "stderr", Full(terminal))
         assert mf.train(made, batches=loader(40)).iteration == 6
     assert mf.latest(tmp_path).name == "iteration-00000006"
     assert sum("standard error" in str(warning.message) for warning in caught) == 1

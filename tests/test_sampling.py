@@ -1,12 +1,15 @@
 """Every sample is read by one rank only, in an order that seed and consumed samples decide."""
 
+import tracemalloc
 from collections import Counter
 from itertools import islice, pairwise, permutations
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megafn.pure import sampling
 from megafn.pure.sampling import batch_indices, sample_indices, split_among_ranks
 
 styles = st.sampled_from(("single", "cyclic"))
@@ -247,3 +250,48 @@ def test_bad_arguments_are_reported_before_the_first_batch_is_asked_for(changes,
     )
     with pytest.raises(ValueError, match=message):
         batch_indices(**good | changes)
+
+
+TRILLION = 10**12
+
+
+def test_an_order_of_10_to_the_12_samples_costs_the_same_at_every_position():
+    """Counted: numbers that are shuffled, and bytes. Walks that leave the range add a few."""
+    for num_samples in (10_000, TRILLION, 2**40 - 1, 2**60):
+        for consumed in (0, num_samples // 3, num_samples - 64, 5 * num_samples - 32):
+            batch, shuffled, peak = counted_batch(consumed, num_samples)
+            assert len(set(batch)) == 64 and 0 <= min(batch) and max(batch) < num_samples
+            assert 64 <= shuffled <= 80
+            assert peak < 100_000
+
+
+def counted_batch(consumed, num_samples):
+    """A global batch of 64, the numbers that `_shuffle_grid` was given for it, and peak bytes."""
+    shuffle = sampling._shuffle_grid
+    shuffled = 0
+
+    def counting(value, *rest):
+        nonlocal shuffled
+        shuffled += value.size
+        return shuffle(value, *rest)
+
+    with mock.patch.object(sampling, "_shuffle_grid", counting):
+        tracemalloc.start()
+        batch = global_batch(consumed, num_samples=num_samples, global_batch_size=64)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    return batch, shuffled, peak
+
+
+def test_no_sample_among_10_to_the_12_comes_twice_in_what_is_looked_at():
+    """20 stretches of an epoch, its last samples among them: 80,000 that are all different."""
+    size = 4000
+    starts = [*range(0, TRILLION - size, TRILLION // 19), TRILLION - size]
+    seen = set()
+    for start in starts:
+        seen.update(global_batch(start, num_samples=TRILLION, global_batch_size=size))
+    assert len(starts) == 20 and len(seen) == len(starts) * size
+    # They lie everywhere: the mean of so many is within 1% of the middle.
+    assert abs(sum(seen) / len(seen) / TRILLION - 0.5) < 0.01
+    across_epochs = global_batch(TRILLION - 2, num_samples=TRILLION, global_batch_size=4)
+    assert len(set(across_epochs)) == 4

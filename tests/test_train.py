@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import warnings
 
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import megafn as mf
 from megafn.__main__ import main
+from megafn.runtime.metrics import sinks
 from pool import run_script
 
 TEXT = "\f".join(
@@ -167,6 +169,43 @@ def test_progress_shows_on_rank_zero_alone_and_interval_thins_the_records(pool, 
     assert [
         json.loads(line)["iteration"] for line in (tmp_path / "log.jsonl").read_text().splitlines()
     ] == [3, 4, 6, 7]
+
+
+def test_progress_in_a_file_is_a_line_now_and_then(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(sinks.time, "monotonic", lambda: now[0])
+    made = mf.Metrics(
+        iteration=0,
+        consumed_samples=8,
+        loss=2.0,
+        grad_norm=0.5,
+        lr=0.1,
+        weight_decay=0.0,
+        count=8,
+        skipped=False,
+        loss_scale=1.0,
+        seconds=0.5,
+        tokens_per_second=1000.0,
+        report={},
+    )
+    with mf.progress(60, start=20) as sink:
+        for iteration in range(21, 61):
+            now[0] += 0.6
+            valid = (
+                mf.Report(loss=1.0, perplexity=math.e, count=8, report={})
+                if iteration == 30
+                else None
+            )
+            sink(attrs.evolve(made, iteration=iteration, valid=valid))
+    numbers = "loss 2.0000, lr 1.00e-01, grad norm 0.500, 1,000 tokens/s"
+    assert capsys.readouterr() == (
+        "",
+        f"21/60, 00:00<00:23, {numbers}\n"
+        "iteration 30: held-out loss 1.0000, perplexity 2.72\n"
+        f"38/60, 00:10<00:13, {numbers}\n"
+        f"55/60, 00:21<00:03, {numbers}\n"
+        f"60/60, 00:24<00:00, {numbers}\n",
+    )
 
 
 def test_a_number_that_json_lacks_is_null_and_a_second_run_appends(tmp_path):
@@ -365,6 +404,23 @@ def test_the_loss_falls_on_real_text(pool):
     assert seen[-1].loss < 3.4 and seen[-1].valid.loss < 3.4
 
 
+@pytest.mark.parametrize("eval_iters, warned", [(2, False), (10, True)])
+def test_a_validation_split_that_is_repeated_is_a_warning(eval_iters, warned, tmp_path):
+    made = config(tmp_path, train_iters=3, eval_iters=eval_iters)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mf.train(made)
+    messages = [w for w in caught if "validation split" in str(w.message)]
+    assert len(messages) == warned
+    for warning in messages:
+        assert warning.filename == __file__
+        assert re.search(
+            r"eval_iters = 10: the validation split has \d+ samples, that is [\d.]+ global "
+            r"batches of 8, so each evaluation repeats them; set eval_iters to \d+ or give",
+            str(warning.message),
+        )
+
+
 # -------------------------------------------------------------------------------- the command
 
 
@@ -402,6 +458,12 @@ def test_the_command_makes_indexed_data_that_can_be_trained_on(tmp_path, capsys)
     assert main(["data", made.data.train, str(tmp_path / "indexed" / "a"), "--split", "3,1,0"]) == 0
     prefixes = capsys.readouterr().out.split()
     assert prefixes == [str(tmp_path / "indexed" / f"a_{part}") for part in ("train", "valid")]
+    again = ["data", made.data.train, str(tmp_path / "indexed" / "a"), "--split", "1,0,0"]
+    assert main(again) == 2
+    assert f"{prefixes[0]}.idx exists already; name another" in capsys.readouterr().err
+    assert main([*again, "--overwrite"]) == 0
+    assert capsys.readouterr().out.split() == prefixes[:1]
+    assert main([*again, "--split", "3,1,0", "--overwrite"]) == 0
     seen, *_ = told(attrs.evolve(made, data=mf.DataConfig(train=prefixes[0], valid=prefixes[1])))
     assert len(seen) == 7 and seen[-1].valid.count == 2 * 8 * 32
 

@@ -1,6 +1,9 @@
 """Report every problem of a TOML file at once, or describe its layout and draw its pipeline.
 
 Looks at no data and starts no process. Ends with exit code 1 if the config cannot run.
+
+Example:
+  python -m megafn check config.toml --world-size 4
 """
 
 from __future__ import annotations
@@ -8,11 +11,12 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 import megafn as mf
+from megafn.commands.arguments import add_config, add_world_size
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("config", help="a TOML file as dump_config writes it")
-    parser.add_argument("--world-size", type=int, required=True, help="number of processes")
+    add_config(parser)
+    add_world_size(parser)
 
 
 def run(arguments: Namespace) -> int:

@@ -1,6 +1,8 @@
-"""Train a small model on English prose.
+"""Train a small model on English prose, and draw its loss.
 
-Several processes: torchrun --nproc-per-node 4 -m megafn demo
+Examples:
+  python -m megafn demo
+  torchrun --nproc-per-node 4 -m megafn demo --family bert
 """
 
 from __future__ import annotations
@@ -10,12 +12,22 @@ from argparse import ArgumentParser, Namespace
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--family", default="gpt", help="gpt, bert, t5 or finetune (default: %(default)s)"
+        "--family",
+        metavar="FAMILY",
+        default="gpt",
+        help="gpt, bert, t5 or finetune (default: %(default)s)",
     )
     parser.add_argument(
-        "--folder", help="where logs and the picture go (default: runs/demo-FAMILY)"
+        "--folder",
+        metavar="DIRECTORY",
+        help="where logs and the picture go (default: runs/demo-FAMILY)",
     )
-    parser.add_argument("--iterations", type=int, help="length of the run (default: a few minutes)")
+    parser.add_argument(
+        "--iterations",
+        metavar="N",
+        type=int,
+        help="length of the run (default: as many as take a few minutes)",
+    )
 
 
 def run(arguments: Namespace) -> int:

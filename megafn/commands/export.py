@@ -1,6 +1,10 @@
 """Write a checkpoint as a Hugging Face directory, which transformers loads.
 
 One plain process; the checkpoint may be of any layout. Prints the directory.
+
+Examples:
+  python -m megafn export runs/7 model
+  python -m megafn export runs/7 model --dtype bf16 --tokenizer bpe/tokenizer.json
 """
 
 from __future__ import annotations
@@ -12,16 +16,21 @@ import megafn as mf
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", help="a checkpoint, or a directory of them, of which the newest is read"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a checkpoint, or a directory of them (the newest is read)",
     )
-    parser.add_argument("directory", help="a new directory")
+    parser.add_argument("directory", metavar="DIRECTORY", help="a new directory to write to")
     parser.add_argument(
         "--dtype",
+        metavar="DTYPE",
         help="fp32, bf16 or fp16 (default: that of the weights that the run started from, else "
         "precision.dtype)",
     )
     parser.add_argument(
-        "--tokenizer", help="a tokenizer.json, or a directory whose tokenizer is copied"
+        "--tokenizer",
+        metavar="PATH",
+        help="a tokenizer.json, or a directory whose tokenizer is copied (default: none)",
     )
 
 

@@ -1,65 +1,84 @@
 """Print how a model continues a text; of a T5, what it writes after reading it.
 
-Several processes: torchrun --nproc-per-node 2 -m megafn generate PATH "text" --tp 2
 Ends at the tokenizer's end of a document, or after --max-new-tokens.
+
+Examples:
+  python -m megafn generate runs/7 "The statement"
+  python -m megafn generate gpt2 "The statement" --temperature 0.8 --top-p 0.95 --seed 1
+  torchrun --nproc-per-node 2 -m megafn generate runs/7 "The statement" --tp 2
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import attrs
 from attrs import define, field
 
 import megafn as mf
+from megafn.commands.arguments import add_weights
 
 # What a decoder puts in place of the first bytes of a character whose last ones are to come.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "path",
-        help="a checkpoint, a directory of them (the newest is read), or a model's directory",
-    )
-    parser.add_argument("prompt", help="the text to continue")
+    add_weights(parser)
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
     parser.add_argument(
         "--tokenizer",
+        metavar="TOKENIZER",
         help="bytes, or the path of a tokenizer.json (default: that of the run or the model)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=64, help="at most so many (default: %(default)s)"
+        "--max-new-tokens",
+        metavar="N",
+        type=int,
+        default=64,
+        help="at most so many tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--temperature",
+        metavar="X",
         type=float,
         default=0.0,
         help="0 takes the most likely token each time, 1 samples (default: %(default)s)",
     )
-    parser.add_argument("--top-k", type=int, help="sample from so many tokens (default: all)")
+    parser.add_argument(
+        "--top-k", metavar="N", type=int, help="sample from so many tokens (default: all)"
+    )
     parser.add_argument(
         "--top-p",
+        metavar="X",
         type=float,
         default=1.0,
         help="sample from the most likely tokens of this probability (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the sampling (default: %(default)s)"
+        "--seed", metavar="N", type=int, default=0, help="of the sampling (default: %(default)s)"
     )
-    parser.add_argument("--tp", type=int, default=1, help="tensor parallel (default: %(default)s)")
     parser.add_argument(
-        "--pp", type=int, default=1, help="pipeline parallel (default: %(default)s)"
+        "--tp",
+        metavar="N",
+        type=int,
+        default=1,
+        help="tensor-parallel processes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pp",
+        metavar="N",
+        type=int,
+        default=1,
+        help="pipeline-parallel processes (default: %(default)s)",
     )
 
 
 def run(arguments: Namespace) -> int:
     path = Path(arguments.path)
-    run_of_checkpoint = _config_of_checkpoint(path)
+    if not path.is_dir():
+        raise mf.ConfigError(f"path = {str(path)!r}: there is no such directory; name a checkpoint")
+    run_of_checkpoint = mf.checkpoint_config(path)
     config = _config_to_generate(path, run_of_checkpoint, arguments)
     tokenizer = mf.load_tokenizer(arguments.tokenizer or _tokenizer_of(path, run_of_checkpoint))
     ids = tokenizer.encode(arguments.prompt).tolist()
@@ -81,32 +100,6 @@ def run(arguments: Namespace) -> int:
         if pg.is_rank_zero:
             printer.end()
     return 0
-
-
-def _config_of_checkpoint(path: Path) -> mf.TrainConfig | None:
-    """The config of the run that wrote the checkpoint at a path, with its adapters.
-
-    None if no checkpoint is there.
-    """
-    if not path.is_dir():
-        raise mf.ConfigError(f"path = {str(path)!r}: there is no such directory; name a checkpoint")
-    checkpoint = mf.latest(path) or path
-    file = checkpoint / "manifest.json"
-    if not file.is_file():
-        return None
-    manifest = json.loads(file.read_bytes())
-    config = mf.from_dict(manifest["config"])
-    adapters = manifest.get("adapters")
-    return config if adapters is None else attrs.evolve(config, prepare_model=_lora(adapters))
-
-
-def _lora(adapters: Mapping[str, Any]) -> Callable[..., Any]:
-    return mf.lora(
-        rank=adapters["rank"],
-        alpha=adapters["alpha"],
-        modules=adapters["modules"],
-        train_modules=adapters["train_modules"],
-    )
 
 
 def _config_to_generate(

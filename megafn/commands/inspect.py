@@ -1,6 +1,9 @@
 """Say what a checkpoint or a Hugging Face directory holds: its model, and each tensor.
 
 Reads headers, not weights.
+
+Example:
+  python -m megafn inspect runs/7
 """
 
 from __future__ import annotations
@@ -8,10 +11,11 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 import megafn as mf
+from megafn.commands.arguments import add_weights
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("path", help="a checkpoint, a directory of them, or a model's directory")
+    add_weights(parser)
 
 
 def run(arguments: Namespace) -> int:

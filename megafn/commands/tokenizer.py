@@ -1,44 +1,43 @@
 """Train a byte-level BPE on a text, and write it as a directory with its tokenizer.json.
 
 Prints the path of the tokenizer.json, as data.tokenizer takes it, and the size of its vocabulary.
+
+Example:
+  python -m megafn tokenizer corpus.txt bpe --vocab-size 8192
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-import attrs
-
 import megafn as mf
+from megafn.commands.arguments import add_json_key, add_text
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "text", help="documents separated by form feeds, or one JSON object a line; possibly .gz"
-    )
-    parser.add_argument("directory", help="a new directory to write the tokenizer to")
+    add_text(parser)
+    parser.add_argument("directory", metavar="DIRECTORY", help="a new directory to write to")
     parser.add_argument(
         "--vocab-size",
+        metavar="N",
         type=int,
         required=True,
         help="number of tokens: 256 bytes, the special tokens, and merges",
     )
     parser.add_argument(
         "--eod-token",
+        metavar="TOKEN",
         default="<|endoftext|>",
         help="the special token that ends a document (default: %(default)s)",
     )
     parser.add_argument(
         "--special-token",
+        metavar="TOKEN",
         action="append",
         default=[],
         help="another special token; may be repeated, for BERT: [PAD], [CLS], [SEP], [MASK]",
     )
-    parser.add_argument(
-        "--json-key",
-        default=attrs.fields(mf.DataConfig).json_key.default,
-        help="key of the text in each JSON object (default: %(default)s)",
-    )
+    add_json_key(parser)
 
 
 def run(arguments: Namespace) -> int:

@@ -1,6 +1,10 @@
 """Train a model as a TOML file describes.
 
-Several processes: torchrun --nproc-per-node 4 -m megafn train config.toml
+A run that has checkpoints in checkpoint.directory resumes from the newest.
+
+Examples:
+  python -m megafn train config.toml
+  torchrun --nproc-per-node 4 -m megafn train config.toml
 """
 
 from __future__ import annotations
@@ -8,10 +12,11 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 import megafn as mf
+from megafn.commands.arguments import add_config
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("config", help="a TOML file as dump_config writes it")
+    add_config(parser)
 
 
 def run(arguments: Namespace) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from types import NoneType, UnionType
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import attrs
@@ -30,7 +31,7 @@ def all_fields(
 
     A section whose value has a wrong type is not entered.
     """
-    kinds = get_type_hints(type(config))
+    kinds = _field_kinds(type(config))
     for attribute in attrs.fields(type(config)):
         path = prefix + attribute.name
         value = getattr(config, attribute.name)
@@ -40,9 +41,15 @@ def all_fields(
             yield from all_fields(value, f"{path}.")
 
 
+@functools.cache
+def _field_kinds(cls: type) -> Mapping[str, FieldType]:
+    """The type of each field of a config class; their annotations are strings, slow to evaluate."""
+    return MappingProxyType(get_type_hints(cls))
+
+
 def all_field_types(cls: type, prefix: str = "") -> Iterator[tuple[str, FieldType]]:
     """(dotted path, type) of every field of a config class and of its sections."""
-    for name, kind in get_type_hints(cls).items():
+    for name, kind in _field_kinds(cls).items():
         path = prefix + name
         yield path, kind
         for section in _sections_in(kind):
@@ -56,7 +63,7 @@ def section_types(cls: type) -> dict[str, type]:
     >>> section_types(TrainConfig)["data"].__name__
     'DataConfig'
     """
-    kinds = get_type_hints(cls)
+    kinds = _field_kinds(cls)
     return {name: _sections_in(kind)[0] for name, kind in kinds.items() if is_section(kind)}
 
 

@@ -52,7 +52,8 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
 
-@frozen(kw_only=True)
+# Functions of a model are cached, and a planner calls them for thousands of layouts.
+@frozen(kw_only=True, cache_hash=True)
 class ModelConfig:
     """The architecture. Lengths are in tokens.
 

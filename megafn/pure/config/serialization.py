@@ -187,18 +187,23 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     megafn.pure.config.problems.ConfigError: nowhere.toml: cannot be read \
 (No such file or directory); give the path of a TOML file
     """
+    mapping = read_toml(path)
     try:
-        mapping = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return from_dict(mapping)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a TOML file holds. Raises ConfigError naming the file if it cannot be read."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); give the path of a TOML file"
         ) from None
     except (ValueError, RecursionError) as error:  # ValueError: not TOML, or not UTF-8
         raise ConfigError(f"{path}: is not valid TOML ({error}); correct it there") from None
-    try:
-        return from_dict(mapping)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def dump_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:

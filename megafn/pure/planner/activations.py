@@ -22,6 +22,8 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 # Queries that attend at once to a sliding window smaller than this.
 _LEAST_BLOCK = 128
+# Logits that the loss works on at once, on a GPU.
+_LOSS_BLOCK = 2**24
 
 
 @frozen(kw_only=True)
@@ -82,15 +84,54 @@ class EndActivations:
     kept: float
     # What the backward pass adds at most.
     backward: float
-    # What of that remains until the backward pass of the first stage's table: the gradient of a
-    # tied table, if it is on the same stage.
-    remains: float = 0.0
+
+
+@frozen(kw_only=True)
+class MicroBatchActivations:
+    """All that one micro-batch needs anywhere in the pipeline. Tuples are by stack."""
+
+    layers: tuple[LayerActivations, ...]
+    # What the layers of a stage share: T5's relative positions.
+    shared: tuple[float, ...]
+    # What recomputed layers share: rotary angles.
+    shared_recomputed: float
+    embeddings: tuple[EndActivations, ...]
+    head: EndActivations
+    # The gradient of one rank's part of the word table.
+    word_table: float
+    # The hidden state of each stack, on one rank.
+    hidden: tuple[float, ...]
+    # The buffer in which megatron-core gathers a matrix's input under sequence parallelism.
+    gathered: float
+
+    @property
+    def message(self) -> float:
+        """What one stage sends to the next: for T5 both halves, one after the other."""
+        return sum(self.hidden)
+
+
+@lru_cache(maxsize=4096)
+def micro_batch_activations(model: ModelConfig, cut: Cut) -> MicroBatchActivations:
+    """Of a micro-batch that is cut in this way."""
+    stacks = range(len(spec_of(model).stacks))
+    lengths = (model.seq_length, model.decoder_length)
+    position = cut.micro_batch_size * model.hidden_size * cut.element / cut.cp
+    gathers = cut.sequence_parallel and cut.tp > 1
+    return MicroBatchActivations(
+        layers=tuple(layer_activations(model, cut, stack) for stack in stacks),
+        shared=tuple(relative_positions(model, cut, stack) for stack in stacks),
+        shared_recomputed=rotary_angles(model, cut),
+        embeddings=tuple(embedding_activations(model, cut, stack) for stack in stacks),
+        head=head_activations(model, cut),
+        word_table=_word_table(model, cut),
+        hidden=tuple(lengths[stack] * position * cut.share for stack in stacks),
+        gathered=max(lengths[stack] for stack in stacks) * position if gathers else 0.0,
+    )
 
 
 # ------------------------------------------------------------------------------------- layers
 
 
-@lru_cache(maxsize=65536)
 def layer_activations(model: ModelConfig, cut: Cut, stack: int) -> LayerActivations:
     """Of one layer of a stack, `FamilySpec.stacks[stack]`, the mean over its layers."""
     decoder = stack == 1
@@ -98,17 +139,20 @@ def layer_activations(model: ModelConfig, cut: Cut, stack: int) -> LayerActivati
     tokens = length * cut.micro_batch_size / cut.cp
     hidden = tokens * model.hidden_size * cut.share * cut.element
 
-    attention, core = _self_attention(model, cut, length)
-    cross = _cross_attention(model, cut, tokens) if decoder else 0.0
-    mlp = _mlp(model, cut) * tokens * cut.element
+    attention, recomputed_attention = _self_attention(model, cut, length)
+    cross, recomputed_cross = _cross_attention(model, cut, tokens) if decoder else (0.0, 0.0)
     norms = 3 if decoder else 2
     # of each block: its norm's input and output, which the first matrix reads
     blocks = norms * (2 * hidden + _norm_statistics(model) * tokens * cut.share)
-    dropout = norms * _dropout_mask(model, hidden / cut.element, cut)
-    whole = blocks + dropout + attention + core + cross + mlp
+    if model.parallel_residual:
+        # both norms have the same input
+        blocks -= hidden
+    if model.hidden_dropout:
+        blocks += norms * hidden / cut.element
+    blocks += _mlp(model, cut) * tokens * cut.element
     return LayerActivations(
-        whole=whole,
-        selective=whole - core,
+        whole=blocks + attention + cross,
+        selective=blocks + recomputed_attention + recomputed_cross,
         input=hidden,
         backward=_layer_backward(model, cut, tokens),
     )
@@ -117,10 +161,6 @@ def layer_activations(model: ModelConfig, cut: Cut, stack: int) -> LayerActivati
 def _norm_statistics(model: ModelConfig) -> int:
     """Bytes a token: the mean and the inverse of the deviation, in fp32; RMSNorm has no mean."""
     return 8 if model.normalization == "LayerNorm" else 4
-
-
-def _dropout_mask(model: ModelConfig, elements: float, cut: Cut) -> float:
-    return elements if model.hidden_dropout else 0.0
 
 
 @frozen(kw_only=True)
@@ -147,47 +187,48 @@ def _heads(model: ModelConfig, tp: int) -> _Heads:
 
 
 def _self_attention(model: ModelConfig, cut: Cut, length: int) -> tuple[float, float]:
-    """Bytes that the projections keep, and those that the core keeps beside its inputs."""
+    """Bytes that are kept, and those that are kept if the core is recomputed."""
     heads = _heads(model, cut.tp)
     tokens = length * cut.micro_batch_size / cut.cp
-    rotated = 0.0
-    if model.position_embedding == "rope":
-        rotated = 1 - len(model.layers_without_rope) / model.num_layers
     # queries, keys and values come as one tensor, of which values, at least, are views
     mixed = heads.queries + 2 * heads.keys
     if cut.fused:
-        return tokens * (mixed + heads.queries) * cut.element, 4.0 * tokens * heads.count
+        kept = tokens * (mixed + heads.queries) * cut.element
+        return kept + tokens * 4 * heads.count, kept
 
-    # queries and keys that are new tensors, made from parts of the mixed one
+    rotated = 0.0
+    if model.position_embedding == "rope":
+        rotated = 1 - len(model.layers_without_rope) / model.num_layers
+    # how often queries and keys are new tensors, made from parts of the mixed one
     new = 1.0 if model.qk_layernorm else rotated
     regrouped = float(heads.regrouped)
-    kept: float = new * (heads.queries + heads.keys) + heads.queries
-    statistics = 0.0
+    new_queries = (new + (1 - new) * regrouped) * heads.queries
+    new_keys = new * heads.keys
+    beside = heads.queries * tokens * cut.element
+    if rotated:
+        # cosines and sines, for queries and for keys
+        width = int(model.head_size * model.rotary_percent)
+        beside += rotated * 4 * length / cut.cp * width * cut.element
     if model.qk_layernorm:
         # what the norms read
-        kept += regrouped * heads.queries
-        statistics = _norm_statistics(model) * (heads.queries + heads.keys) / model.head_size
-        mixed_is_read = 1.0
-    else:
-        kept += (1 - new) * regrouped * heads.queries
-        mixed_is_read = (1 - new) * (1 - regrouped)
-    core: float = 0.0
+        beside += regrouped * heads.queries * tokens * cut.element
+        normed_heads = (heads.queries + heads.keys) / model.head_size
+        beside += _norm_statistics(model) * normed_heads * tokens
+    recomputed = beside + (mixed + new_queries + new_keys) * tokens * cut.element
+
+    inputs = mixed + new_queries + new_keys
     if cut.cp > 1:
         # keys and values are copied as they are gathered, and kept whole
-        core += 2 * cut.cp * heads.keys
-        kept -= new * heads.keys
-    else:
-        # values are part of the mixed tensor
-        mixed_is_read = 1.0
-    kept += mixed_is_read * mixed
-    bytes_kept = tokens * (kept * cut.element + statistics)
-    bytes_core = tokens * (core * cut.element + 4 * heads.count)
+        mixed_is_read = 1.0 if model.qk_layernorm else (1 - new) * (1 - regrouped)
+        inputs = mixed_is_read * mixed + new_queries + 2 * cut.cp * heads.keys
+        beside += 8 * length
+    kept = beside + inputs * tokens * cut.element
+    # for each query the logarithm of its sum of exponentials, in fp32
+    kept += 4 * heads.count * tokens
     if _is_cut_into_parts(model, cut):
         # each part's output, beside the whole
-        bytes_core += tokens * heads.queries * cut.element
-    bytes_core += _band_bytes(model, cut)
-    rotation = 4 * length / cut.cp * int(model.head_size * model.rotary_percent) * cut.element
-    return bytes_kept + rotated * rotation, bytes_core
+        kept += heads.queries * tokens * cut.element
+    return kept + _band_bytes(model, cut), recomputed
 
 
 def _is_cut_into_parts(model: ModelConfig, cut: Cut) -> bool:
@@ -201,21 +242,42 @@ def _is_banded(model: ModelConfig) -> bool:
 
 
 def _band_bytes(model: ModelConfig, cut: Cut) -> float:
-    """Of a sliding window's masks: for each block of queries, the keys that its windows cover."""
+    """Of a sliding window's masks, on the context-parallel rank with the most."""
     if not _is_banded(model) or model.sliding_window is None:
         return 0.0
-    block = max(model.sliding_window, _LEAST_BLOCK)
-    queries = model.seq_length / cut.cp
-    keys = min(model.seq_length, block + model.sliding_window - 1)
-    return queries * keys * cut.element
+    length = model.seq_length
+    if cut.cp == 1:
+        return cut.element * _masked_pairs(0, length, model.sliding_window)
+    # each rank has a chunk from the front and one from the back
+    half = length // (2 * cut.cp)
+    pairs = [
+        _masked_pairs(rank * half, half, model.sliding_window)
+        + _masked_pairs((2 * cut.cp - rank - 1) * half, half, model.sliding_window)
+        for rank in range(cut.cp)
+    ]
+    return cut.element * max(pairs)
 
 
-def _cross_attention(model: ModelConfig, cut: Cut, tokens: float) -> float:
+def _masked_pairs(first: int, count: int, window: int) -> int:
+    """Queries at positions `first`, first + 1, ...: the size of their blocks' masks."""
+    if first + count <= window:
+        return 0
+    block = max(window, _LEAST_BLOCK)
+    pairs = 0
+    for start in range(first, first + count, block):
+        stop = min(start + block, first + count)
+        keys = stop - max(0, start - window + 1)
+        pairs += (stop - start) * keys
+    return pairs
+
+
+def _cross_attention(model: ModelConfig, cut: Cut, tokens: float) -> tuple[float, float]:
     """T5's: queries of the decoder, keys and values of the encoder's output."""
     heads = _heads(model, cut.tp)
     encoder_tokens = model.seq_length * cut.micro_batch_size / cut.cp
-    kept = tokens * 2 * heads.queries + encoder_tokens * 2 * heads.queries
-    return kept * cut.element + 4 * tokens * heads.count
+    projected = tokens * 2 * heads.queries + encoder_tokens * 2 * heads.queries
+    recomputed = projected * cut.element
+    return recomputed + 4 * heads.count * tokens, recomputed
 
 
 def _mlp(model: ModelConfig, cut: Cut) -> float:
@@ -231,34 +293,55 @@ def _mlp(model: ModelConfig, cut: Cut) -> float:
 
 
 def _layer_backward(model: ModelConfig, cut: Cut, tokens: float) -> float:
+    """The second matrix of the MLP comes first: at its backward pass the most is alive."""
     inner = model.ffn_size / cut.tp
-    hidden = model.hidden_size
-    gradients = tokens * (2 * inner + hidden * (1 + cut.share))
-    return (gradients + hidden * inner) * cut.element
+    # the gradient of its output, and under sequence parallelism that of the whole sequence too
+    outputs = tokens * model.hidden_size
+    if cut.sequence_parallel and cut.tp > 1:
+        outputs *= 1 + 2 * cut.share
+    matrix = tokens * inner + model.hidden_size * inner
+    activation = 1.0 * tokens * inner
+    if model.gated or model.activation == "relu":
+        # gradients on both sides of the product or of the function, of which one's result is free
+        activation *= 2
+    return (outputs + max(matrix, activation)) * cut.element
+
+
+def rotary_angles(model: ModelConfig, cut: Cut) -> float:
+    """Bytes of the angles that recomputed layers keep together, in fp32."""
+    if model.position_embedding != "rope":
+        return 0.0
+    return 4 * model.seq_length / cut.cp * int(model.head_size * model.rotary_percent)
+
+
+def relative_positions(model: ModelConfig, cut: Cut, stack: int) -> float:
+    """Bytes of T5's biases of relative positions, which the layers of a stage share."""
+    if model.position_embedding != "relative":
+        return 0.0
+    length = model.decoder_length if stack == 1 else model.seq_length
+    # the bias of each head, the bucket of each distance, and where the decoder must not look
+    of_a_pair = cut.element * model.num_attention_heads / cut.tp + 8 + (1 if stack == 1 else 0)
+    return of_a_pair * length**2
 
 
 # ---------------------------------------------------------------------------------------- ends
 
 
-@lru_cache(maxsize=65536)
 def embedding_activations(model: ModelConfig, cut: Cut, stack: int) -> EndActivations:
     """Of the tables of words and positions; their output is the first layer's input."""
     length = model.decoder_length if stack == 1 else model.seq_length
     tokens = length * cut.micro_batch_size / cut.cp
-    hidden = tokens * model.hidden_size * cut.share
     # token ids, and places in the table
-    kept = 16 * tokens + _dropout_mask(model, hidden, cut)
-    rows = padded_vocab_size(model.vocab_size, cut.tp) / cut.tp
-    table = rows * model.hidden_size * cut.element
-    return EndActivations(kept=kept, backward=table + tokens * model.hidden_size * cut.element)
+    kept = 16 * tokens
+    if model.hidden_dropout:
+        kept += tokens * model.hidden_size * cut.share
+    return EndActivations(
+        kept=kept, backward=_word_table(model, cut) + tokens * model.hidden_size * cut.element
+    )
 
 
-@lru_cache(maxsize=65536)
-def head_activations(model: ModelConfig, cut: Cut, *, tied_here: bool) -> EndActivations:
-    """Of the final norm, the output layer and the cross-entropy.
-
-    tied_here: the output layer is the word table of the same stage.
-    """
+def head_activations(model: ModelConfig, cut: Cut) -> EndActivations:
+    """Of the final norm, the output layer and the cross-entropy."""
     stacks = spec_of(model).stacks
     length = model.decoder_length if len(stacks) == 2 else model.seq_length
     tokens = length * cut.micro_batch_size / cut.cp
@@ -269,18 +352,27 @@ def head_activations(model: ModelConfig, cut: Cut, *, tied_here: bool) -> EndAct
     if stacks == ("encoder",):
         # a matrix, the activation and another norm
         norm += 3 * hidden + _norm_statistics(model) * tokens * cut.share
-    rows = padded_vocab_size(model.vocab_size, cut.tp) / cut.tp
+    rows = _vocabulary_rows(model, cut)
     logits = tokens * rows * cut.element
+    # the gradient of the logits is computed in blocks of rows, in fp32
+    block = 4 * min(tokens * rows, _LOSS_BLOCK)
     # largest logit, sum of exponentials, label's column, and whether it is here and counts
     statistics = 18 * tokens
-    table = rows * model.hidden_size * cut.element
     whole_input = tokens * model.hidden_size * cut.element
-    matrix = table + 2 * whole_input
+    matrix = _word_table(model, cut) + 2 * whole_input
     return EndActivations(
         kept=norm + logits + statistics,
-        backward=max(logits, matrix),
-        remains=table if tied_here else 0.0,
+        backward=max(logits + block, matrix),
     )
+
+
+def _vocabulary_rows(model: ModelConfig, cut: Cut) -> int:
+    return padded_vocab_size(model.vocab_size, cut.tp) // cut.tp
+
+
+def _word_table(model: ModelConfig, cut: Cut) -> float:
+    """Bytes of one rank's part of a table of words, or of its gradient in a backward pass."""
+    return _vocabulary_rows(model, cut) * model.hidden_size * cut.element
 
 
 # ------------------------------------------------------------------------------------ in a chunk
@@ -291,15 +383,17 @@ def chunk_activations(
 ) -> tuple[float, float]:
     """Bytes that a chunk of `layers` keeps for one micro-batch, and what backward adds to them."""
     if recompute.granularity == "selective":
-        return layers * layer.selective, layer.backward + layer.whole - layer.selective
+        return layers * layer.selective, layer.backward
     if recompute.granularity != "full":
         return layers * layer.whole, layer.backward
     if recompute.method == "block":
         recomputed = min(recompute.num_layers, layers)
-        kept = recomputed * layer.input + (layers - recomputed) * layer.whole
-        # recomputed layers come last in the backward pass, when the others are free
-        again = layer.whole - layer.input - (layers - recomputed) * layer.whole
+        not_recomputed = layers - recomputed
+        kept = recomputed * layer.input + not_recomputed * layer.whole
+        # their backward pass comes last, when the others are free
+        # and the gradient that was received is still there
+        again = layer.whole + layer.input - not_recomputed * layer.whole
         return kept, layer.backward + max(0.0, again)
     units = layers / recompute.num_layers
-    again = recompute.num_layers * layer.whole - layer.input
-    return units * layer.input, again + layer.backward
+    # all of a unit, its input left out, its output counted
+    return units * layer.input, recompute.num_layers * layer.whole + layer.backward

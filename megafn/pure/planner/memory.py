@@ -8,12 +8,10 @@ from megafn.pure.config.records import ModelConfig, OptimizerConfig, TrainConfig
 from megafn.pure.pipeline import peak_of_stage
 from megafn.pure.planner.activations import (
     ELEMENT_BYTES,
-    Cut,
+    MicroBatchActivations,
     chunk_activations,
     cut_of,
-    embedding_activations,
-    head_activations,
-    layer_activations,
+    micro_batch_activations,
 )
 from megafn.pure.planner.parameter_counts import parameters_by_stage
 from megafn.pure.planner.records import Layout, Memory
@@ -47,37 +45,44 @@ def memory_by_stage(
     >>> memory_by_stage(config, Layout(pp=2, num_micro_batches=8))[0].optimizer_state
     547328.0
     """
-    contents = contents_of_stages(config.model, config.parallel, layout)
-    parameters = parameters_by_stage(config.model, config.parallel, layout)
+    model = config.model
+    parameters = parameters_by_stage(model, config.parallel, layout)
+    parallel = config.parallel
+    contents = contents_of_stages(
+        model,
+        layout.pp,
+        parallel.num_layers_in_first_pipeline_stage,
+        parallel.num_layers_in_last_pipeline_stage,
+        parallel.pipeline_model_parallel_split_rank,
+    )
     cut = cut_of(layout, config.precision.dtype, implementation)
-    batch = _BATCH_BYTES * layout.num_micro_batches * _tokens(config.model, layout)
+    micro_batch = micro_batch_activations(model, cut)
+    state = _state_bytes(config, layout)
+    positions = model.seq_length * layout.micro_batch_size / layout.cp
+    batch = _BATCH_BYTES * layout.num_micro_batches * positions
     return tuple(
         Memory(
-            **_state_bytes(parameters[stage], config, layout),
-            activations=_activation_bytes(config.model, contents[stage], layout, cut, stage),
+            parameters=parameters[stage] * state.parameters,
+            gradients=parameters[stage] * state.gradients,
+            optimizer_state=parameters[stage] * state.optimizer_state,
+            activations=_activation_bytes(model, contents[stage], layout, micro_batch, stage),
             other=batch,
         )
         for stage in (range(layout.pp) if stages is None else stages)
     )
 
 
-def _tokens(model: ModelConfig, layout: Layout) -> float:
-    return model.seq_length * layout.micro_batch_size / layout.cp
-
-
-def _state_bytes(parameters: int, config: TrainConfig, layout: Layout) -> dict[str, float]:
-    """Parameters, gradients and the optimizer's state of one rank."""
+def _state_bytes(config: TrainConfig, layout: Layout) -> Memory:
+    """Of one parameter: itself, its gradient, and what the optimizer keeps of it."""
     element = ELEMENT_BYTES[config.precision.dtype]
     numbers = _state_numbers(config.optimizer)
     if element < 4:
         # an fp32 copy of the parameters
         numbers += 1
     shards = layout.dp * layout.cp if layout.use_distributed_optimizer else 1
-    return {
-        "parameters": parameters * element,
-        "gradients": parameters * _GRADIENT_BYTES,
-        "optimizer_state": 4 * numbers * parameters / shards,
-    }
+    return Memory(
+        parameters=element, gradients=_GRADIENT_BYTES, optimizer_state=4 * numbers / shards
+    )
 
 
 def _state_numbers(optimizer: OptimizerConfig) -> int:
@@ -88,26 +93,62 @@ def _state_numbers(optimizer: OptimizerConfig) -> int:
 
 
 def _activation_bytes(
-    model: ModelConfig, contents: StageContents, layout: Layout, cut: Cut, stage: int
+    model: ModelConfig,
+    contents: StageContents,
+    layout: Layout,
+    micro_batch: MicroBatchActivations,
+    stage: int,
 ) -> float:
+    """Bytes of one stage when the most are alive: what forwards in flight keep, and a backward."""
+    recompute = layout.recompute
     in_flight = peak_of_stage(layout.pp, layout.vpp, layout.num_micro_batches, stage)
     chunk = 0.0
     backward = 0.0
-    for stack, layers in enumerate(contents.layers):
-        if layers == 0:
-            continue
-        layer = layer_activations(model, cut, stack)
-        kept, most = chunk_activations(layer, layers / layout.vpp, layout.recompute)
-        chunk += kept
-        backward = max(backward, most)
-    total = in_flight * chunk
+    for layers, layer, shared in zip(
+        contents.layers, micro_batch.layers, micro_batch.shared, strict=True
+    ):
+        if layers:
+            kept, backward = chunk_activations(layer, layers / layout.vpp, recompute)
+            chunk += kept + shared
+    if recompute.granularity == "full":
+        chunk += micro_batch.shared_recomputed
+    if len(contents.layers) > 1:
+        chunk += _between_halves(contents, layout, micro_batch)
+    total = in_flight * chunk + micro_batch.gathered
+    if stage > 0:
+        # the gradient that is being sent
+        total += micro_batch.message
+    if layout.vpp > 1:
+        # what was received ahead, in both directions
+        total += 2 * micro_batch.message
+
+    largest = backward
+    tied_here = contents.embeds and contents.has_head and model.tie_word_embeddings
+    if contents.has_head:
+        # the gradient of a tied table waits for its other half
+        remains = micro_batch.word_table if tied_here else 0.0
+        head = micro_batch.head
+        largest = max(head.kept + head.backward, backward + remains)
     if contents.embeds:
-        first_stack = 0 if contents.layers[0] else 1
-        embedding = embedding_activations(model, cut, first_stack)
+        embedding = micro_batch.embeddings[0 if contents.layers[0] else 1]
         chunks_with_embedding = in_flight if layout.vpp == 1 else min(in_flight, layout.pp)
         total += chunks_with_embedding * embedding.kept
-    if not contents.has_head:
-        return total + backward
-    tied_here = contents.embeds and model.tie_word_embeddings
-    head = head_activations(model, cut, tied_here=tied_here)
-    return total + max(head.kept + head.backward, backward + head.remains)
+        largest = max(largest, embedding.backward * (2 if tied_here else 1) - chunk)
+    return total + largest
+
+
+def _between_halves(
+    contents: StageContents, layout: Layout, micro_batch: MicroBatchActivations
+) -> float:
+    """What a stage of T5 keeps because one tensor carries both halves.
+
+    The first layer's input, a part of it, is counted with that layer.
+    """
+    encoder_output, decoder_hidden = micro_batch.hidden
+    final_norm = encoder_output if 0 in contents.ends else 0.0
+    if layout.pp == 1:
+        return final_norm + encoder_output
+    in_encoder = contents.layers[0] > 0
+    if contents.embeds:
+        return final_norm + (0.0 if in_encoder else micro_batch.message)
+    return final_norm + (decoder_hidden if in_encoder else encoder_output)

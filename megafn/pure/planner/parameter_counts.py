@@ -115,7 +115,6 @@ def _one_of(layers: Count, number: int) -> Count:
     return Count(cut=layers.cut // number, whole=layers.whole // number)
 
 
-@lru_cache(maxsize=4096)
 def _on_a_rank(model: ModelConfig, contents: StageContents, tp: int) -> int:
     counts = count_parameters(model)
     total = Count()
@@ -148,5 +147,19 @@ def parameters_by_stage(
     >>> parameters_by_stage(model, ParallelConfig(), Layout(pp=2, tp=2))
     (35424, 33504)
     """
-    stages = contents_of_stages(model, parallel, layout)
-    return tuple(_on_a_rank(model, contents, layout.tp) for contents in stages)
+    return _by_stage(
+        model,
+        layout.pp,
+        layout.tp,
+        parallel.num_layers_in_first_pipeline_stage,
+        parallel.num_layers_in_last_pipeline_stage,
+        parallel.pipeline_model_parallel_split_rank,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _by_stage(
+    model: ModelConfig, pp: int, tp: int, first: int | None, last: int | None, split: int | None
+) -> tuple[int, ...]:
+    stages = contents_of_stages(model, pp, first, last, split)
+    return tuple(_on_a_rank(model, contents, tp) for contents in stages)

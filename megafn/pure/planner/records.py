@@ -49,7 +49,7 @@ class Layout:
 class StepTime:
     """Seconds of one training step by what they are spent on; their sum is the step."""
 
-    # Forward and backward passes of the layers, on the slowest stage.
+    # Forward and backward passes of the layers, and waiting for the host, on the slowest stage.
     layers: float = 0
     recomputation: float = 0
     # The output layer and the loss.

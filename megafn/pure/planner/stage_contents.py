@@ -9,7 +9,6 @@ from attrs import frozen
 
 from megafn.pure.config.records import ModelConfig, ParallelConfig
 from megafn.pure.families.built_in import spec_of
-from megafn.pure.planner.records import Layout
 
 
 @frozen(kw_only=True)
@@ -26,23 +25,11 @@ class StageContents:
     ends: tuple[int, ...]
 
 
-def contents_of_stages(
-    model: ModelConfig, parallel: ParallelConfig, layout: Layout
-) -> tuple[StageContents, ...]:
-    """By pipeline stage; of `parallel` are read uneven first and last stages and T5's split."""
-    return _contents(
-        model,
-        layout.pp,
-        parallel.num_layers_in_first_pipeline_stage,
-        parallel.num_layers_in_last_pipeline_stage,
-        parallel.pipeline_model_parallel_split_rank,
-    )
-
-
 @lru_cache(maxsize=1024)
-def _contents(
+def contents_of_stages(
     model: ModelConfig, pp: int, first: int | None, last: int | None, split: int | None
 ) -> tuple[StageContents, ...]:
+    """By pipeline stage. first, last: layers of these stages, if given; split: T5's split rank."""
     spec = spec_of(model)
     parallel = ParallelConfig(
         pp=pp,

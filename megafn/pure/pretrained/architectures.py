@@ -33,6 +33,8 @@ from megafn.pure.pretrained.llama import (
 from megafn.pure.pretrained.megatron_bert import MASKED_LM, PRETRAINING, SEQUENCE_CLASSIFICATION
 from megafn.pure.pretrained.t5 import T5
 
+CONFIG = "config.json"
+
 # By name. A model made from scratch is exported as the first one that expresses it.
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -124,8 +126,19 @@ def pretrained_model(path: str | os.PathLike[str]) -> ModelConfig:
     megafn.pure.config.problems.ConfigError: nowhere/config.json: cannot be read \
 (No such file or directory); give a directory that transformers' save_pretrained wrote
     """
-    file = Path(path) / "config.json"
-    config = read_json(file)
+    _, _, model = read_directory(path)
+    return model
+
+
+def read_directory(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Any], Architecture, ModelConfig]:
+    """The config.json of a Hugging Face directory, its architecture and its model.
+
+    Raises ConfigError as `pretrained_model` does.
+    """
+    file = Path(path) / CONFIG
+    config = _read_json(file)
     try:
         architecture = architecture_of(config)
         fields, problems = architecture.read_config(config)
@@ -133,10 +146,10 @@ def pretrained_model(path: str | os.PathLike[str]) -> ModelConfig:
             raise config_error(problems)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
-    return ModelConfig(**fields)
+    return config, architecture, ModelConfig(**fields)
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     """A parsed config.json. Raises ConfigError naming the file if it is not one."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -115,7 +115,8 @@ def shape_problem(name: str, shape: tuple[int, ...], stored: tuple[int, ...], pa
     >>> shape_problem("embedding.word_embeddings.weight", (97, 32), (99, 32), "base")
     'model.vocab_size = 97: the weights at base are of 99 token ids; set that, or start from others'
     """
-    if name.endswith(_VOCABULARY) and shape[1:] == stored[1:]:
+    has_rows = len(stored) == len(shape) and shape[1:] == stored[1:]
+    if name.endswith(_VOCABULARY) and has_rows:
         return (
             f"model.vocab_size = {shape[0]}: the weights at {path} are of {stored[0]} token ids; "
             "set that, or start from others"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
 
 from megafn.pure.config.problems import Problem, config_error
-from megafn.pure.config.records import ModelConfig
+from megafn.pure.config.records import ModelConfig, RopeScaling
 
 # Arguments whose value a field takes as it is.
 _SAME = {
@@ -31,7 +31,6 @@ _SAME = {
 _FREE = {
     "seq_length": "seq_length",
     "max_position_embeddings": "max_position_embeddings",
-    "rotary_base": "rotary_base",
     "hidden_dropout": "hidden_dropout",
     "attention_dropout": "attention_dropout",
     "init_method_std": "init_method_std",
@@ -92,17 +91,29 @@ def model_of_arguments(
     >>> model = model_of_arguments(arguments, {"family": "gpt", "num_layers": 2}, None, "base")
     >>> model.activation, model.vocab_size, model.add_bias_linear, model.tie_word_embeddings
     ('swiglu', 128, False, True)
+    >>> arguments |= {"window_size": (31, 0), "use_rope_scaling": True, "rope_scaling_factor": 4.0}
+    >>> model = model_of_arguments(arguments, {"family": "gpt", "num_layers": 2}, None, "base")
+    >>> model.sliding_window, model.rope_scaling.factor
+    (32, 4.0)
     """
-    problems = []
-    for name in _NOT_BUILT:
-        value = arguments.get(name)
-        if value not in (None, False, 0):
-            remedy = f"the model of the weights at {path} is not built in megafn; start from others"
-            problems.append(Problem(name, value, remedy))
+    problems = [
+        Problem(
+            name,
+            arguments[name],
+            f"the model of the weights at {path} is not built in megafn; start from others",
+        )
+        for name in _arguments_not_built(arguments)
+    ]
     if problems:
         raise config_error(problems)
 
-    fields = {**_fields(arguments, _SAME), **_derived(arguments, model), **_ALWAYS, **from_tensors}
+    fields = {
+        **_fields(arguments, _SAME),
+        **_derived(arguments, model),
+        **_reach(arguments),
+        **_ALWAYS,
+        **from_tensors,
+    }
     if model is not None:
         return attrs.evolve(model, **fields)
     fields |= _fields(arguments, _FREE)
@@ -116,6 +127,35 @@ def model_of_arguments(
     if vocab_size is not None:
         fields["vocab_size"] = vocab_size
     return ModelConfig(**fields) if fields.keys() >= _REQUIRED else None
+
+
+def _arguments_not_built(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Names of arguments with which megafn's layers would compute something else."""
+    for name in _NOT_BUILT:
+        if arguments.get(name) not in (None, False, 0):
+            yield name
+    if arguments.get("softmax_type") not in (None, "vanilla"):
+        yield "softmax_type"
+    window = arguments.get("window_size")
+    if window is None:
+        return
+    if _window(window) is None:
+        yield "window_size"
+    elif arguments.get("window_attn_skip_freq") not in (None, 0):
+        yield "window_attn_skip_freq"
+
+
+def _window(window_size: Any) -> int | None:
+    """How many tokens before its own a token attends to, of a window that ends with its own.
+
+    -1 is all of them. None: it is another window.
+    """
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        return None
+    before, after = window_size
+    if type(before) is not int or before < -1 or type(after) is not int or after != 0:
+        return None
+    return before
 
 
 # A layer of either stack, or the second part of a name that torch_dist gives to all layers at once.
@@ -183,6 +223,20 @@ def _derived(arguments: Mapping[str, Any], model: ModelConfig | None) -> dict[st
     groups = _value(arguments, "num_query_groups", int)
     if groups is not None and arguments.get("group_query_attention") is True:
         fields["num_query_groups"] = groups
+    return fields
+
+
+def _reach(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """How far rotary positions and attention reach, which a run may set anew."""
+    fields = _fields(arguments, {"rotary_base": "rotary_base"})
+    window = _window(arguments.get("window_size"))
+    if window is not None and window >= 0:
+        fields["sliding_window"] = window + 1  # with the token itself
+    scaled = _value(arguments, "use_rope_scaling", bool)
+    if scaled is not None:
+        # megatron-core's are the defaults of RopeScaling otherwise
+        factor = _value(arguments, "rope_scaling_factor", float) or 8.0
+        fields["rope_scaling"] = RopeScaling(factor=float(factor)) if scaled else None
     return fields
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megafn.pure.config.problems import Problem, config_error
-from megafn.runtime.model.lora import Lora, lora_of
+from megafn.runtime.model.lora import Lora, lora, lora_of
 from megafn.runtime.model.state import State
 
 # The settings on which the values of the other parameters depend.
@@ -33,6 +33,12 @@ def adapters_to_dict(state: State) -> dict[str, Any] | None:
     if lora is None:
         return None
     return _fixed_settings(lora) | {"holds_base": not refers_to_base(state)}
+
+
+def lora_of_manifest(manifest: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """The prepare_model that made a checkpoint's adapters, or None if it has none."""
+    adapters = manifest.get("adapters")
+    return None if adapters is None else lora(**{name: adapters[name] for name in _FIXED})
 
 
 def needs_base(manifest: Mapping[str, Any]) -> bool:

@@ -25,10 +25,21 @@ from megafn.pure.config.problems import config_error
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.config.serialization import from_dict
 from megafn.pure.pretrained.pretrained import pretrained_from_dict
-from megafn.runtime.checkpoint.adapters import ReadBase, check_adapters, needs_base
+from megafn.runtime.checkpoint.adapters import (
+    ReadBase,
+    check_adapters,
+    lora_of_manifest,
+    needs_base,
+)
 from megafn.runtime.checkpoint.atomic_files import CheckpointError, find_damage, read_checksums
 from megafn.runtime.checkpoint.disk_format import FOLDER, FORMAT, MANIFEST, latest, tensor_key
-from megafn.runtime.checkpoint.state_boxes import fill_state, frozen_names, set_loss_scale
+from megafn.runtime.checkpoint.state_boxes import (
+    PARAMETER,
+    fill_state,
+    frozen_names,
+    kind_and_parameter,
+    set_loss_scale,
+)
 from megafn.runtime.model.state import State, donate
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
@@ -86,6 +97,20 @@ def checkpoint_at(directory: Path) -> Path | None:
     if FOLDER.fullmatch(directory.name) or (directory / MANIFEST).exists():
         return directory
     return latest(directory)
+
+
+def checkpoint_config(directory: str | Path) -> TrainConfig | None:
+    """The config of the run that wrote a checkpoint, with its adapters as prepare_model.
+
+    directory: a checkpoint, or a folder of them, of which the newest is read; None if it holds
+    none. Needs no process group. Other functions that stood in the config are not in checkpoints.
+    Raises CheckpointError if the manifest is damaged, OSError if it cannot be read.
+    """
+    path = checkpoint_at(Path(directory))
+    if path is None or not path.exists():
+        return None
+    manifest = read_manifest(path)
+    return attrs.evolve(from_dict(manifest["config"]), prepare_model=lora_of_manifest(manifest))
 
 
 # ---------------------------------------------------------------------------------------- verify
@@ -241,8 +266,8 @@ def _kinds_by_name(manifest: Mapping[str, Any]) -> Mapping[str, list[str]]:
     """What the optimizer keeps of each parameter: a chain of optimizers keeps different slots."""
     kinds = defaultdict(list)
     for tensor in sorted(manifest["tensors"]):
-        kind, _, name = tensor.partition("/")
-        if kind != "parameter":
+        kind, name = kind_and_parameter(tensor)
+        if kind != PARAMETER:
             kinds[name].append(kind)
     return kinds
 

@@ -1,9 +1,10 @@
 """Writing a checkpoint: plan, write, publish.
 
-The ranks talk four times. Each lists what it holds, and one gather tells whether any of them
-failed. Another lets every rank compute the same plan of who writes what. Each writes its file, and
-one gather collects the results. Rank zero publishes the checkpoint, and one broadcast says whether
-that worked.
+The ranks talk four times. Rank zero gathers what each of them holds, plans who writes what, and
+scatters to each what it is to write. Each writes its file, and rank zero gathers the results. It
+publishes the checkpoint, and one broadcast says whether that worked. So only rank zero sees more
+than its own replicas' part of the state, however many ranks there are; the plan rests on what they
+report, and not on what a config would let expect.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from attrs import field, frozen
 
-from megafn.pure.checkpoint.write_plan import Holding, WritePlan, plan_writes
+from megafn.pure.checkpoint.write_plan import Holding, Listing, boxes_by_rank, plan_writes
 from megafn.runtime.checkpoint.adapters import refers_to_base
 from megafn.runtime.checkpoint.atomic_files import (
     CheckpointError,
@@ -46,8 +48,9 @@ from megafn.runtime.model.state import State, check_usable
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
     broadcast_from_rank_zero,
-    errors_on_all_ranks,
-    gather_from_all_ranks,
+    gather_on_rank_zero,
+    picklable,
+    scatter_from_rank_zero,
 )
 
 
@@ -81,7 +84,7 @@ class Saving:
     pg: ProcessGroups
     folder: Path  # its final name
     hidden: Path  # where it is written
-    manifest: Mapping[str, Any]
+    manifest: Mapping[str, Any] | None  # rank zero only
     written: Future[WrittenFile]
     ended: threading.Event = field(factory=threading.Event)  # `finish_save` was called
 
@@ -103,27 +106,31 @@ def begin_save(
     pg = state.pg
     folder = Path(directory) / folder_name(state.iteration)
 
-    with errors_on_all_ranks(pg, during=_in_words(folder)):
+    boxes: dict[str, StateBox] = {}
+    try:
         check_buffers(state)
         boxes = _boxes_by_key(state)
-        listing = Listing(
-            stage=pg.place.pp,
-            step=adam_step(state),
-            holdings=_holdings(boxes),
-            hidden=_make_hidden_folder(folder) if pg.is_rank_zero else None,
-        )
-    listings = gather_from_all_ranks(listing, pg)
-    hidden = listings[0].hidden
-    assert hidden is not None  # rank zero made it, or every rank raised
+        report = _report(boxes, state, folder)
+    except Exception as error:
+        report = Report(error=error)
 
-    plan = plan_writes([(listing.stage, listing.holdings) for listing in listings])
-    tensors = _tensors_to_write(plan, boxes, pg.rank)
+    reports = gather_on_rank_zero(_sendable(report), pg, during=_in_words(folder))
+    plan = Plan()
+    if reports is not None:
+        plan = _plan_of_all(reports, state, last_sample, data)
+    task = scatter_from_rank_zero(plan.tasks, pg)
+    # A rank's own error has its traceback.
+    problem = report.error or plan.error or task.error
+    if problem is not None:
+        raise problem
+
+    tensors = {key: boxes[key].view for key in task.keys}
     return Saving(
         pg=pg,
         folder=folder,
-        hidden=hidden,
-        manifest=make_manifest(state, plan, _common_step(listings), last_sample, data),
-        written=_start_writing(hidden / file_name(pg.rank), tensors, asynchronous),
+        hidden=task.hidden,
+        manifest=plan.manifest,
+        written=_start_writing(task.hidden / file_name(pg.rank), tensors, asynchronous),
     )
 
 
@@ -135,10 +142,8 @@ def finish_save(saving: Saving) -> Path:
     saving.ended.set()
     pg = saving.pg
     during = _in_words(saving.folder)
-    results = gather_from_all_ranks(_wait_for_own_file(saving), pg, during=during)
-    problem = next((result.problem for result in results if result.problem is not None), None)
-    if pg.is_rank_zero and problem is None:
-        problem = _publish(saving, results)
+    results = gather_on_rank_zero(_wait_for_own_file(saving), pg, during=during)
+    problem = None if results is None else _publish(saving, results)
     problem = broadcast_from_rank_zero(problem, pg, during=during)
     if problem is not None:
         if pg.is_rank_zero:
@@ -154,14 +159,79 @@ def _in_words(folder: Path) -> str:
 # ------------------------------------------------------------------------------------------ plan
 
 
-@frozen(kw_only=True)
-class Listing:
-    """What a rank contributes to the plan."""
+@frozen(kw_only=True, eq=False)
+class Report:
+    """What a rank contributes to the plan, or why it cannot."""
 
-    stage: int  # pipeline stage
-    step: int | None  # see `adam_step`
-    holdings: Sequence[Holding]
-    hidden: Path | None  # where it is written; rank zero only
+    listing: Listing = Listing(stage=0, holdings=())
+    step: int | None = None  # see `adam_step`
+    hidden: Path | None = None  # where the checkpoint is written; rank zero only
+    error: Exception | None = None
+
+
+@frozen(kw_only=True, eq=False)
+class Task:
+    """What a rank is to write: the boxes with these keys, into a file in this folder."""
+
+    hidden: Path = Path()
+    keys: Sequence[str] = ()
+    error: Exception | None = None  # nothing is to be written, because of it
+
+
+@frozen(kw_only=True, eq=False)
+class Plan:
+    """Who writes what, on rank zero; empty on the others."""
+
+    tasks: Sequence[Task] | None = None
+    manifest: Mapping[str, Any] | None = None
+    error: Exception | None = None
+
+
+def _report(boxes: Mapping[str, StateBox], state: State, folder: Path) -> Report:
+    pg = state.pg
+    return Report(
+        listing=Listing(stage=pg.place.pp, holdings=_holdings(boxes)),
+        step=adam_step(state),
+        hidden=_make_hidden_folder(folder) if pg.is_rank_zero else None,
+    )
+
+
+def _sendable(report: Report) -> Report:
+    if report.error is None:
+        return report
+    return attrs.evolve(report, error=picklable(report.error))
+
+
+def _plan_of_all(
+    reports: Sequence[Report],
+    state: State,
+    last_sample: int | None,
+    data: Mapping[str, Any] | None,
+) -> Plan:
+    """The plan of what all ranks report; what is wrong with it is every rank's error."""
+    try:
+        _raise_first_error(reports)
+        writes = plan_writes([report.listing for report in reports])
+        manifest = make_manifest(state, writes, _common_step(reports), last_sample, data)
+    except Exception as error:
+        if reports[0].hidden is not None:
+            shutil.rmtree(reports[0].hidden, ignore_errors=True)
+        return Plan(tasks=[Task(error=picklable(error))] * len(reports), error=error)
+
+    hidden = reports[0].hidden
+    assert hidden is not None  # rank zero made it, or reported an error
+    tasks = []
+    for boxes in boxes_by_rank(writes, len(reports)):
+        keys = [tensor_key(tensor, offset) for tensor, offset in boxes]
+        tasks.append(Task(hidden=hidden, keys=keys))
+    return Plan(tasks=tasks, manifest=manifest)
+
+
+def _raise_first_error(reports: Sequence[Report]) -> None:
+    for rank, report in enumerate(reports):
+        if report.error is not None:
+            report.error.add_note(f"raised on rank {rank}")
+            raise report.error
 
 
 def _boxes_by_key(state: State) -> dict[str, StateBox]:
@@ -172,12 +242,12 @@ def _boxes_by_key(state: State) -> dict[str, StateBox]:
     return boxes
 
 
-def _holdings(boxes: Mapping[str, StateBox]) -> list[Holding]:
+def _holdings(boxes: Mapping[str, StateBox]) -> tuple[Holding, ...]:
     holdings = []
     for box in boxes.values():
         size = box.view.numel() * box.view.element_size()
         holdings.append((box.tensor, box.shape, box.box, size))
-    return holdings
+    return tuple(holdings)
 
 
 def _make_hidden_folder(folder: Path) -> Path:
@@ -203,24 +273,12 @@ def _make_hidden_folder(folder: Path) -> Path:
     return hidden
 
 
-def _common_step(listings: Sequence[Listing]) -> int | None:
-    steps = {listing.step for listing in listings} - {None}
+def _common_step(reports: Sequence[Report]) -> int | None:
+    steps = {report.step for report in reports} - {None}
     if len(steps) > 1:
-        by_rank = [listing.step for listing in listings]
+        by_rank = [report.step for report in reports]
         raise RuntimeError(f"optimizer steps by rank = {by_rank}: expected one number")
     return steps.pop() if steps else None
-
-
-def _tensors_to_write(
-    plan: WritePlan, boxes: Mapping[str, StateBox], rank: int
-) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, (_, writes) in plan.items():
-        for (offset, _), writer in writes:
-            if writer == rank:
-                key = tensor_key(name, offset)
-                tensors[key] = boxes[key].view
-    return tensors
 
 
 # ----------------------------------------------------------------------------------------- write
@@ -277,7 +335,14 @@ def _wait_for_own_file(saving: Saving) -> WrittenFile:
 
 
 def _publish(saving: Saving, results: Sequence[WrittenFile]) -> str | None:
-    """Write the manifest and give the checkpoint its name. Returns why that failed, or None."""
+    """Write the manifest and give the checkpoint its name. Returns why that failed, or None.
+
+    results: of every rank.
+    """
+    for result in results:
+        if result.problem is not None:
+            return result.problem
+    assert saving.manifest is not None  # this is rank zero
     sizes = {}
     checksums = {}
     for result in results:

@@ -27,10 +27,35 @@ CopyBox = Callable[[str, Index, Box, torch.Tensor], None]
 class StateBox:
     """A box of one whole tensor; `view`, of the box's size, shares its memory with the state."""
 
-    tensor: str  # "parameter/NAME", or "exp_avg/NAME" and so on, by torch's names
+    tensor: str  # "parameter/NAME", or "exp_avg/NAME" and so on, see `tensor_name`
     shape: Index  # of the whole tensor
     box: Box
     view: torch.Tensor
+
+
+# ------------------------------------------------------------------------------------- names
+
+# The kind of the parameters themselves; other kinds are what the optimizer keeps of them.
+PARAMETER = "parameter"
+
+
+def tensor_name(kind: str, parameter: str) -> str:
+    """The name of what a checkpoint holds of a parameter; kinds of slots have torch's names.
+
+    >>> tensor_name(PARAMETER, "output_layer.weight")
+    'parameter/output_layer.weight'
+    """
+    return f"{kind}/{parameter}"
+
+
+def kind_and_parameter(tensor: str) -> tuple[str, str]:
+    """The inverse of `tensor_name`.
+
+    >>> kind_and_parameter("exp_avg/output_layer.weight")
+    ('exp_avg', 'output_layer.weight')
+    """
+    kind, _, parameter = tensor.partition("/")
+    return kind, parameter
 
 
 # ------------------------------------------------------------------------------ what is saved
@@ -64,7 +89,8 @@ def state_boxes(state: State, *, trained_only: bool = False) -> Iterator[StateBo
             continue
         for kind, tensor in _tensors_of(shard).items():
             for box, view in _views(part, tensor.detach().contiguous(), shard.start, shard.end):
-                yield StateBox(tensor=f"{kind}/{part.name}", shape=part.shape, box=box, view=view)
+                name = tensor_name(kind, part.name)
+                yield StateBox(tensor=name, shape=part.shape, box=box, view=view)
 
 
 def adam_step(state: State) -> int | None:
@@ -132,7 +158,7 @@ def _fill_parameter(part: LocalParameter, shard: OptimizerShard | None, copy: Co
         device=parameter.device,
     )
     for box, view in _views(part, local, 0, local.numel()):
-        copy(f"parameter/{part.name}", part.shape, box, view)
+        copy(tensor_name(PARAMETER, part.name), part.shape, box, view)
     parameter.copy_(local)
     if shard is not None and shard.value is not parameter:
         shard.value.copy_(local.flatten()[shard.start : shard.end].view_as(shard.value))
@@ -149,7 +175,7 @@ def _fill_slots(
     for kind in kinds:
         slot = torch.zeros_like(shard.value, requires_grad=False)
         for box, view in _views(part, slot, shard.start, shard.end):
-            copy(f"{kind}/{part.name}", part.shape, box, view)
+            copy(tensor_name(kind, part.name), part.shape, box, view)
         shard.slots[kind] = slot
     if step is not None and "exp_avg" in kinds:
         # a tensor for each parameter, because it counts in place
@@ -219,7 +245,7 @@ def _shard_of(parameter: torch.nn.Parameter, index: OptimizerIndex) -> Optimizer
 
 def _tensors_of(shard: OptimizerShard) -> dict[str, torch.Tensor]:
     """The tensors of a shard that are saved; Adam's step is one number for all of them."""
-    tensors = {"parameter": shard.value}
+    tensors = {PARAMETER: shard.value}
     for kind, slot in shard.slots.items():
         if kind != "step" and isinstance(slot, torch.Tensor):
             tensors[kind] = slot

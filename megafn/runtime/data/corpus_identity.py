@@ -18,7 +18,7 @@ from megafn.pure.sampling import epochs_in_words
 from megafn.runtime.data.corpora import Corpus, corpora, tokenizer_of
 from megafn.runtime.data.datasets import read_samples, samples_of_each
 from megafn.runtime.parallel.groups import ProcessGroups
-from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
+from megafn.runtime.parallel.object_collectives import decide_on_rank_zero
 from megafn.runtime.text.tokenizer import identity_of
 
 # Bytes of a file that its fingerprint looks at: whole files up to this size, else blocks of it.
@@ -83,8 +83,11 @@ def check_same_corpora(
 
     identities: of the corpora of each split that is read. Every rank calls it.
     """
+    decide_on_rank_zero(dict(identities), _compare_ranks, pg)
+
+
+def _compare_ranks(identities_by_rank: Sequence[Mapping[str, Sequence[CorpusIdentity]]]) -> None:
     problems = []
-    identities_by_rank = gather_from_all_ranks(dict(identities), pg)
     for split, corpora_of_rank_zero in identities_by_rank[0].items():
         for i, expected in enumerate(corpora_of_rank_zero):
             others = {}

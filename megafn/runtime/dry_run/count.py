@@ -15,6 +15,7 @@ libraries allocate for themselves (NCCL, cuBLAS), and fragmentation.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,8 +29,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megafn.runtime.dry_run import live_bytes
-from megafn.runtime.dry_run.live_bytes import Allocation, MemoryLog
-from megafn.runtime.dry_run.messages import MessageLog, messages_by_kind, tensors_received
+from megafn.runtime.dry_run.cpu_kernels import Kept, every_kernel
+from megafn.runtime.dry_run.live_bytes import Allocation, KernelCall, MemoryLog
+from megafn.runtime.dry_run.messages import (
+    MessageLog,
+    messages_by_kind,
+    tensors_received,
+    tensors_sent,
+)
+from megafn.runtime.dry_run.nested import tensors_in
 from megafn.runtime.dry_run.operations import Operations
 from megafn.runtime.dry_run.records import DryRunMemory, LargeTensor, Messages
 from megafn.runtime.dry_run.state_tensors import module_names, state_tensors
@@ -51,7 +59,7 @@ def counting() -> Iterator[Counter]:
         register_optimizer_step_pre_hook(counter._enter_optimizer),
     ]
     try:
-        with _EveryOperation(counter._see):
+        with every_kernel(counter._see_kernel), _EveryOperation(counter._see):
             yield counter
     finally:
         for hook in hooks:
@@ -72,9 +80,12 @@ class Counter:
     _names: dict[torch.nn.Module, str] = field(factory=dict)
     # The modules whose forward passes run, the innermost last.
     _running: list[str] = field(factory=list)
+    # By the number of each node of the graph that backward passes walk, what made it.
+    _module_of_node: dict[int, str] = field(factory=dict)
     # Number of changes of memory before the step, and at its end.
     _step_start: int = 0
     _step_end: int | None = None
+    _thread: int = field(factory=threading.get_ident)
     _device_type: str = field(factory=lambda: cpu.device().type)
 
     # -------------------------------------------------------------------------- while it runs
@@ -84,6 +95,7 @@ class Counter:
         self._names = module_names(state.chunks)
         self._memory.runs = live_bytes.BATCH
         self._note_kinds(state)
+        self._module_of_node.clear()
         self._messages = MessageLog()
         self._operations = Operations()
         self._step_start = len(self._memory.changes)
@@ -124,6 +136,7 @@ class Counter:
         return DryRunMemory(
             setup=live_bytes.at_start(step),
             peak=live_bytes.at_peak(step),
+            cpu_only=live_bytes.cpu_only_at_peak(step) if self._device_type == "cpu" else 0,
             timeline=tuple(live_bytes.timeline(step)),
         )
 
@@ -149,12 +162,21 @@ class Counter:
         """One operation of torch."""
         if torch._C._current_graph_task_id() != -1:
             self._memory.runs = live_bytes.BACKWARD
+        elif threading.get_ident() != self._thread:
+            # gloo's threads work on copies of their own. (Backward passes may have threads too.)
+            return run()
+        else:
+            # The node that is the newest now, if it is that of this operation.
+            node = torch.autograd._get_sequence_nr() - 1
+            self._module_of_node.setdefault(node, self._module())
         if operation.namespace == "c10d":
             self._see_message(operation, arguments)
             return run()
         result = run()
         self._operations.see(operation, arguments, named, result)
-        self._see_tensors(result)
+        for tensor in tensors_in(result):
+            if self._memory.knows(tensor) or not _is_of_another(tensor, operation, arguments):
+                self._allocation(tensor)
         return result
 
     def _see_message(self, operation: Any, arguments: Sequence[Any]) -> None:
@@ -166,18 +188,42 @@ class Counter:
             allocation = self._allocation(tensor)
             if allocation is not None and allocation.known_kind is None:
                 allocation.known_kind = "activations"
+        for tensor in tensors_sent(collective, arguments):
+            allocation = self._allocation(tensor)
+            # What a backward pass sends are gradients, which are freed everywhere.
+            if allocation is not None and self._memory.runs == live_bytes.FORWARD:
+                allocation.is_sent = True
 
-    def _see_tensors(self, result: Any) -> None:
-        if isinstance(result, torch.Tensor):
-            self._allocation(result)
-        elif isinstance(result, list | tuple):
-            for part in result:
-                self._see_tensors(part)
+    def _see_kernel(self, kept: Kept, run: Callable[[], Any]) -> Any:
+        """A call of a function that is one kernel on a GPU."""
+        inputs = []
+        for tensor in kept.inputs:
+            allocation = self._allocation(tensor)
+            if allocation is not None:
+                inputs.append((allocation, int(tensor.storage_offset()), tensor.nbytes))
+        self._memory.kernel = KernelCall(inputs=tuple(inputs), bytes_kept=kept.bytes)
+        try:
+            output = run()
+        finally:
+            self._memory.kernel = None
+        allocation = self._allocation(output)
+        if allocation is not None:
+            allocation.kernel = None
+        return output
 
     def _allocation(self, tensor: torch.Tensor) -> Allocation | None:
         if tensor.device.type != self._device_type or _is_random_state(tensor):
             return None
-        return self._memory.see(tensor, self._running[-1] if self._running else "")
+        return self._memory.see(tensor, self._module())
+
+    def _module(self) -> str:
+        """The module whose forward pass runs, or whose backward pass."""
+        if self._running:
+            return self._running[-1]
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return ""
+        return self._module_of_node.get(node._sequence_nr(), "")
 
     def _note_kinds(self, state: State) -> None:
         self._memory.look_for_resized()
@@ -190,8 +236,7 @@ class Counter:
         in_step = self._memory.runs not in (live_bytes.SETUP, live_bytes.BETWEEN_STEPS)
         if in_step and torch._C._current_graph_task_id() == -1:
             self._memory.runs = live_bytes.FORWARD
-        outer = self._running[-1] if self._running else ""
-        self._running.append(self._names.get(module, outer))
+        self._running.append(self._names.get(module, self._module()))
 
     def _leave_module(self, *_: Any) -> None:
         if self._running:
@@ -199,6 +244,18 @@ class Counter:
 
     def _enter_optimizer(self, *_: Any) -> None:
         self._memory.runs = live_bytes.OPTIMIZER
+
+
+def _is_of_another(tensor: torch.Tensor, operation: Any, arguments: Sequence[Any]) -> bool:
+    """Whether it is a view of memory that no operation made.
+
+    Such is what gloo copies for itself, and what a user's batch was read into.
+    """
+    if operation is torch.ops.aten.lift_fresh.default:
+        # How torch.tensor ends.
+        return False
+    address = tensor.untyped_storage()._cdata
+    return any(other.untyped_storage()._cdata == address for other in tensors_in(arguments))
 
 
 def _is_random_state(tensor: torch.Tensor) -> bool:

@@ -29,6 +29,16 @@ KINDS = ("parameters", "gradients", "optimizer_state", "activations", "other")
 
 
 @define(eq=False, kw_only=True)
+class KernelCall:
+    """A call of a function that is one kernel on a GPU: see `cpu_kernels`."""
+
+    # (memory, offset in it, bytes) of each input that the kernel on a GPU keeps
+    inputs: tuple[tuple[Allocation, int, int], ...]
+    # of what else it keeps, besides its output
+    bytes_kept: int
+
+
+@define(eq=False, kw_only=True)
 class Allocation:
     """The memory of one tensor and of all its views."""
 
@@ -36,12 +46,16 @@ class Allocation:
     # Of the tensor that was seen first.
     shape: tuple[int, ...]
     dtype: torch.dtype
-    # Dotted name of the module whose forward pass made it, "" outside of all modules.
+    # Dotted name of the module whose forward or backward pass made it, "" outside of all modules.
     module: str
     # What ran when it was made.
     made_in: str
     # A field of `Memory`, if it is known what the tensor is for.
     known_kind: str | None = None
+    # The kernel inside which it was made, unless it is the kernel's output.
+    kernel: KernelCall | None = None
+    # It was sent to the next pipeline stage, which on a GPU ends its life.
+    is_sent: bool = False
 
     @property
     def kind(self) -> str:
@@ -65,6 +79,8 @@ class MemoryLog:
 
     changes: list[Change] = field(factory=list)
     runs: str = SETUP
+    # The kernel that runs.
+    kernel: KernelCall | None = None
     # Each storage that is alive, by its address.
     _alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], Allocation]] = field(factory=dict)
 
@@ -83,12 +99,17 @@ class MemoryLog:
             dtype=tensor.dtype,
             module=module,
             made_in=self.runs,
+            kernel=self.kernel,
         )
         # torch keeps the Python object of a storage for as long as the storage itself.
         reference = weakref.ref(storage, partial(self._freed, address))
         self._alive[address] = (reference, allocation)
         self._changed(allocation, allocation.bytes)
         return allocation
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether the memory of a tensor was seen before."""
+        return tensor.untyped_storage()._cdata in self._alive
 
     def look_for_resized(self) -> None:
         """Log storages that were resized without an operation (`untyped_storage().resize_`)."""
@@ -128,11 +149,12 @@ def memory_of_step(changes: Sequence[Change], start: int) -> StepMemory:
 
     What the optimizer makes in it and keeps was there from the beginning.
     """
-    kept = {
+    # A dict, whose order is that of time: equal runs give equal reports.
+    kept = dict.fromkeys(
         allocation
         for allocation in _alive_after(changes[start:])
         if allocation.kind == "optimizer_state"
-    }
+    )
     before = [change for change in changes[:start] if change.allocation not in kept]
     for allocation in kept:
         before.append(Change(bytes=allocation.bytes, allocation=allocation, runs=SETUP))
@@ -149,6 +171,26 @@ def at_start(step: StepMemory) -> Memory:
 
 def at_peak(step: StepMemory) -> Memory:
     return Memory(**_bytes_by_kind(step.changes[: step.peak]))
+
+
+def cpu_only_at_peak(step: StepMemory) -> int:
+    """Bytes that are alive at the peak on a CPU only: see `cpu_kernels`."""
+    alive = _alive_after(step.changes[: step.peak])
+    only = sum(size for allocation, size in alive.items() if allocation.is_sent)
+    by_kernel: dict[KernelCall, int] = {}
+    for allocation, size in alive.items():
+        if allocation.kernel is not None and not allocation.is_sent:
+            by_kernel[allocation.kernel] = by_kernel.get(allocation.kernel, 0) + size
+    # Two kernels with one input, as of a parallel residual, keep it once.
+    inputs_kept_on_a_gpu = set()
+    for kernel, size in by_kernel.items():
+        excess = size - kernel.bytes_kept
+        for part in kernel.inputs:
+            if part[0] not in alive and part not in inputs_kept_on_a_gpu:
+                inputs_kept_on_a_gpu.add(part)
+                excess -= part[2]
+        only += max(0, excess)
+    return only
 
 
 def largest_at_peak(step: StepMemory, count: int) -> tuple[LargeTensor, ...]:

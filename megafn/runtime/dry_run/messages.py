@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from attrs import define, field, frozen
 
-from megafn.pure.layout import GROUP_KINDS
+from megafn.pure.layout import GROUP_KINDS, group_of
+from megafn.runtime.dry_run.nested import tensors_in
 from megafn.runtime.dry_run.records import Messages
 from megafn.runtime.parallel.groups import ProcessGroups
 
@@ -54,13 +55,15 @@ _COLLECTIVES: Mapping[str, _Collective] = {
 }
 
 
+_BETWEEN_TWO = ("send", "recv")
+
+
 @frozen
 class Message:
     collective: str
     bytes: int
-    # Which torch process group, and of how many ranks.
-    group_name: str
-    group_size: int
+    # All ranks of the group, or the two of a message from one rank to another.
+    ranks: frozenset[int]
 
 
 @define(eq=False)
@@ -75,34 +78,39 @@ class MessageLog:
         collective = _COLLECTIVES.get(name)
         if collective is None or _moves_an_object():
             return None
-        group = _group_of(arguments)
-        if group.size() > 1:
-            message = Message(
-                collective=collective.name,
-                bytes=sum(tensor.nbytes for tensor in _tensors(arguments[collective.argument])),
-                group_name=group.group_name,
-                group_size=group.size(),
-            )
-            self.messages.append(message)
+        ranks = _ranks_of(operation, arguments)
+        if len(ranks) > 1:
+            size = sum(tensor.nbytes for tensor in tensors_in(arguments[collective.argument]))
+            self.messages.append(Message(collective=collective.name, bytes=size, ranks=ranks))
         return collective
 
 
 def messages_by_kind(messages: Sequence[Message], pg: ProcessGroups) -> dict[str, Messages]:
     """The messages over each kind of `GROUP_KINDS`, every kind included.
 
-    Kinds of the same ranks share one torch process group (over tp = 2 alone, tp is the world too):
-    its messages are those of the first of them in `GROUP_KINDS`. Messages over groups that are not
-    of this layout are under "others", if there are any.
+    Kinds of the same ranks are one group (over tp = 2 alone, tp is the world too): its messages are
+    those of the first of them in `GROUP_KINDS`. So are messages from one rank to another: they are
+    those of the first kind that has both. Messages over ranks that no kind has are under "others",
+    if there are any.
     """
-    kinds: dict[str, str] = {}
-    for kind in reversed(GROUP_KINDS):
-        group = getattr(pg, kind.name)
-        if group is not None:
-            kinds[group.group_name] = kind.name
-    by_kind: dict[str, list[Message]] = {kind.name: [] for kind in GROUP_KINDS}
+    own = {kind.name: group_of(pg.groups, kind.name, pg.rank) for kind in GROUP_KINDS}
+    by_kind: dict[str, list[Message]] = {kind: [] for kind in own}
+    kinds: dict[tuple[bool, frozenset[int]], str] = {}
     for message in messages:
-        by_kind.setdefault(kinds.get(message.group_name, "others"), []).append(message)
+        key = (message.collective in _BETWEEN_TWO, message.ranks)
+        if key not in kinds:
+            kinds[key] = _kind_of(message, own)
+        by_kind.setdefault(kinds[key], []).append(message)
     return {kind: _sums(of_kind) for kind, of_kind in by_kind.items()}
+
+
+def _kind_of(message: Message, own: Mapping[str, Sequence[int]]) -> str:
+    for kind, ranks in own.items():
+        if message.ranks == frozenset(ranks):
+            return kind
+        if message.collective in _BETWEEN_TWO and message.ranks <= frozenset(ranks):
+            return kind
+    return "others"
 
 
 def _sums(messages: Sequence[Message]) -> Messages:
@@ -118,23 +126,27 @@ def _sums(messages: Sequence[Message]) -> Messages:
 def tensors_received(collective: _Collective, arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
     """The tensors that a message from one rank is received in."""
     if collective.name == "recv":
-        yield from _tensors(arguments[0])
+        yield from tensors_in(arguments[0])
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    if isinstance(values, torch.Tensor):
-        yield values
-        return
-    for value in values:
-        yield from _tensors(value)
+def tensors_sent(collective: _Collective, arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """The tensors that are sent to one rank."""
+    if collective.name == "send":
+        yield from tensors_in(arguments[0])
 
 
-def _group_of(arguments: Sequence[Any]) -> dist.ProcessGroup:
-    """The process group among the arguments of an operation of c10d."""
-    for argument in arguments:
-        if isinstance(argument, torch.ScriptObject) and _class_of(argument) == "ProcessGroup":
-            return dist.ProcessGroup.unbox(argument)
-    raise RuntimeError("an operation of c10d without a process group")
+def _ranks_of(operation: Any, arguments: Sequence[Any]) -> frozenset[int]:
+    """The ranks between which an operation of c10d moves tensors."""
+    place = [_is_group(argument) for argument in arguments].index(True)
+    ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(arguments[place]))
+    if operation._opname in ("send", "recv_"):
+        # The other rank's number in the group follows the group.
+        return frozenset({dist.get_rank(), ranks[arguments[place + 1]]})
+    return frozenset(ranks)
+
+
+def _is_group(argument: Any) -> bool:
+    return isinstance(argument, torch.ScriptObject) and _class_of(argument) == "ProcessGroup"
 
 
 def _class_of(argument: Any) -> str:

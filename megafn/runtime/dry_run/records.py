@@ -1,4 +1,4 @@
-"""What a dry run returns: plain numbers, in bytes, FLOP and calls."""
+"""What a dry run counts: plain numbers, in bytes and calls."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 from attrs import field, frozen
 
-from megafn.pure.config.records import TrainConfig
-from megafn.pure.layout import Coordinates
 from megafn.pure.planner.records import Memory
 
 
@@ -20,7 +18,7 @@ class LargeTensor:
     dtype: str
     # A field of `Memory`: "parameters", "activations" and so on.
     kind: str
-    # Dotted name of the module whose forward pass made it; "" outside of all modules.
+    # Dotted name of the module whose forward or backward pass made it; "" outside of all modules.
     module: str
 
 
@@ -46,21 +44,3 @@ class Messages:
     bytes: int = 0
     # Bytes by the name of the collective: "all_reduce", "reduce_scatter", "send" and so on.
     by_collective: Mapping[str, int] = field(factory=dict)
-
-
-@frozen(kw_only=True)
-class DryRun:
-    """One training step of one rank, run on tensors that hold no memory."""
-
-    config: TrainConfig = field(repr=False)
-    world_size: int
-    rank: int
-    place: Coordinates
-    num_parameters: int
-    memory: DryRunMemory
-    largest_tensors: tuple[LargeTensor, ...] = field(default=(), repr=False)
-    # By torch's formulas (torch.utils.flop_counter), recomputation included.
-    flops: float = 0
-    matmuls: int = 0
-    # By kind of group: "tp", "pp", "cp", "dp" and the other fields of `Groups`.
-    messages: Mapping[str, Messages] = field(factory=dict)

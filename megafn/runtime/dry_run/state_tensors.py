@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megafn.runtime.dry_run.nested import tensors_in
 from megafn.runtime.model.optimizer import inner_optimizers
 from megafn.runtime.model.state import State
 
@@ -37,7 +38,7 @@ def state_tensors(state: State) -> Iterator[tuple[str, torch.Tensor]]:
     for weight in weights:
         yield "optimizer_state", weight
     for optimizer in inner_optimizers(state.optimizer):
-        for tensor in _tensors_in(optimizer.state):
+        for tensor in tensors_in(optimizer.state):
             yield "optimizer_state", tensor
 
 
@@ -63,15 +64,3 @@ def _gradient_buffers(chunks: Sequence[torch.nn.Module]) -> Iterator[Any]:
     for chunk in chunks:
         yield from getattr(chunk, "buffers", ()) if isinstance(chunk.buffers, list) else ()
         yield from getattr(chunk, "expert_parallel_buffers", ())
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _tensors_in(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors_in(part)

@@ -485,6 +485,22 @@ def _call_from_train_step(
     return output, (cross_entropy(logits, lm_labels, chunk.pg_collection), order)
 
 
+def bert_example(model: ModelConfig, rows: int) -> dict[str, torch.Tensor]:
+    """A raw micro-batch with the keys of megatron-core's dataset, or with labels of sequences."""
+    tokens = torch.zeros(rows, model.seq_length, dtype=torch.long)
+    ones = torch.ones_like(tokens)
+    batch = {"text": tokens, "types": tokens, "padding_mask": ones}
+    count = model.num_labels
+    if count is None:
+        order = torch.zeros(rows, dtype=torch.long)
+        return batch | {"labels": tokens, "loss_mask": ones, "is_random": order}
+    # of several labels without a problem_type, one class for each sequence, as in transformers
+    one_class = model.problem_type is None and count > 1
+    if one_class or model.problem_type == "single_label_classification":
+        return batch | {"labels": torch.zeros(rows, dtype=torch.long)}
+    return batch | {"labels": torch.zeros(rows, count)}
+
+
 BERT = Family(
     spec=BERT_SPEC,
     step=Step(
@@ -501,4 +517,5 @@ BERT = Family(
     ),
     data=FamilyData(dataset=bert_data, sentences=bert_sentences),
     train_step_calls=TrainStepCalls(batch=_train_step_batch, call=_call_from_train_step),
+    example=bert_example,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -77,6 +77,17 @@ def call_for_token_losses(
     return output, cross_entropy(output, labels, chunk.pg_collection)
 
 
+def example_of_tokens(model: ModelConfig, rows: int) -> dict[str, torch.Tensor]:
+    """A raw micro-batch with the keys of megatron-core's GPT dataset: every token is 0."""
+    tokens = torch.zeros(rows, model.seq_length, dtype=torch.long)
+    return {
+        "tokens": tokens,
+        "labels": tokens,
+        "loss_mask": torch.ones(rows, model.seq_length),
+        "position_ids": torch.arange(model.seq_length).expand(rows, -1),
+    }
+
+
 @frozen(kw_only=True)
 class TrainStepCalls:
     """How accelerate's train steps, written for Megatron-LM, read batches and call the model.
@@ -121,6 +132,8 @@ class Family:
     reads_tokens_only: `megafn.logits` can run it on token ids; its step takes {"input_ids"}.
     predicts_next_token: `megafn.generate` continues prompts with it.
     encoder_decoder: how `megafn.generate` answers prompts with it; None: it does not.
+    example(model, rows): a raw micro-batch that `step.batch` reads, of whole sequences without
+        padding, for a dry run that is given none.
     """
 
     spec: FamilySpec
@@ -131,6 +144,7 @@ class Family:
     reads_tokens_only: bool = True
     predicts_next_token: bool = False
     encoder_decoder: EncoderDecoder | None = None
+    example: Callable[[ModelConfig, int], Mapping[str, torch.Tensor]] = example_of_tokens
 
     @property
     def name(self) -> str:

@@ -642,6 +642,20 @@ def _first_decoder_stage(parallel: ParallelConfig) -> int:
     return 0 if stage is None else stage
 
 
+def t5_example(model: ModelConfig, rows: int) -> dict[str, torch.Tensor]:
+    """A raw micro-batch with the keys of megatron-core's dataset."""
+    tokens = torch.zeros(rows, model.seq_length, dtype=torch.long)
+    decoder_tokens = torch.zeros(rows, model.decoder_length, dtype=torch.long)
+    return {
+        "text_enc": tokens,
+        "text_dec": decoder_tokens,
+        "labels": decoder_tokens,
+        "loss_mask": torch.ones_like(decoder_tokens),
+        "enc_mask": torch.ones_like(tokens),
+        "dec_mask": torch.ones_like(decoder_tokens),
+    }
+
+
 T5 = Family(
     spec=T5_SPEC,
     step=Step(batch=t5_batch, forward=t5_forward, loss=token_loss),
@@ -657,4 +671,5 @@ T5 = Family(
     encoder_decoder=EncoderDecoder(
         first_decoder_stage=_first_decoder_stage, encode=t5_encode, decode=t5_decode
     ),
+    example=t5_example,
 )

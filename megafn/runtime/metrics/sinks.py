@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from attrs import define
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
-from megafn.runtime.metrics.records import Metrics
+from megafn.runtime.metrics.records import Metrics, Report
 from megafn.runtime.parallel.groups import ProcessGroups
 
 # Called with each record. `train` and `fit` take such functions as on_metrics=, on every rank.
@@ -30,12 +31,27 @@ Sink = Callable[[Metrics], Any]
 BAR = "{n_fmt}/{total_fmt}|{bar:12}|{elapsed}<{remaining}{postfix}"
 
 
+# Between two lines of progress in a file; a bar in a terminal is drawn more often.
+SECONDS_BETWEEN_LINES = 10.0
+
+
 @contextlib.contextmanager
 def progress(total: int, start: int = 0) -> Iterator[Sink]:
-    """A progress bar with the main numbers, `start` of `total` iterations done.
+    """Progress with the main numbers on standard error, `start` of `total` iterations done.
 
-    An evaluation is printed on a line of its own.
+    A bar in a terminal. Elsewhere (a file, a pipe) a line for the first iteration, for the last,
+    and in between at most one every `SECONDS_BETWEEN_LINES`. An evaluation is printed on a line of
+    its own.
     """
+    if sys.stderr.isatty():
+        with _bar(total, start) as sink:
+            yield sink
+    else:
+        yield _lines(total, start)
+
+
+@contextlib.contextmanager
+def _bar(total: int, start: int) -> Iterator[Sink]:
     from tqdm import tqdm
 
     stream = _LateErrors(sys.stderr)
@@ -44,16 +60,46 @@ def progress(total: int, start: int = 0) -> Iterator[Sink]:
 
         def sink(metrics: Metrics) -> None:
             if metrics.valid is not None:
-                bar.write(
-                    f"iteration {metrics.iteration}: held-out loss {metrics.valid.loss:.4f}, "
-                    f"perplexity {metrics.valid.perplexity:.2f}"
-                )
-            bar.set_postfix_str(_line(metrics), refresh=False)
+                bar.write(_evaluation(metrics, metrics.valid), file=stream)
+            bar.set_postfix_str(_numbers(metrics), refresh=False)
             bar.update(metrics.iteration - bar.n)
             stream.raise_error()
 
         yield sink
     stream.raise_error()
+
+
+def _lines(total: int, start: int) -> Sink:
+    clock = _Clock(started=time.monotonic())
+
+    def sink(metrics: Metrics) -> None:
+        now = time.monotonic()
+        iteration = metrics.iteration
+        if metrics.valid is not None:
+            print(_evaluation(metrics, metrics.valid), file=sys.stderr)
+        if iteration == total or now >= clock.next_line:
+            clock.next_line = now + SECONDS_BETWEEN_LINES
+            elapsed = now - clock.started
+            remaining = elapsed / max(1, iteration - start) * (total - iteration)
+            times = f"{_hours(elapsed)}<{_hours(remaining)}"
+            print(f"{iteration}/{total}, {times}, {_numbers(metrics)}", file=sys.stderr, flush=True)
+
+    return sink
+
+
+@define(eq=False)
+class _Clock:
+    """Seconds of `time.monotonic`: when a run began, and when its next line of progress is due."""
+
+    started: float
+    next_line: float = -math.inf
+
+
+def _hours(seconds: float) -> str:
+    """As tqdm writes it: 01:05, or 2:01:05."""
+    from tqdm import tqdm
+
+    return tqdm.format_interval(seconds)
 
 
 @define(eq=False)
@@ -95,8 +141,15 @@ class _LateErrors:
         return hash(self.stream)
 
 
-def _line(metrics: Metrics) -> str:
-    """The numbers beside the bar."""
+def _evaluation(metrics: Metrics, valid: Report) -> str:
+    return (
+        f"iteration {metrics.iteration}: held-out loss {valid.loss:.4f}, "
+        f"perplexity {valid.perplexity:.2f}"
+    )
+
+
+def _numbers(metrics: Metrics) -> str:
+    """What stands beside the bar, and in each line."""
     norm = "" if metrics.grad_norm is None else f"{metrics.grad_norm:.3f}"
     if metrics.skipped:
         norm = f"skipped {norm}".strip()

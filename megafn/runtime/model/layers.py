@@ -289,7 +289,7 @@ class Attention(MegatronModule):
         positions = torch.arange(first, seen, device=query.device)
         visible = self._with_causality(mask, positions)
         if visible is None:
-            visible = _causal_to_the_last(query.size(2), seen)
+            visible = causal_to_the_last(query.size(2), seen)
         else:
             visible = visible[..., :seen]
         return self._attend(query, key[:, :, :seen], value[:, :, :seen], visible)
@@ -363,7 +363,7 @@ class Attention(MegatronModule):
             )
 
 
-def _causal_to_the_last(queries: int, keys: int) -> CausalBias:
+def causal_to_the_last(queries: int, keys: int) -> CausalBias:
     """Causality of the last `queries` of `keys` positions, without a mask in memory on a GPU."""
     # torch cannot make one while a TorchDispatchMode looks on, as torch's FlopCounterMode is.
     with _disable_current_modes():

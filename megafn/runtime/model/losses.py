@@ -10,6 +10,7 @@ import torch.distributed as dist
 from attrs import field, frozen
 from torch import Tensor
 
+from megafn.runtime.parallel.cpu import has_values_at_hand
 from megafn.runtime.parallel.tensor_collectives import gather_rows
 
 IGNORE = -100  # a label without loss, as in torch's cross_entropy
@@ -107,7 +108,7 @@ def _as_count(value: Any) -> Tensor:
     count = _scalar("Loss.count", value)
     if not count.is_floating_point():
         return count
-    if count.device.type != "cpu":  # looking at it would wait for the GPU
+    if not has_values_at_hand(count):  # looking at it would wait for the GPU
         return torch.where(count == count.round(), count.long(), FRACTIONAL)
     if not float(count).is_integer():
         raise ValueError(
@@ -233,7 +234,7 @@ def _reduce(
     tops, totals, targets = gather_rows(torch.stack([top, total, target]), group).unbind(1)
     already_gathered = _same_on_all_ranks(tops, totals, logits.shape[-1])
     # On a GPU, where looking at it would wait, every loss becomes NaN instead.
-    if logits.device.type == "cpu" and already_gathered:
+    if has_values_at_hand(logits) and already_gathered:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} are the same on all {group.size()} ranks of "
             "tp: each rank gives its slice of the vocabulary, [sequence, batch, vocab / tp]; "
@@ -320,7 +321,7 @@ def _check(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> None:
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels of dtype {labels.dtype}: give token ids as integers")
     vocabulary = group.size() * logits.shape[-1]
-    if labels.device.type == "cpu":
+    if has_values_at_hand(labels):
         outside = labels[_outside(labels, vocabulary)]
         if len(outside):
             raise ValueError(

@@ -13,7 +13,10 @@ from typing import Any
 import megatron.core.tensor_parallel.layers as mcore_layers
 import megatron.core.tensor_parallel.random as mcore_random
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
+
+from megafn.runtime.parallel.exchanged import Exchange, exchanged
 
 _GRAD = torch.Tensor.grad.__get__
 
@@ -65,16 +68,8 @@ def megatron_on_cpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    answers = _answers_of_a_cpu()
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in answers]
-    try:
-        for owner, name, answer in answers:
-            setattr(owner, name, answer)
-        with _CudaMeansCpu():
-            yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
+    with exchanged(_answers_of_a_cpu()), _CudaMeansCpu():
+        yield
 
 
 @contextlib.contextmanager
@@ -88,8 +83,8 @@ def device_requests_not_answered() -> Iterator[None]:
         yield
 
 
-def _answers_of_a_cpu() -> list[tuple[object, str, object]]:
-    """(owner, attribute, its value while megatron-core runs on a CPU)."""
+def _answers_of_a_cpu() -> list[Exchange]:
+    """What stands in place of functions of CUDA while megatron-core runs on a CPU."""
     cpu = torch.device("cpu")
 
     def get_rng_state(*_, **__):
@@ -121,6 +116,21 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def without_cuda() -> Iterator[None]:
+    """Use the CPU until the `with` is left, also on a machine with GPUs."""
+    with exchanged([(torch.cuda, "is_available", lambda: False)]):
+        yield
+
+
+def has_values_at_hand(tensor: torch.Tensor) -> bool:
+    """Whether looking at values costs nothing: not on a GPU, where it would wait for the device.
+
+    Nor on a fake tensor, of a dry run, which has none.
+    """
+    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
 
 
 def backend() -> str:

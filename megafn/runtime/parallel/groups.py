@@ -78,6 +78,11 @@ class ProcessGroups:
         return self.rank == 0
 
     @property
+    def is_dry_run(self) -> bool:
+        """Whether the other ranks do not exist (`megafn.dry_run`): what they hold is not known."""
+        return _is_dry_run(self.world)
+
+    @property
     def world_size(self) -> int:
         return self.groups.world_size
 
@@ -96,6 +101,11 @@ class ProcessGroups:
     @property
     def is_last_stage(self) -> bool:
         return self.place.pp == self.groups.pp_size - 1
+
+
+def _is_dry_run(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether a group (None: torch's default one) is on torch's "fake" backend."""
+    return dist.get_backend(group) == "fake"
 
 
 def world_size() -> int:
@@ -197,14 +207,18 @@ def _every_group(
     """Each distinct group of the layout, by its ranks.
 
     Every process creates every group, those without it too, and all in the same order: torch pairs
-    the calls of `new_group` by their order. Groups of the same ranks are one.
+    the calls of `new_group` by their order. Groups of the same ranks are one. In a dry run there is
+    no other process to pair calls with, so this rank's groups are enough.
     """
     created: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    only_own = _is_dry_run()
+    rank = dist.get_rank()
     try:
         for kind in GROUP_KINDS:
             for ranks in getattr(groups, kind.name):
-                if ranks not in created:
-                    created[ranks] = dist.new_group(ranks, timeout=timeout)
+                if ranks in created or (only_own and rank not in ranks):
+                    continue
+                created[ranks] = dist.new_group(ranks, timeout=timeout)
         yield created
     finally:
         for ranks, group in created.items():

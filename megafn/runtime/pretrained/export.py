@@ -11,18 +11,24 @@ import torch.distributed as dist
 from attrs import frozen
 
 from megafn.pure.checkpoint.boxes import Box, Index, slices_of
-from megafn.pure.checkpoint.write_plan import WritePlan, plan_writes
+from megafn.pure.checkpoint.write_plan import Listing, WritePlan, plan_writes
 from megafn.pure.config.serialization import from_dict
 from megafn.pure.pretrained.natural_order import in_natural_order
 from megafn.pure.pretrained.pretrained import pretrained_from_dict
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.checkpoint.disk_format import tensor_key
 from megafn.runtime.checkpoint.load import checkpoint_at, read_manifest
-from megafn.runtime.checkpoint.state_boxes import StateBox, state_boxes
+from megafn.runtime.checkpoint.state_boxes import (
+    PARAMETER,
+    StateBox,
+    kind_and_parameter,
+    state_boxes,
+    tensor_name,
+)
 from megafn.runtime.model.lora import lora_of
 from megafn.runtime.model.state import State, check_usable
 from megafn.runtime.parallel.groups import ProcessGroups
-from megafn.runtime.parallel.object_collectives import gather_from_all_ranks
+from megafn.runtime.parallel.object_collectives import decide_on_rank_zero
 from megafn.runtime.pretrained.base import merged, open_weights
 from megafn.runtime.pretrained.formats import find_weights
 from megafn.runtime.pretrained.model_directory import (
@@ -33,8 +39,6 @@ from megafn.runtime.pretrained.model_directory import (
 from megafn.runtime.pretrained.parameter_reader import ParameterReader
 from megafn.runtime.pretrained.ranks import one_process, ranks_of
 from megafn.runtime.pretrained.weight_source import WeightSource
-
-_PARAMETER = "parameter/"
 
 
 def to_pretrained(
@@ -151,12 +155,15 @@ def _reader_of_state(state: State) -> ParameterReader:
     holdings = []
     for box in state_boxes(state):
         key = tensor_key(box.tensor, box.box[0])
-        if box.tensor.startswith(_PARAMETER) and key not in own:
+        kind, _ = kind_and_parameter(box.tensor)
+        if kind == PARAMETER and key not in own:
             own[key] = box
             size = box.view.numel() * box.view.element_size()
             holdings.append((box.tensor, box.shape, box.box, size))
-    plan = plan_writes(gather_from_all_ranks((pg.place.pp, holdings), pg))
-    shapes = {tensor.removeprefix(_PARAMETER): shape for tensor, (shape, _) in plan.items()}
+    listing = Listing(stage=pg.place.pp, holdings=tuple(holdings))
+    # Every rank needs the whole plan: it sends its boxes, parameter by parameter.
+    plan = decide_on_rank_zero(listing, plan_writes, pg)
+    shapes = {kind_and_parameter(tensor)[1]: shape for tensor, (shape, _) in plan.items()}
     spread = SpreadParameters(pg=pg, plan=plan, own=own)
     return ParameterReader(shapes=_in_order(shapes), read=partial(_read_from_ranks, spread))
 
@@ -164,7 +171,7 @@ def _reader_of_state(state: State) -> ParameterReader:
 def _read_from_ranks(spread: SpreadParameters, name: str, rank: int) -> torch.Tensor | None:
     """Each box is sent by the rank that gives it, in fp32, to the rank that reads."""
     pg = spread.pg
-    tensor = _PARAMETER + name
+    tensor = tensor_name(PARAMETER, name)
     shape, boxes = spread.plan[tensor]
     whole = torch.empty(shape) if pg.rank == rank else None
     for box, holder in boxes:

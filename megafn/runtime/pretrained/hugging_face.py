@@ -22,7 +22,7 @@ from megafn.pure.checkpoint.boxes import Box, Index, overlap, slices_of
 from megafn.pure.config.problems import Problem
 from megafn.pure.config.records import ModelConfig
 from megafn.pure.pretrained.architecture import Architecture
-from megafn.pure.pretrained.architectures import architecture_of, pretrained_model
+from megafn.pure.pretrained.architectures import CONFIG, read_directory
 from megafn.pure.pretrained.compatibility import is_head, shape_problem
 from megafn.pure.pretrained.pretrained import Pretrained
 from megafn.pure.pretrained.stored_slice import StoredSlice
@@ -35,7 +35,6 @@ from megafn.runtime.pretrained.weight_source import (
     commonest_dtype,
 )
 
-CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -62,9 +61,7 @@ class HuggingFaceWeights:
 @contextlib.contextmanager
 def open_hugging_face(path: Path, model: ModelConfig | None = None) -> Iterator[WeightSource]:
     """The weights of a directory. Raises as `OpenWeights` says."""
-    config = read_config(path)
-    architecture = architecture_of(config)
-    described = pretrained_model(path)
+    config, architecture, described = read_directory(path)
     with contextlib.ExitStack() as closing:
         files, tensors = _open_files(path, closing)
         weights = HuggingFaceWeights(
@@ -88,20 +85,6 @@ def open_hugging_face(path: Path, model: ModelConfig | None = None) -> Iterator[
             is_known_buffer=partial(_is_known_buffer, weights),
             is_head=partial(_is_head, architecture),
         )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a directory. Raises CheckpointError if it is missing or not an object."""
-    file = path / CONFIG
-    try:
-        config = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing: it says what the weights are of") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} is damaged: it is not a JSON object")
-    return config
 
 
 # --------------------------------------------------------------------------------------- files

@@ -30,10 +30,9 @@ from megafn.runtime.checkpoint.load import (
     open_boxes,
     read_manifest,
 )
+from megafn.runtime.checkpoint.state_boxes import PARAMETER, kind_and_parameter, tensor_name
 from megafn.runtime.data.corpus_identity import fingerprint_of
 from megafn.runtime.pretrained.weight_source import StoredTensor, WeightFormat, WeightSource
-
-_PARAMETER = "parameter/"
 
 
 @frozen(kw_only=True, eq=False)
@@ -58,8 +57,8 @@ def open_checkpoint(path: Path, model: ModelConfig | None = None) -> Iterator[We
     shapes = {}
     tensors = {}
     for key, stored in manifest["tensors"].items():
-        if key.startswith(_PARAMETER):
-            name = key.removeprefix(_PARAMETER)
+        kind, name = kind_and_parameter(key)
+        if kind == PARAMETER:
             shapes[name] = tuple(stored["shape"])
             tensors[name] = StoredTensor(shape=shapes[name], file=stored["pieces"][0][0])
     with open_boxes(path, manifest["tensors"]) as reader:
@@ -122,7 +121,7 @@ def _copy(
     weights: CheckpointWeights, name: str, shape: Index, box: Box, target: torch.Tensor
 ) -> None:
     try:
-        copy_box(weights.reader, _PARAMETER + name, shape, box, target)
+        copy_box(weights.reader, tensor_name(PARAMETER, name), shape, box, target)
     except SafetensorError as error:
         raise CheckpointError(f"{weights.path} could not be read: {error}") from None
 

@@ -212,9 +212,9 @@ def _made_of(weights: MegatronWeights, name: str, shape: Index) -> Sequence[str]
             )
         return ()
     tensor = weights.tensors[stored]
-    rows = tensor.shape[:1]
-    if is_cut_over_vocabulary(stored) and tensor.shape[1:] == shape[1:]:
-        padding = rows[0] - shape[0]
+    is_table = is_cut_over_vocabulary(stored) and len(tensor.shape) == len(shape)
+    if is_table and tensor.shape[1:] == shape[1:]:
+        padding = tensor.shape[0] - shape[0]
         fits = 0 <= padding <= _largest_padding(weights, tensor)
     else:
         fits = tensor.shape == shape

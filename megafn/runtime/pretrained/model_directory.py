@@ -11,7 +11,9 @@ import glob
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ import torch
 from attrs import frozen
 
 from megafn.pure.checkpoint.boxes import Index
-from megafn.pure.config.problems import Problem, choice_problem, config_error
+from megafn.pure.config.family_record import family_name
+from megafn.pure.config.problems import ConfigError, Problem, choice_problem, config_error
 from megafn.pure.config.records import ModelConfig, TrainConfig
 from megafn.pure.pretrained.architecture import Architecture
 from megafn.pure.pretrained.architectures import (
     ARCHITECTURES,
+    CONFIG,
     architecture_for,
     exported_config,
 )
@@ -37,8 +41,9 @@ from megafn.runtime.checkpoint.atomic_files import (
     write_file,
     write_tensor_stream,
 )
+from megafn.runtime.data.corpora import tokenizer_of
 from megafn.runtime.model.layers import DTYPES
-from megafn.runtime.pretrained.hugging_face import CONFIG, INDEX, SINGLE_FILE
+from megafn.runtime.pretrained.hugging_face import INDEX, SINGLE_FILE
 from megafn.runtime.pretrained.parameter_reader import ParameterReader
 from megafn.runtime.pretrained.ranks import Ranks
 
@@ -118,7 +123,7 @@ def plan_directory(
     }
     return DirectoryPlan(
         directory=Path(directory),
-        config=_config_json(architecture, model, pretrained, dtype),
+        config=_config_json(architecture, config, pretrained, dtype),
         shards=_shards(types, max_shard_bytes),
         pieces=pieces,
         tokenizer=None if tokenizer is None else Path(tokenizer),
@@ -165,9 +170,13 @@ def _pieces_of_tensors(
 
 
 def _config_json(
-    architecture: Architecture, model: ModelConfig, pretrained: Pretrained | None, dtype: str
+    architecture: Architecture, run: TrainConfig, pretrained: Pretrained | None, dtype: str
 ) -> dict[str, Any]:
-    config = exported_config(architecture, model, None if pretrained is None else pretrained.config)
+    model = run.model
+    source = None if pretrained is None else pretrained.config
+    config = exported_config(architecture, model, source)
+    if source is None:
+        config["eos_token_id"] = _end_of_text(run)
     if len(config.get("id2label") or ()) != (model.num_labels or 0):
         # names of the labels of a head that was replaced
         config.pop("id2label", None)
@@ -176,6 +185,23 @@ def _config_json(
     for key in ("dtype", "torch_dtype"):
         config[key] = _NAMES_IN_CONFIG[dtype]
     return config
+
+
+def _end_of_text(run: TrainConfig) -> int | None:
+    """The id with which the texts end that a model was trained on from random weights.
+
+    None if the tokenizer is not known, or cannot be read any more: the weights need none.
+    """
+    family = family_name(run.model.family)
+    if run.data is None or family == "bert":
+        return None
+    try:
+        tokenizer = tokenizer_of(run)
+    except ConfigError as error:
+        warnings.warn(f"config.json: it names no eos_token_id, because {error}", stacklevel=5)
+        return None
+    token = tokenizer.eos if family == "t5" else tokenizer.eod
+    return token if token is not None and token < run.model.vocab_size else None
 
 
 def _shards(types: Mapping[str, TensorType], max_bytes: int) -> list[Shard]:
@@ -210,7 +236,7 @@ def write_directory(plan: DirectoryPlan, reader: ParameterReader, ranks: Ranks) 
     try:
         checksums, problem = _write_shards(plan, room.hidden, reader, ranks)
         if ranks.rank == 0 and problem is None:
-            problem = _publish(plan, room.hidden, checksums)
+            problem = _problem_of(partial(_publish, plan, room.hidden, checksums), plan.directory)
         problem = ranks.broadcast(problem)
     except BaseException:
         if ranks.rank == 0:
@@ -249,9 +275,23 @@ def _make_room(plan: DirectoryPlan) -> Room:
         hidden = directory.with_name(_hidden_name(directory.name, secrets.token_hex(4)))
         hidden.mkdir()
         sync_folder(directory.parent)
-    except (OSError, ValueError) as error:  # NUL in a path is a ValueError
-        return Room(problem=f"{directory} could not be written: {error}")
+    except Exception as error:  # NUL in a path is a ValueError
+        return Room(problem=_unwritten(directory, error))
     return Room(hidden=hidden)
+
+
+def _problem_of(write: Callable[[], None], path: Path) -> str | None:
+    """Why that cannot be written, or None. It is reported to all ranks, whatever its kind."""
+    try:
+        write()
+    except Exception as error:
+        return _unwritten(path, error)
+    return None
+
+
+def _unwritten(path: Path, error: Exception) -> str:
+    reason = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
+    return f"{path} could not be written: {reason}"
 
 
 def _hidden_name(name: str, token: str) -> str:
@@ -273,21 +313,17 @@ def _write_shards(
     plan: DirectoryPlan, hidden: Path, reader: ParameterReader, ranks: Ranks
 ) -> tuple[dict[str, str], str | None]:
     """The sha256 of each file, and the first problem; every rank learns both."""
-    checksums = {}
+    checksums: dict[str, str] = {}
     problem = None
     for number, shard in enumerate(plan.shards):
         writer = number % ranks.world_size
         tensors = _stored_tensors(plan, shard, reader, writer)
         if ranks.rank == writer and problem is None:
-            try:
-                checksums[shard.file] = write_tensor_stream(
-                    hidden / shard.file, shard.types, tensors, {"format": "pt"}
-                )
-            except OSError as error:
-                problem = f"{plan.directory / shard.file} could not be written: {error}"
-        for _ in tensors:
-            # the other ranks send their parts, and this one receives them also after a failure
-            pass
+            write = partial(_write_shard, shard, hidden, tensors, checksums)
+            problem = _problem_of(write, plan.directory / shard.file)
+        # the other ranks send their parts, and this one receives them also after a failure
+        unread = _problem_of(partial(_go_through, tensors), plan.directory / shard.file)
+        problem = problem or unread
     all_checksums: dict[str, str] = {}
     all_problems = []
     for checksums_of_rank, problem_of_rank in ranks.gather((checksums, problem)):
@@ -296,15 +332,30 @@ def _write_shards(
     return all_checksums, next((found for found in all_problems if found is not None), None)
 
 
+def _write_shard(
+    shard: Shard, hidden: Path, tensors: Iterator[torch.Tensor], checksums: dict[str, str]
+) -> None:
+    checksums[shard.file] = write_tensor_stream(
+        hidden / shard.file, shard.types, tensors, {"format": "pt"}
+    )
+
+
+def _go_through(tensors: Iterator[torch.Tensor]) -> None:
+    for _ in tensors:
+        pass
+
+
 def _stored_tensors(
     plan: DirectoryPlan, shard: Shard, reader: ParameterReader, writer: int
 ) -> Iterator[torch.Tensor]:
     """The tensors of a file in order, on the rank that writes it; on other ranks nothing.
 
-    Every rank goes through it to the end.
+    Every rank goes through it to the end. What fails on the writer is raised at the end: until then
+    it receives what the others send.
     """
     name = None
     whole = None
+    failure: Exception | None = None
     for tensor, its_type in shard.types.items():
         target = None
         for piece in plan.pieces[tensor]:
@@ -312,13 +363,18 @@ def _stored_tensors(
                 name = piece.parameter
                 whole = None  # one parameter at a time
                 whole = reader.read(name, writer)
-            if whole is None:
+            if whole is None or failure is not None:
                 continue
-            if target is None:
-                target = torch.empty(its_type.shape, dtype=its_type.dtype)
-            _place(target, piece.slice, whole)
-        if target is not None:
+            try:
+                if target is None:
+                    target = torch.empty(its_type.shape, dtype=its_type.dtype)
+                _place(target, piece.slice, whole)
+            except Exception as error:  # there is no memory for it
+                failure = error
+        if target is not None and failure is None:
             yield target
+    if failure is not None:
+        raise failure
 
 
 def _place(target: torch.Tensor, part: StoredSlice, whole: torch.Tensor) -> None:
@@ -332,19 +388,15 @@ def _place(target: torch.Tensor, part: StoredSlice, whole: torch.Tensor) -> None
 # ----------------------------------------------------------------------------------------- publish
 
 
-def _publish(plan: DirectoryPlan, hidden: Path, checksums: dict[str, str]) -> str | None:
-    """Write the small files and give the directory its name. Returns why that failed, or None."""
-    try:
-        if len(plan.shards) > 1:
-            checksums[INDEX] = write_file(hidden / INDEX, _json(_index(plan)))
-        checksums[CONFIG] = write_file(hidden / CONFIG, _json(plan.config))
-        if plan.tokenizer is not None:
-            for name, file in tokenizer_files(plan.tokenizer).items():
-                checksums[name] = write_file(hidden / name, file.read_bytes())
-        publish(hidden, plan.directory, checksums)
-    except OSError as error:
-        return f"{plan.directory} could not be written: {error}"
-    return None
+def _publish(plan: DirectoryPlan, hidden: Path, checksums: dict[str, str]) -> None:
+    """Write the small files and give the directory its name."""
+    if len(plan.shards) > 1:
+        checksums[INDEX] = write_file(hidden / INDEX, _json(_index(plan)))
+    checksums[CONFIG] = write_file(hidden / CONFIG, _json(plan.config))
+    if plan.tokenizer is not None:
+        for name, file in tokenizer_files(plan.tokenizer).items():
+            checksums[name] = write_file(hidden / name, file.read_bytes())
+    publish(hidden, plan.directory, checksums)
 
 
 def _index(plan: DirectoryPlan) -> dict[str, Any]:

@@ -28,12 +28,13 @@ from megafn.pure.pretrained.compatibility import (
 from megafn.pure.pretrained.natural_order import in_natural_order
 from megafn.runtime.checkpoint.atomic_files import CheckpointError
 from megafn.runtime.checkpoint.disk_format import latest
-from megafn.runtime.checkpoint.state_boxes import fill_state, held_shapes
+from megafn.runtime.checkpoint.state_boxes import fill_state, held_shapes, kind_and_parameter
 from megafn.runtime.metrics.sinks import print_on_rank_zero
 from megafn.runtime.model.state import State, check_usable, donate
 from megafn.runtime.parallel.groups import ProcessGroups
 from megafn.runtime.parallel.object_collectives import (
     call_on_rank_zero,
+    decide_on_rank_zero,
     errors_on_all_ranks,
     gather_from_all_ranks,
 )
@@ -172,7 +173,10 @@ def _match_everywhere(source: WeightSource, state: State) -> Match:
 
     with errors_on_all_ranks(state.pg):
         own = _match_own(source, state)
-    ranks = gather_from_all_ranks(own, state.pg)
+    return decide_on_rank_zero(own, partial(_match_of_all, source, model), state.pg)
+
+
+def _match_of_all(source: WeightSource, model: ModelConfig, ranks: Sequence[OwnMatch]) -> Match:
     problems_of_ranks = [problem for rank in ranks for problem in rank.problems]
     if problems_of_ranks:
         raise CheckpointError("; ".join(in_natural_order(problems_of_ranks)))
@@ -254,7 +258,7 @@ def _fill_everywhere(source: WeightSource, state: State, match: Match) -> None:
 def _copy_finite(
     source: WeightSource, tensor: str, shape: Index, box: Box, target: torch.Tensor
 ) -> None:
-    name = tensor.partition("/")[2]
+    _, name = kind_and_parameter(tensor)
     source.copy(name, shape, box, target)
     if not torch.isfinite(target).all():
         stored = ", ".join(source.made_of(name, shape))

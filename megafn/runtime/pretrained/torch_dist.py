@@ -146,7 +146,28 @@ def _tensors_of_metadata(metadata: Any, path: Path) -> dict[str, ChunkedTensor]:
                 dtype=_dtype(tensor["properties"]),
                 chunks=[_chunk(name, chunk, places, path) for chunk in tensor["chunks"]],
             )
+            _check_shapes(name, tensors[name], path / METADATA)
     return tensors
+
+
+def _check_shapes(name: str, tensor: ChunkedTensor, file: Path) -> None:
+    """Raises CheckpointError if a chunk is not a part of its tensor, or layers are not counted."""
+    shape = tensor.shape
+    if not shape and _ALL_LAYERS.fullmatch(name):
+        raise CheckpointError(
+            f"{file} is damaged: {name} is of all layers, but its shape [] does not count them"
+        )
+    for chunk in tensor.chunks:
+        offset, size = chunk.box
+        is_inside = len(offset) == len(size) == len(shape) and all(
+            start + length <= whole
+            for start, length, whole in zip(offset, size, shape, strict=True)
+        )
+        if not is_inside:
+            raise CheckpointError(
+                f"{file} is damaged: {name} has the shape {list(shape)}, and a part of the shape "
+                f"{list(size)} at {list(offset)}"
+            )
 
 
 def _chunk(name: str, described: Any, places: Mapping[Any, Mapping[str, Any]], path: Path) -> Chunk:

@@ -91,8 +91,8 @@ class WeightSource:
 
 # (the path that `find` returned, the model to read into) -> the open weights. A model of None means
 # the one that the files describe. Raises CheckpointError if something is missing or damaged,
-# ConfigError if the files describe a model that megafn cannot express, and OSError. Communicates
-# nothing.
+# ConfigError if config.json is, or the files describe a model that megafn cannot express, and
+# OSError. Communicates nothing.
 OpenWeights = Callable[[Path, ModelConfig | None], AbstractContextManager[WeightSource]]
 
 

@@ -60,6 +60,7 @@ def index_text(
     split: Sequence[float] = DEFAULT_SPLIT,
     split_sentences: bool = False,
     json_key: str = DEFAULT_JSON_KEY,
+    overwrite: bool = True,
 ) -> dict[str, str]:
     """Write a text as megatron-core's indexed datasets; return split name -> prefix of its files.
 
@@ -72,13 +73,14 @@ def index_text(
     several, because megatron-core would leave out the whole document.
     Files appear whole under `{prefix}_{split}.bin` and `.idx`, or not at all. Beside them a
     `.tokens.json` holds the largest token id, and the tokenizer's name and digest. Those of an
-    earlier call with this prefix are replaced, or removed if their split is empty now.
+    earlier call with this prefix are replaced, or removed if their split is empty now; with
+    overwrite=False they are refused before the text is read.
     The longest document is held in memory; it is encoded in fragments, cut where the ids stay the
     same, and by a tokenizer.json on all cores.
     eod_token: as for `load_tokenizer`, if the tokenizer is a name.
 
-    Raises ConfigError for a source that cannot be read, ValueError for a text that cannot be
-    encoded or a split of other than three weights.
+    Raises ConfigError for a source that cannot be read or a prefix that is taken, ValueError for a
+    text that cannot be encoded or a split of other than three weights.
     """
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer, eod_token=eod_token)
@@ -90,6 +92,8 @@ def index_text(
     if len(split) != len(SPLITS):
         raise ValueError(f"split = {tuple(split)}: give three weights, of train, valid and test")
     prefix = Path(prefix)
+    if not overwrite:
+        _check_prefix_is_free(prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{prefix.name}.", dir=prefix.parent) as folder:
         builders: dict[str, IndexedDatasetBuilder] = {}
@@ -109,6 +113,16 @@ def index_text(
             _describe_tokens(f"{folder}/{name}{_TOKENS}", largest[name], identity_of(tokenizer))
         _publish(folder, prefix, builders)
     return {name: f"{prefix}_{name}" for name in SPLITS if name in builders}
+
+
+def _check_prefix_is_free(prefix: Path) -> None:
+    for name in SPLITS:
+        index = Path(f"{prefix}_{name}.idx")
+        if index.exists():
+            raise ConfigError(
+                f"{index} exists already; name another prefix, or pass overwrite=True "
+                f"(--overwrite) to replace every {prefix}_*"
+            )
 
 
 def _builder(path: str, tokenizer: Tokenizer) -> IndexedDatasetBuilder:

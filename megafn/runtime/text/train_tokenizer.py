@@ -82,9 +82,7 @@ def _train(
     try:
         import tokenizers
     except ImportError as error:
-        raise ConfigError(
-            "the library tokenizers is not installed; pip install tokenizers"
-        ) from error
+        raise ConfigError("the library tokenizers is not installed; install megafn[hf]") from error
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)

@@ -183,13 +183,16 @@ def _open_data(
             passes = passes_over(valid_batches)
         held_out = partial(_next_pass, passes, step, config, pg)
     elif "valid" in corpora:
+        dataset = build_dataset(config, "valid", corpora["valid"])
+        if pg.is_rank_zero:
+            _warn_of_repeated_samples(len(dataset), config)
         held_out = partial(
             read_batches,
             config,
             pg,
             split="valid",
             count=config.eval_iters,
-            dataset=build_dataset(config, "valid", corpora["valid"]),
+            dataset=dataset,
         )
     training = global_batches(
         batches,
@@ -201,6 +204,21 @@ def _open_data(
         corpora=corpora.get("train"),
     )
     return Data(training=training, held_out=held_out)
+
+
+def _warn_of_repeated_samples(samples: int, config: TrainConfig) -> None:
+    """A warning if one evaluation reads some of the validation samples more than once."""
+    batch_size = config.global_batch_size
+    if samples >= config.eval_iters * batch_size:
+        return
+    whole = samples // batch_size
+    remedy = f"set eval_iters to {whole} or" if whole > 0 else "lower global_batch_size or"
+    warnings.warn(
+        f"eval_iters = {config.eval_iters}: the validation split has {samples} samples, that is "
+        f"{samples / batch_size:.3g} global batches of {batch_size}, so each evaluation repeats "
+        f"them; {remedy} give it more text (data.valid, data.split)",
+        stacklevel=5,  # the caller of `train` or `fit`
+    )
 
 
 def global_batches(

@@ -47,7 +47,7 @@ def run_schedule(
     With `collect`, loss_func(micro_batch, output, non_loss_data=True) -> anything.
     """
     _announce_shapes(chunks, micro_batches)
-    rows, sequence = max(_shape(batch) for batch in micro_batches)
+    rows, sequence = max(shape_between_stages(batch) for batch in micro_batches)
     interleaved = len(chunks) > 1
     schedule = get_forward_backward_func(
         pp_size=pg.pp.size(), vp_size=len(chunks) if interleaved else None
@@ -133,7 +133,7 @@ def _micro_batches(
     return [cut_sequence(micro_batch, pg) for micro_batch in micro_batches]
 
 
-def _shape(batch: Batch) -> tuple[int, int]:
+def shape_between_stages(batch: Batch) -> tuple[int, int]:
     """[batch, sequence] of what stages send each other.
 
     An encoder-decoder's two sequences follow one another.
@@ -146,7 +146,7 @@ def _shape(batch: Batch) -> tuple[int, int]:
 
 def _announce_shapes(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[Batch]) -> None:
     """Have stages send each other the shapes first if micro-batches differ in shape."""
-    shapes = {_shape(batch) for batch in micro_batches}
+    shapes = {shape_between_stages(batch) for batch in micro_batches}
     for chunk in chunks:
         get_model_config(chunk).variable_seq_lengths = len(shapes) > 1
 

@@ -67,7 +67,7 @@ def build_state(
     optimizer: OptimizerFunction | None = None,
 ) -> State:
     """`setup` for callers that read checkpoint.pretrained themselves."""
-    check(config, pg.world_size, cuda=pg.device.type == "cuda")
+    check(config, pg.world_size, cuda=pg.device.type == "cuda" or pg.is_dry_run)
     _check_groups(config, pg)
     build = model or config.model_function or build_chunk
     with megatron_context(pg, config.seed, "setup"):

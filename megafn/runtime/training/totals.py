@@ -7,6 +7,7 @@ is. A step that reports other names raises a flag in it, so that no rank waits f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -52,7 +53,7 @@ def sum_over_ranks(
         numbers = _all_reduced(sums, names, pg, squared_norm)
     if names is None or numbers is None:
         # The first step, or a step that reports other names than the one before.
-        names = _agree_on_names(sums, pg)
+        names = agree_on_names(sums, pg)
         numbers = _all_reduced(sums, names, pg, squared_norm)
     if numbers is None:
         raise RuntimeError(f"report names = {names}: ranks that agreed on them do not have them")
@@ -75,21 +76,22 @@ def _all_reduced(
 ) -> list[float] | None:
     """[squared norm, loss, count, *report] summed over all ranks; None if a rank has other names.
 
-    The ranks of one tensor-parallel group report the same numbers, of which the first one's count.
+    A rank with other names puts NaN in front, which every sum keeps. The ranks of one
+    tensor-parallel group report the same numbers, of which the first one's count.
     """
     total = torch.zeros(4 + len(names), dtype=torch.float64, device=pg.device)
     if any(micro_batch.names != names for micro_batch in sums):
-        total[0] = 1.0
+        total[0] = math.nan
     elif sums and pg.place.tp == 0:
         total[2:] = torch.stack([micro_batch.values for micro_batch in sums]).sum(0)
     if squared_norm is not None:
         total[1] = squared_norm
     dist.all_reduce(total, group=pg.world)
     disagreeing, *numbers = total.tolist()
-    return None if disagreeing else numbers
+    return None if math.isnan(disagreeing) else numbers
 
 
-def _agree_on_names(sums: Sequence[MicroBatchSums], pg: ProcessGroups) -> tuple[str, ...]:
+def agree_on_names(sums: Sequence[MicroBatchSums], pg: ProcessGroups) -> tuple[str, ...]:
     """The names of the step's report, on every rank; ValueError if they differ anywhere."""
     here = sorted({micro_batch.names for micro_batch in sums})
     everywhere = {names for rank in gather_from_all_ranks(here, pg) for names in rank}

@@ -9,11 +9,11 @@ from attrs import field, frozen
 
 from megafn.pure.config.problems import Problem
 from megafn.pure.planner.machine import Machine
+from megafn.pure.planner.plans.table import RankingRow, plan_text, ranking_text
 from megafn.pure.planner.records import Band, Layout, Memory, StepTime
-from megafn.pure.planner.table import RankingRow, plan_text, ranking_text
 
-# Plans that a printed ranking shows.
-_SHOWN = 10
+# Plans that are looked at for each one that a ranking shows.
+_LOOKED_AT = 10
 
 
 @frozen(kw_only=True)
@@ -82,25 +82,43 @@ class Ranking:
     plans: Sequence[Plan]
     # Those that need too much memory, the least first; then those that break a rule.
     refused: Sequence[Refusal]
-    # (how many are refused, why), the commonest reason first.
+    # (how many are refused, what they do wrong)
     reasons: tuple[tuple[int, str], ...] = field(default=(), repr=False)
     # If nothing fits: by how much, and what would help.
     advice: str | None = None
 
     def __str__(self) -> str:
+        return self.table()
+
+    def table(self, top: int = 10) -> str:
+        """The best layouts as text; of those that differ in switches only, the best."""
         return ranking_text(
             machine=self.machine,
             world_size=self.world_size,
             implementation=self.implementation,
-            rows=[_row(plan) for plan in islice(self.plans, _SHOWN)],
+            rows=_best_rows(self.plans, top),
             num_plans=len(self.plans),
             reasons=self.reasons,
             advice=self.advice,
         )
 
 
-def _row(plan: Plan) -> RankingRow:
+def _best_rows(plans: Sequence[Plan], top: int) -> list[RankingRow]:
+    """Of the best plans, those whose degrees or micro-batch size differ from a better one's."""
+    rows: dict[tuple[int, ...], RankingRow] = {}
+    for index, plan in enumerate(islice(plans, _LOOKED_AT * top)):
+        layout = plan.layout
+        sizes = (layout.tp, layout.pp, layout.vpp, layout.cp, layout.micro_batch_size)
+        if sizes not in rows:
+            rows[sizes] = _row(index, plan)
+        if len(rows) == top:
+            break
+    return list(rows.values())
+
+
+def _row(index: int, plan: Plan) -> RankingRow:
     return RankingRow(
+        index=index,
         layout=plan.layout,
         memory=max(memory.total for memory in plan.memory),
         seconds=plan.time.total,

@@ -7,14 +7,15 @@ the decline of small products that measurements show (arXiv 2104.04473, figure 7
 
 from __future__ import annotations
 
+import attrs
 from attrs import frozen
 
+from megafn.pure.config.records import padded_vocab_size
+from megafn.pure.planner.activations import ELEMENT_BYTES
 from megafn.pure.planner.implementation import Implementation
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.model_shape import ModelShape, StackShape
 from megafn.pure.planner.records import Layout
-
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+from megafn.pure.planner.time.model_dimensions import ModelShape, StackShape
 
 # Flash attention reaches this share of what large products do. Its backward pass computes the
 # scores again: five products where the forward pass has two.
@@ -36,7 +37,7 @@ def speeds_of(machine: Machine, dtype: str) -> Speeds:
     return Speeds(
         matmul=peak * machine.matmul_efficiency,
         memory=machine.memory_bandwidth * machine.memory_efficiency,
-        element=_BYTES.get(dtype, 2),
+        element=ELEMENT_BYTES[dtype],
     )
 
 
@@ -58,13 +59,12 @@ def layer_seconds(
 ) -> LayerSeconds:
     """Forward and backward pass of one layer over one micro-batch, on one rank."""
     tokens = stack.length * layout.micro_batch_size / layout.cp
-    linear = _linear_seconds(model, tokens, layout.tp, speeds)
+    products = _product_speeds(speeds, implementation)
+    linear = _linear_seconds(model, tokens, layout.tp, products)
     core, core_backward = _attention_seconds(
         model, tokens, stack.attended, stack.keys, layout.tp, speeds, implementation
     )
-    forward_bytes, backward_bytes = _elementwise_bytes(
-        model, tokens, layout, speeds.element, implementation
-    )
+    forward_elements, backward_elements = elementwise_elements(model, layout, implementation)
     if stack.context:
         memory_tokens = stack.context * layout.micro_batch_size / layout.cp
         cross = _attention_seconds(
@@ -72,15 +72,23 @@ def layer_seconds(
         )
         core += cross[0]
         core_backward += cross[1]
-        linear += _cross_linear_seconds(model, tokens, memory_tokens, layout.tp, speeds)
-        # a norm and a residual more, as around self-attention
-        forward_bytes *= 1.5
-        backward_bytes *= 1.5
+        linear += _cross_linear_seconds(model, tokens, memory_tokens, layout.tp, products)
+        cross_elements = cross_attention_elements(model, layout)
+        forward_elements += cross_elements[0]
+        backward_elements += cross_elements[1]
+    passes = tokens * speeds.element / speeds.memory
     return LayerSeconds(
-        forward=linear + core + forward_bytes / speeds.memory,
-        backward=2 * linear + core_backward + backward_bytes / speeds.memory,
+        forward=linear + core + forward_elements * passes,
+        backward=2 * linear + core_backward + backward_elements * passes,
         core=core,
     )
+
+
+def _product_speeds(speeds: Speeds, implementation: Implementation) -> Speeds:
+    """Of products within layers, which some implementations run in fp8."""
+    if implementation.product_speed == 1:
+        return speeds
+    return attrs.evolve(speeds, matmul=speeds.matmul * implementation.product_speed)
 
 
 def matmul_seconds(rows: float, inner: float, columns: float, speeds: Speeds) -> float:
@@ -134,57 +142,69 @@ def _attention_seconds(
     return forward, 2 * products + 11 * scores / speeds.memory
 
 
-def _elementwise_bytes(
-    model: ModelShape, tokens: float, layout: Layout, element: int, implementation: Implementation
+def elementwise_elements(
+    model: ModelShape, layout: Layout, implementation: Implementation
 ) -> tuple[float, float]:
-    """Bytes that norms, residuals and activations of a layer move, forward and backward."""
+    """Elements for each token that norms, residuals, activations and the like read and write.
+
+    In a layer, forward and backward. Unfused they are those of the operations that torch
+    dispatches, which a test counts.
+    """
+    tp = layout.tp
+    fused = implementation.fused
+    whole = model.hidden / (tp if layout.sequence_parallel else 1)
+    ffn = model.ffn / tp
+    projected = (model.query + model.key_value) / tp
+    # two norms and two residuals; of their gradients one more pass reads what the norm read
+    forward = 10 * whole
+    backward = 12 * whole
+    if model.gated:
+        forward += (3 if fused else 7) * ffn
+        backward += (5 if fused else 13) * ffn
+    else:
+        forward += 2 * ffn
+        backward += 3 * ffn
+    if model.bias:
+        # gradients of biases read the gradients of what they were added to
+        backward += projected + model.up / tp + 2 * whole
+    rotated = model.rotated * (model.query + model.key_value / 2) / tp
+    forward += (2 if fused else 12) * rotated
+    backward += (2 if fused else 17) * rotated
+    if not implementation.flash_attention:
+        # queries, keys, values and what they attend to, rearranged for the products
+        forward += 6 * model.query / tp
+        backward += 6 * model.query / tp
+    if fused:
+        return forward, backward
+    # gradients of queries, keys and values are joined
+    backward += 2 * projected
+    if model.dropout:
+        forward += 5 * whole
+        backward += 5 * whole
+    if model.bias and tp > 1:
+        # else biases are part of the products
+        forward += 2 * (projected + model.up / tp) + 4 * whole
+    return forward, backward
+
+
+def cross_attention_elements(model: ModelShape, layout: Layout) -> tuple[float, float]:
+    """What `elementwise_elements` gives, of the cross-attention of a layer beside it."""
     tp = layout.tp
     whole = model.hidden / (tp if layout.sequence_parallel else 1)
-    # two norms (read, written) and two residuals (bias, dropout and sum: two read, one written)
-    forward = 11 * whole
-    backward = 18 * whole
-    # queries, keys, values and what they attend to, rearranged
-    forward += 6 * model.query / tp
-    backward += 6 * model.query / tp
-    # the activation: read and written
-    activation = (model.up + model.ffn) / tp
-    forward += activation
-    backward += 1.5 * activation
-    if not implementation.fused:
-        extra = _unfused_elements(model, layout, whole)
-        forward += extra
-        backward += 1.5 * extra
-    return tokens * element * forward, tokens * element * backward
+    # a norm and a residual; gradients of keys and values joined, those of biases, and that of what
+    # it reads, which is summed over layers
+    return 5 * whole, 10 * whole + 7 * model.query / tp
 
 
-def _unfused_elements(model: ModelShape, layout: Layout, whole: float) -> float:
-    """Elements for each token that fused kernels need not move: a pass for each operation."""
-    tp = layout.tp
-    extra = 0.0
-    if model.bias and tp > 1:  # else biases are part of the products
-        extra += 2 * (model.query + model.key_value + model.up) / tp
-        extra += 4 * whole
-    if model.dropout:
-        extra += 4 * whole
-    if model.gated:
-        extra += 4 * model.ffn / tp
-    if model.rope:
-        extra += 10 * (model.query + model.key_value / 2) / tp
-    return extra
-
-
-# What the loss moves for each logit: bf16 read and fp32 written, the largest, the exponentials and
-# their sum; backward, the gradient.
-_LOSS_BYTES = 24
-
-
-def head_seconds(model: ModelShape, layout: Layout, speeds: Speeds) -> float:
+def head_seconds(
+    model: ModelShape, layout: Layout, speeds: Speeds, implementation: Implementation
+) -> float:
     """Output layer and loss of one micro-batch, forward and backward."""
     if not model.head_length:
         return 0.0
     tokens = model.head_length * layout.micro_batch_size / layout.cp
-    columns = model.vocab / layout.tp
+    columns = padded_vocab_size(model.vocab, layout.tp) / layout.tp
     products = 3 * matmul_seconds(tokens, model.hidden, columns, speeds)
     if model.head_inner:
         products += 3 * matmul_seconds(tokens, model.hidden, model.head_inner, speeds)
-    return products + _LOSS_BYTES * tokens * columns / speeds.memory
+    return products + implementation.loss_bytes * tokens * columns / speeds.memory

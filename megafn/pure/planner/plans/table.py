@@ -28,6 +28,8 @@ _IMPLEMENTATIONS = {
 class RankingRow:
     """What a ranking shows of a plan."""
 
+    # In `Ranking.plans`.
+    index: int
     layout: Layout
     # Bytes of the fullest stage.
     memory: float
@@ -91,7 +93,7 @@ def layout_in_words(layout: Layout) -> str:
     """
     words = [
         f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} x dp {layout.dp}",
-        f"{layout.num_micro_batches} micro-batches of {layout.micro_batch_size}",
+        _micro_batches(layout),
     ]
     if layout.vpp > 1:
         words.append(f"{layout.vpp} chunks per stage")
@@ -106,6 +108,11 @@ def layout_in_words(layout: Layout) -> str:
     if recompute != "-":
         words.append(f"{recompute} recomputation")
     return ", ".join(words)
+
+
+def _micro_batches(layout: Layout) -> str:
+    count = layout.num_micro_batches
+    return f"{count} micro-batch{'' if count == 1 else 'es'} of {layout.micro_batch_size}"
 
 
 def outer_stages_in_words(layout: Layout) -> str:
@@ -136,7 +143,9 @@ def recompute_in_words(recompute: RecomputeConfig) -> str:
 
 def _memory_lines(memory: Sequence[Memory], machine: Machine) -> list[str]:
     kinds = [attribute.name for attribute in attrs.fields(Memory)]
-    header = ["GB", *(kind.replace("_", " ") for kind in kinds), "total"]
+    fullest = max(part.total for part in memory)
+    unit = memory_unit(fullest)
+    header = [unit, *(kind.replace("_", " ") for kind in kinds), "total"]
     rows = [header]
     shown = shown_stages(memory)
     for previous, stage in zip([-1, *shown], shown, strict=False):
@@ -144,8 +153,7 @@ def _memory_lines(memory: Sequence[Memory], machine: Machine) -> list[str]:
             rows.append([f"({stage - previous - 1} more)", *[""] * (len(kinds) + 1)])
         part = memory[stage]
         numbers = [getattr(part, kind) for kind in kinds] + [part.total]
-        rows.append([f"stage {stage}", *(f"{number / 1e9:,.1f}" for number in numbers)])
-    fullest = max(part.total for part in memory)
+        rows.append([f"stage {stage}", *(in_unit(number, unit) for number in numbers)])
     left = machine.memory_bytes - machine.reserved_bytes - fullest
     verdict = f"{gigabytes(left)} GB are free" if left >= 0 else f"{gigabytes(-left)} GB too much"
     return [
@@ -192,15 +200,22 @@ def ranking_text(
     if advice is not None:
         lines += _wrapped(advice)
     if rows:
-        lines += ["", *aligned([_HEADER, *map(_cells, range(1, len(rows) + 1), rows)]), ""]
-        lines += _notes(rows, num_plans)
-    for count, reason in reasons:
-        lines += _wrapped(f"{count:,} refused: {reason}")
+        unit = memory_unit(max(row.memory for row in rows))
+        header = [unit if cell == _MEMORY else cell for cell in _HEADER]
+        cells = [_cells(row, unit) for row in rows]
+        lines += ["", *aligned([header, *cells]), ""]
+        lines += _notes(rows, num_plans, unit)
+    if reasons:
+        refused = "; ".join(f"{count:,} {reason}" for count, reason in reasons)
+        lines += _wrapped(f"Refused: {refused}.")
     return "\n".join(lines)
 
 
+# The column whose heading is a unit.
+_MEMORY = "memory"
+
 _HEADER = [
-    "",
+    "plan",
     "tp",
     "pp",
     "vpp",
@@ -210,7 +225,7 @@ _HEADER = [
     "SP",
     "DO",
     "recompute",
-    "GB",
+    _MEMORY,
     "s/step",
     "tokens/s",
     "MFU",
@@ -218,37 +233,42 @@ _HEADER = [
 ]
 
 
-def _cells(number: int, row: RankingRow) -> list[str]:
+def _cells(row: RankingRow, unit: str) -> list[str]:
     layout = row.layout
     low, high = mfu_band(row.mfu, row.band)
     sizes = (layout.tp, layout.pp, layout.vpp, layout.cp, layout.dp, layout.micro_batch_size)
     return [
-        str(number),
+        str(row.index),
         *map(str, sizes),
         "yes" if layout.sequence_parallel else "-",
         "yes" if layout.use_distributed_optimizer else "-",
         recompute_in_words(layout.recompute),
-        f"{row.memory / 1e9:,.1f}",
+        in_unit(row.memory, unit),
         in_seconds(row.seconds),
         f"{row.tokens_per_second:,.0f}",
         f"{row.mfu:.1%}",
-        f"{low:.0%} to {high:.0%}{'' if row.band.not_trusted is None else '*'}",
+        f"{low:.0%} to {high:.0%}{' ' if row.band.not_trusted is None else '*'}",
     ]
 
 
-def _notes(rows: Sequence[RankingRow], num_plans: int) -> list[str]:
+def _notes(rows: Sequence[RankingRow], num_plans: int, unit: str) -> list[str]:
     notes = [
-        "SP: sequence parallel. DO: distributed optimizer. GB: the fullest stage, without what is "
-        "in reserve. tokens/s: per device. band: what was measured where such MFU was planned."
+        "plan: its index; plans that differ from a better one only in SP, DO or recompute are not "
+        f"shown. SP: sequence parallel. DO: distributed optimizer. {unit}: of the fullest stage, "
+        "without the reserve. tokens/s: per device. band: the MFU measured where such was planned."
     ]
-    reasons = {row.band.not_trusted for row in rows} - {None}
-    notes += [f"* not trusted: {reason}" for reason in sorted(map(str, reasons))]
-    outer = {outer_stages_in_words(row.layout) for row in rows} - {""}
-    if outer:
-        notes.append("Uneven stages: " + "; ".join(sorted(outer)))
-    more = num_plans - len(rows)
-    if more > 0:
-        notes.append(f"{more:,} more fit, slower than these.")
+    reasons = [reason for row in rows for reason in (row.band.not_trusted or "").split("; ")]
+    distinct = [reason for reason in dict.fromkeys(reasons) if reason]
+    if distinct:
+        notes.append(f"* not trusted: {'; '.join(distinct)}")
+    uneven = {
+        f"{words} (pp {row.layout.pp}, vpp {row.layout.vpp})": None
+        for row in rows
+        if (words := outer_stages_in_words(row.layout))
+    }
+    if uneven:
+        notes.append(f"Stages are not equal: {'; '.join(uneven)}.")
+    notes.append(f"{num_plans:,} layouts fit.")
     return [line for note in notes for line in _wrapped(note)]
 
 
@@ -274,6 +294,24 @@ def gigabytes(number: float) -> str:
     if abs(billions) >= 99.95:
         return f"{billions:,.0f}"
     return f"{billions:.1f}".removesuffix(".0")
+
+
+def memory_unit(largest: float) -> str:
+    """The unit in which a table is written whose largest number of bytes is this.
+
+    >>> memory_unit(70e9), memory_unit(7e6)
+    ('GB', 'MB')
+    """
+    return "GB" if largest >= 1e8 else "MB"
+
+
+def in_unit(number: float, unit: str) -> str:
+    """Bytes in GB or MB, with one decimal.
+
+    >>> in_unit(12.34e9, "GB"), in_unit(3.21e6, "MB")
+    ('12.3', '3.2')
+    """
+    return f"{number / (1e9 if unit == 'GB' else 1e6):,.1f}"
 
 
 def in_seconds(number: float) -> str:
@@ -309,4 +347,10 @@ def _listed(title: str, sentences: Iterable[str]) -> list[str]:
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent))
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        break_on_hyphens=False,
+        initial_indent=indent,
+        subsequent_indent=" " * len(indent),
+    )

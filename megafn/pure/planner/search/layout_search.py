@@ -7,7 +7,8 @@ returns what `validate` accepts, no more and no less.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from math import isqrt
 from operator import itemgetter
 from typing import Any
@@ -35,6 +36,15 @@ SEARCHED = (
     "recompute.granularity",
     "recompute.method",
     "recompute.num_layers",
+)
+
+_PP, _FIRST, _LAST = (
+    SEARCHED.index(f"parallel.{name}")
+    for name in (
+        "pp",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+    )
 )
 
 # Values of the first fields of SEARCHED.
@@ -160,18 +170,21 @@ def _pipeline(space: _Space, chosen: Chosen) -> Iterable[Chosen]:
 def _cuts(config: TrainConfig, pp: int) -> list[Cut]:
     """How the layers may be cut into pp stages; the rules decide which of them can run."""
     layers = config.model.num_layers
+    # Equal stages are tried even if there are none, so that a rule says why.
+    cuts: list[Cut] = [(1, None, None)]
     if pp == 1:
-        return [(1, None, None)]
-    proposed = (_balanced_cut(layers, pp, vpp) for vpp in range(1, -(-layers // pp) + 1))
-    cuts = [cut for cut in proposed if cut is not None]
+        return cuts
+    for vpp in range(1, -(-layers // pp) + 1):
+        cut = _balanced_cut(layers, pp, vpp)
+        if cut is not None and cut not in cuts:
+            cuts.append(cut)
     parallel = config.parallel
     first = parallel.num_layers_in_first_pipeline_stage
     last = parallel.num_layers_in_last_pipeline_stage
     given = (parallel.vpp, first, last)
     if pp == parallel.pp and (first or last) and given not in cuts:
         cuts.append(given)
-    # An even cut is proposed if there is no other, so that a rule says why there is none.
-    return cuts or [(1, None, None)]
+    return cuts
 
 
 def _balanced_cut(layers: int, pp: int, vpp: int) -> Cut | None:
@@ -231,15 +244,17 @@ _CHOICES: tuple[Callable[[_Space, Chosen], Iterable[Chosen]], ...] = (
 )
 
 
-def divisors(number: int) -> list[int]:
-    """The divisors of a number, ascending.
+@functools.cache
+def divisors(number: int) -> tuple[int, ...]:
+    """The divisors of a number, ascending; beyond 2**32, those of which one factor is below 2**16.
 
     >>> divisors(12)
-    [1, 2, 3, 4, 6, 12]
+    (1, 2, 3, 4, 6, 12)
     """
-    small = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
-    large = [number // divisor for divisor in reversed(small) if divisor * divisor != number]
-    return small + large
+    factors = range(1, min(isqrt(number), 2**16) + 1)
+    small = [factor for factor in factors if number % factor == 0]
+    large = [number // factor for factor in reversed(small) if factor * factor != number]
+    return (*small, *large)
 
 
 # --------------------------------------------------------------------------------------- rules
@@ -292,29 +307,46 @@ def _accepted(
     A rule looks at few fields, so it is asked once for each combination of their values.
     """
     read = itemgetter(*test.positions)
-    verdicts: dict[Any, bool] = {}
+    remedies: dict[Any, str | None] = {}
     accepted = []
+    first_refused: dict[Chosen, str] = {}
     for chosen in candidates:
         key = read(chosen)
-        if key not in verdicts:
-            remedy = test.remedy(chosen)
-            verdicts[key] = not remedy
+        if key not in remedies:
+            remedies[key] = remedy = test.remedy(chosen)
             if remedy:
-                refused += _refusals(test, chosen, remedy, space)
-        if verdicts[key]:
+                first_refused[chosen] = remedy
+        if not remedies[key]:
             accepted.append(chosen)
+
+    for chosen, remedy in first_refused.items():
+        if not _is_replaced(test, chosen, accepted):
+            refused.append(_refusal(test, chosen, remedy, space))
     return accepted
 
 
-def _refusals(test: _Test, chosen: Chosen, remedy: str, space: _Space) -> Iterator[RefusedChoice]:
-    layout = _layout(chosen, space)
-    if layout.num_layers_in_first_pipeline_stage or layout.num_layers_in_last_pipeline_stage:
-        # Tried only because stages cannot be equal, which would be the reason.
-        return
+def _is_replaced(test: _Test, chosen: Chosen, accepted: list[Chosen]) -> bool:
+    """Whether equal and unequal stages were both tried, and nothing is to be said of these.
+
+    Unequal ones are tried because the layers may not allow equal ones. If neither can run, the
+    reason is that of the equal ones.
+    """
+    if _is_uneven(chosen) or _LAST not in test.positions:
+        return _is_uneven(chosen)
+    return any(other[_PP] == chosen[_PP] and _is_uneven(other) for other in accepted)
+
+
+def _is_uneven(chosen: Chosen) -> bool:
+    """Whether the outer stages hold other numbers of layers than the rest."""
+    return any(chosen[_FIRST : _LAST + 1])
+
+
+def _refusal(test: _Test, chosen: Chosen, remedy: str, space: _Space) -> RefusedChoice:
     position, value = test.sources[0]
     if position is not None:
         value = chosen[position]
-    yield RefusedChoice(layout=layout, problem=Problem(test.rule.fields[0], value, remedy))
+    problem = Problem(test.rule.fields[0], value, remedy)
+    return RefusedChoice(layout=_layout(chosen, space), problem=problem)
 
 
 def _layout(chosen: Chosen, space: _Space) -> Layout:

@@ -1,0 +1,168 @@
+"""What a config costs on a machine: `plan`, and `apply_plan`, which gives the config of a plan."""
+
+from __future__ import annotations
+
+from megafn.pure.config.problems import ConfigError, Problem, config_error
+from megafn.pure.config.records import TrainConfig
+from megafn.pure.families.built_in import sample_tokens
+from megafn.pure.flops import training_flops
+from megafn.pure.planner.implementation import implementation_of
+from megafn.pure.planner.layout import layout_of, with_layout
+from megafn.pure.planner.machine import Machine
+from megafn.pure.planner.plans.records import Plan
+from megafn.pure.planner.plans.remedies import (
+    fewest_changes,
+    memory_problem,
+    neighbours_among,
+    nothing_fits,
+    one_change,
+)
+from megafn.pure.planner.plans.table import gigabytes
+from megafn.pure.planner.published.error_bands import band_of
+from megafn.pure.planner.records import Layout, Memory
+from megafn.pure.planner.search.cost_model import Scale, all_layouts, some_fit, usual_layouts
+from megafn.pure.planner.time.step_time import step_time
+from megafn.pure.validation.validate import check
+
+
+def plan(
+    config: TrainConfig, machine: Machine, world_size: int, *, implementation: str = "megafn"
+) -> Plan:
+    """What a config costs on `world_size` devices, in the layout that it has.
+
+    A plan that does not fit into memory says so in `problems`, with what would help. Pure: nothing
+    runs, and no torch is needed.
+
+    implementation: "megafn", as this library runs it, or "megatron", with the overlap and the fused
+        kernels of Megatron-LM, which published results measure.
+
+    Raises ConfigError if the config cannot run on so many devices, as `check` does, if the machine
+    is not a Machine, and for an unknown implementation.
+
+    >>> from megafn.pure.config.records import ModelConfig
+    >>> from megafn.pure.planner.machine import MACHINES
+    >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> config = TrainConfig(model=model, micro_batch_size=1, global_batch_size=8, train_iters=9)
+    >>> plan(config, MACHINES["h100"], world_size=8).fits
+    True
+    """
+    check_inputs(config, machine, implementation)
+    check(config, world_size)
+    scale = Scale(config=config, machine=machine, implementation=implementation)
+    layout = layout_of(config, world_size)
+    memory = scale.memory(layout)
+    stage = fullest_stage(memory)
+    needed = memory[stage].total + machine.reserved_bytes
+    problems: tuple[Problem, ...] = ()
+    if needed > machine.memory_bytes:
+        remedy = _remedy(scale, layout, needed)
+        problems = (memory_problem(layout, stage, needed, machine, remedy),)
+    return priced_plan(scale, layout, memory, problems)
+
+
+def apply_plan(config: TrainConfig, plan: Plan) -> TrainConfig:
+    """The config in the layout of a plan that was made for it.
+
+    Raises ConfigError if the layout does not suit the config.
+
+    >>> import attrs
+    >>> from megafn.pure.config.records import ModelConfig, ParallelConfig
+    >>> from megafn.pure.planner.machine import MACHINES
+    >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> config = TrainConfig(model=model, micro_batch_size=1, global_batch_size=8, train_iters=9)
+    >>> cut = attrs.evolve(config, parallel=ParallelConfig(tp=2))
+    >>> apply_plan(config, plan(cut, MACHINES["h100"], world_size=8)) == cut
+    True
+    """
+    if not isinstance(plan, Plan):
+        raise config_error([Problem("plan", plan, "give a Plan, as rank_plans(...).plans[0]")])
+    ready = with_layout(config, plan.layout)
+    check(ready, plan.world_size)
+    if layout_of(ready, plan.world_size) != plan.layout:
+        raise ConfigError(
+            f"global_batch_size = {config.global_batch_size}: the plan is for one of "
+            f"{plan.layout.num_micro_batches} micro-batches of {plan.layout.micro_batch_size} on "
+            f"{plan.layout.dp} data-parallel ranks; plan this config anew"
+        )
+    return ready
+
+
+def check_inputs(config: TrainConfig, machine: Machine, implementation: str) -> None:
+    """Raises ConfigError unless these can be priced."""
+    if not isinstance(config, TrainConfig):
+        raise config_error([Problem("config", config, "give a TrainConfig")])
+    if not isinstance(machine, Machine):
+        remedy = 'give a Machine, such as megafn.MACHINES["h100"]'
+        raise config_error([Problem("machine", machine, remedy)])
+    implementation_of(implementation)
+
+
+def fullest_stage(memory: tuple[Memory, ...]) -> int:
+    return max(range(len(memory)), key=lambda stage: memory[stage].total)
+
+
+def priced_plan(
+    scale: Scale, layout: Layout, memory: tuple[Memory, ...], problems: tuple[Problem, ...] = ()
+) -> Plan:
+    """The plan of a layout."""
+    machine = scale.machine
+    config = scale.config_of(layout)
+    time = step_time(config, layout, machine, implementation=scale.implementation)
+    world_size = layout.tp * layout.pp * layout.cp * layout.dp
+    tokens = config.global_batch_size * sample_tokens(config.model)
+    return Plan(
+        machine=machine,
+        world_size=world_size,
+        layout=layout,
+        implementation=scale.implementation,
+        memory=memory,
+        time=time,
+        tokens_per_second=tokens / time.total / world_size,
+        mfu=_flops(config) / time.total / world_size / machine.peak_flops,
+        band=band_of(config, layout, machine, scale.implementation),
+        problems=problems,
+        assumptions=_assumptions(config, machine, scale.implementation),
+    )
+
+
+def _flops(config: TrainConfig) -> float:
+    flops = training_flops(config.model, config.global_batch_size)
+    if flops is None:
+        raise ConfigError(
+            f"model.family = {config.model.family!r}: its FamilySpec does not know its operations; "
+            "give it training_flops"
+        )
+    return flops
+
+
+def _remedy(scale: Scale, layout: Layout, needed: float) -> str:
+    """What would make the layout fit."""
+    world_size = layout.tp * layout.pp * layout.cp * layout.dp
+    layouts = usual_layouts(scale, world_size).accepted
+    if not some_fit(scale, layouts):
+        layouts = all_layouts(scale, world_size).accepted
+        if not some_fit(scale, layouts):
+            return nothing_fits(scale, layouts, world_size)
+    neighbours = neighbours_among(layouts, scale)
+    enough, changes = one_change(layout, needed, neighbours)
+    return changes if enough else fewest_changes(layout, neighbours, scale.seconds)
+
+
+_KERNELS = {
+    "megafn": "communication waits for computation, and kernels are not fused",
+    "megatron": "communication is overlapped and kernels are fused, as in Megatron-LM with "
+    "Transformer Engine",
+}
+
+
+def _assumptions(config: TrainConfig, machine: Machine, implementation: str) -> tuple[str, ...]:
+    """What is taken for granted, in words."""
+    return (
+        _KERNELS[implementation],
+        f"every sample is full: {sample_tokens(config.model):,} tokens",
+        f"nodes of {machine.devices_per_node} devices, with {gigabytes(machine.link_bandwidth)} "
+        f"GB/s within and {gigabytes(machine.network_bandwidth)} GB/s for each between",
+        f"CUDA, NCCL and workspaces take {gigabytes(machine.reserved_bytes)} GB of a device",
+        "reading data, evaluations and checkpoints take no time",
+        f"MFU is a share of the peak for bf16, {machine.peak_flops / 1e12:,.0f} TFLOP/s",
+    )

@@ -1,0 +1,167 @@
+"""All layouts of a config on a machine, the fastest first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from operator import itemgetter
+
+from attrs import field, frozen
+
+from megafn.pure.config.problems import ConfigError
+from megafn.pure.config.records import TrainConfig
+from megafn.pure.planner.machine import Machine
+from megafn.pure.planner.plans.lazy_sequence import LazySequence
+from megafn.pure.planner.plans.plan import check_inputs, fullest_stage, priced_plan
+from megafn.pure.planner.plans.records import Plan, Ranking, Refusal
+from megafn.pure.planner.plans.remedies import (
+    Neighbours,
+    memory_problem,
+    neighbours_among,
+    nothing_fits,
+    one_change,
+)
+from megafn.pure.planner.plans.table import gigabytes
+from megafn.pure.planner.records import Layout
+from megafn.pure.planner.search.cost_model import Scale, all_layouts, usual_layouts
+from megafn.pure.planner.search.layout_search import Layouts, RefusedChoice
+
+# The bytes that it needs, and the layout.
+HeavyLayout = tuple[float, Layout]
+
+
+def rank_plans(
+    config: TrainConfig, machine: Machine, world_size: int, *, implementation: str = "megafn"
+) -> Ranking:
+    """Every layout of a config on `world_size` devices, priced; the fastest that fits comes first.
+
+    Searched are tp, pp, vpp, cp, the micro-batch size, sequence parallelism, the distributed
+    optimizer and recomputation; the config's own values of these do not count, all else of it
+    stays. Tensor and context parallelism stay within a node while anything fits there (context
+    parallelism goes beyond it for sequences of which each rank keeps 1,024 tokens). If the stages
+    cannot hold equally many layers, the first and the last hold fewer.
+
+    implementation: as in `plan`.
+
+    Raises ConfigError for problems that the config has in any layout, and if it has no layout of so
+    many devices. If no layout fits into memory, `plans` is empty and `advice` says what would help.
+
+    >>> from megafn.pure.config.records import ModelConfig
+    >>> from megafn.pure.planner.machine import MACHINES
+    >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    >>> config = TrainConfig(model=model, micro_batch_size=1, global_batch_size=8, train_iters=9)
+    >>> ranking = rank_plans(config, MACHINES["h100"], world_size=8)
+    >>> ranking.plans[0].time.total <= ranking.plans[1].time.total
+    True
+    """
+    check_inputs(config, machine, implementation)
+    scale = Scale(config=config, machine=machine, implementation=implementation)
+    found = usual_layouts(scale, world_size)
+    fitting, heavy = _weighed(scale, found)
+    if not fitting:
+        found = all_layouts(scale, world_size)
+        fitting, heavy = _weighed(scale, found)
+    if not found.accepted:
+        raise ConfigError(_no_layout(scale, world_size))
+
+    advice = None if fitting else nothing_fits(scale, found.accepted, world_size)
+    return Ranking(
+        machine=machine,
+        world_size=world_size,
+        implementation=implementation,
+        plans=LazySequence(
+            build=_plan,
+            context=scale,
+            # The sort is stable: equally fast layouts stay in the order of the search.
+            seeds=tuple(sorted(fitting, key=scale.seconds)),
+            if_empty=advice or "",
+        ),
+        refused=LazySequence(
+            build=_refusal,
+            context=_Refusals(scale=scale, layouts=found.accepted),
+            seeds=(*heavy, *found.refused),
+            if_empty="no layout is refused",
+        ),
+        reasons=_reasons(heavy, found.refused, machine),
+        advice=advice,
+    )
+
+
+def _weighed(scale: Scale, found: Layouts) -> tuple[list[Layout], list[HeavyLayout]]:
+    """The layouts that fit, and those that need too much memory, the least first."""
+    fitting = []
+    heavy = []
+    for layout in found.accepted:
+        needed = scale.needed(layout)
+        if needed <= scale.machine.memory_bytes:
+            fitting.append(layout)
+        else:
+            heavy.append((needed, layout))
+    return fitting, sorted(heavy, key=itemgetter(0))
+
+
+def _plan(scale: Scale, layout: Layout) -> Plan:
+    return priced_plan(scale, layout, scale.memory(layout))
+
+
+@frozen(kw_only=True)
+class _Refusals:
+    """What reasons of refused layouts are made of."""
+
+    scale: Scale
+    layouts: tuple[Layout, ...]
+    # Made for the first reason that is read.
+    neighbours: list[Neighbours] = field(factory=list, repr=False, eq=False)
+
+
+def _refusal(context: _Refusals, seed: RefusedChoice | HeavyLayout) -> Refusal:
+    if isinstance(seed, RefusedChoice):
+        return Refusal(layout=seed.layout, problems=(seed.problem,))
+    if not context.neighbours:
+        context.neighbours.append(neighbours_among(context.layouts, context.scale))
+    needed, layout = seed
+    stage = fullest_stage(context.scale.memory(layout))
+    enough, changes = one_change(layout, needed, context.neighbours[0])
+    remedy = changes if enough else f"{changes or 'choose another'}; one change is not enough"
+    problem = memory_problem(layout, stage, needed, context.scale.machine, remedy)
+    return Refusal(layout=layout, problems=(problem,))
+
+
+def _reasons(
+    heavy: Sequence[HeavyLayout], choices: Sequence[RefusedChoice], machine: Machine
+) -> tuple[tuple[int, str], ...]:
+    """(how many, what they do wrong)"""
+    reasons = []
+    if heavy:
+        least, _ = heavy[0]
+        limit = gigabytes(machine.memory_bytes)
+        reasons.append((len(heavy), f"need more than {limit} GB ({least / 1e9:,.2f} or more)"))
+    if choices:
+        fields = Counter(choice.problem.field for choice in choices).most_common()
+        named = ", ".join(f"{name} ({count:,})" for name, count in fields)
+        reasons.append((len(choices), f"break a rule: {named}"))
+    return tuple(reasons)
+
+
+def _no_layout(scale: Scale, world_size: int) -> str:
+    """Why a config has no layout of so many devices, with numbers of which it has one."""
+    config = scale.config
+    model = config.model
+    near = _numbers_near(world_size)
+    others = [str(size) for size in near if usual_layouts(scale, size).accepted]
+    choose = "change global_batch_size"
+    if others:
+        choose = f"choose another number, such as {' or '.join(others)}"
+    return (
+        f"world_size = {world_size}: no tp * pp * cp * dp with this product divides "
+        f"num_attention_heads = {model.num_attention_heads}, num_layers = {model.num_layers}, "
+        f"seq_length = {model.seq_length} and global_batch_size = {config.global_batch_size}; "
+        f"{choose}"
+    )
+
+
+def _numbers_near(world_size: int) -> list[int]:
+    """The powers of two below and above."""
+    above = 1 << world_size.bit_length()
+    # Integers of a config have 64 bits.
+    return [number for number in (above // 2, above) if number < 2**63]

@@ -1,0 +1,34 @@
+"""Memory over a step, as a PNG. Needs matplotlib."""
+
+from __future__ import annotations
+
+import os
+
+import attrs
+
+from megafn.pure.planner.records import Memory
+from megafn.runtime.dry_run.report import DryRun
+
+
+def plot_dry_run(report: DryRun, path: str | os.PathLike[str]) -> None:
+    """Draw bytes alive over the step by kind, as a PNG; time goes to the right.
+
+    The same as `draw_dry_run`, for a page or a slide. Each pass is as wide as any other, however
+    long it takes. Raises OSError if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    memories = [memory for _, memory in report.memory.timeline]
+    kinds = [attribute.name for attribute in attrs.fields(Memory)]
+    gigabytes = [[getattr(memory, kind) / 1e9 for memory in memories] for kind in kinds]
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    panel = figure.subplots()
+    labels = [kind.replace("_", " ") for kind in kinds]
+    panel.stackplot(range(len(memories)), gigabytes, labels=labels, step="mid")
+    panel.margins(x=0)
+    panel.set_xticks([])
+    panel.set_xlabel("forward and backward passes in turn, then the optimizer")
+    panel.set_ylabel("GB alive")
+    panel.set_title(f"one step of rank {report.rank:,} of {report.world_size:,}")
+    panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120, format="png")

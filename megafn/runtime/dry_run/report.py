@@ -1,0 +1,43 @@
+"""What a dry run returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attrs import field, frozen
+
+from megafn.pure.config.records import TrainConfig
+from megafn.pure.layout import Coordinates
+from megafn.runtime.dry_run.records import DryRunMemory, LargeTensor, Messages
+from megafn.runtime.dry_run.table import dry_run_text
+
+
+@frozen(kw_only=True)
+class DryRun:
+    """One training step of one rank, run on tensors that hold no memory."""
+
+    config: TrainConfig = field(repr=False)
+    world_size: int
+    rank: int
+    place: Coordinates
+    num_parameters: int
+    memory: DryRunMemory
+    largest_tensors: tuple[LargeTensor, ...] = field(default=(), repr=False)
+    # By torch's formulas (torch.utils.flop_counter), recomputation included.
+    flops: float = 0
+    matmuls: int = 0
+    # By kind of group: "tp", "pp", "cp", "dp" and the other fields of `Groups`.
+    messages: Mapping[str, Messages] = field(factory=dict)
+
+    def __str__(self) -> str:
+        return dry_run_text(
+            rank=self.rank,
+            world_size=self.world_size,
+            place=self.place,
+            num_parameters=self.num_parameters,
+            memory=self.memory,
+            largest_tensors=self.largest_tensors,
+            flops=self.flops,
+            matmuls=self.matmuls,
+            messages=self.messages,
+        )
