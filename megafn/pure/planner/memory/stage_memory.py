@@ -38,7 +38,8 @@ def memory_by_stage(
 
     State is that of mixed precision with sharding over data-parallel ranks (ZeRO 1, arXiv
     1910.02054), activations are those of `memory.activations`, and a stage holds as many of them
-    as `peak_activations` says. Not counted: what the allocator and libraries reserve, up to 2 GB.
+    as `peak_activations` says. Not counted: what the allocator and libraries reserve, up to 2 GB,
+    and the logits that `config.return_logits` keeps.
 
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
     >>> config = TrainConfig(model=model, micro_batch_size=1, global_batch_size=8, train_iters=1)
