@@ -32,9 +32,9 @@ def memory_by_stage(
 ) -> tuple[Memory, ...]:
     """Bytes of the fullest rank of each pipeline stage, at the moment of a step with the most.
 
-    Of `config` count the model, the precision, the optimizer's name, uneven first and last stages
-    and T5's split; everything else is read from `layout`. implementation: "megafn", or "megatron"
-    for its fused kernels. stages: only these, in their order; None: all.
+    Of `config` count the model, the precision, the optimizer's name and T5's split; everything else
+    is read from `layout`. implementation: "megafn", or "megatron" for its fused kernels.
+    stages: only these, in their order; None: all.
 
     State is that of mixed precision with sharding over data-parallel ranks (ZeRO 1, arXiv
     1910.02054), activations are those of `memory.activations`, and a stage holds as many of them
@@ -46,14 +46,14 @@ def memory_by_stage(
     547328.0
     """
     model = config.model
-    parameters = parameters_by_stage(model, config.parallel, layout)
-    parallel = config.parallel
+    split_rank = config.parallel.pipeline_model_parallel_split_rank
+    parameters = parameters_by_stage(model, layout, split_rank)
     contents = contents_of_stages(
         model,
         layout.pp,
-        parallel.num_layers_in_first_pipeline_stage,
-        parallel.num_layers_in_last_pipeline_stage,
-        parallel.pipeline_model_parallel_split_rank,
+        layout.num_layers_in_first_pipeline_stage,
+        layout.num_layers_in_last_pipeline_stage,
+        split_rank,
     )
     cut = cut_of(layout, config.precision.dtype, implementation)
     micro_batch = micro_batch_activations(model, cut)
