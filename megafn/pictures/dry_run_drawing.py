@@ -40,8 +40,8 @@ def draw_dry_run(report: DryRun) -> str:
         lines.append(f"{margin:>{len(label)}} |{marks}".rstrip())
     passes = "".join(_PASSES.get(runs, " ") for runs, _ in moments)
     lines.append(f"{'0':>{len(label)}} +{passes}".rstrip())
-    legend = legend_of("".join(columns))
-    lines.append(f"{legend}; below: f forward, b backward, o optimizer")
+    lines.append(legend_of("".join(columns)))
+    lines.append("below: f forward, b backward, o optimizer; passes are in order, not to scale")
     return "\n".join(lines)
 
 

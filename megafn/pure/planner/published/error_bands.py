@@ -180,9 +180,9 @@ def _reasons(
     if layout.cp > 1:
         reasons.append("published results with cp are in fp8 only")
     if model.seq_length > covered.length:
-        reasons.append(f"no published result has sequences longer than {covered.length} tokens")
+        reasons.append(f"no published result has sequences longer than {covered.length:,} tokens")
     if model.sliding_window is not None:
         reasons.append("no published result has a sliding window")
     if layout.world_size > covered.devices:
-        reasons.append(f"no published result has more than {covered.devices} devices")
+        reasons.append(f"no published result has more than {covered.devices:,} devices")
     return reasons
