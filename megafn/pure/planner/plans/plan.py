@@ -52,9 +52,9 @@ def plan(
     layout = layout_of(config, world_size)
     memory = costs.memory(layout)
     stage = fullest_stage(memory)
-    needed = memory[stage].total + machine.reserved_bytes
+    needed = memory[stage].total
     problems: tuple[Problem, ...] = ()
-    if needed > machine.memory_bytes:
+    if needed > machine.usable_bytes:
         remedy = _remedy(costs, layout, needed)
         problems = (memory_problem(layout, stage, needed, machine, remedy),)
     return priced_plan(costs, layout, memory, problems)
@@ -106,7 +106,7 @@ def priced_plan(
 ) -> Plan:
     """The plan of a layout."""
     machine = costs.machine
-    config = costs.config_of(layout)
+    config = costs.config
     time = step_time(config, layout, machine, implementation=costs.implementation)
     world_size = layout.world_size
     tokens = config.global_batch_size * sample_tokens(config.model)
@@ -160,9 +160,11 @@ def _assumptions(config: TrainConfig, machine: Machine, implementation: str) -> 
     return (
         _KERNELS[implementation],
         f"every sample is full: {sample_tokens(config.model):,} tokens",
-        f"nodes of {machine.devices_per_node} devices, with {gigabytes(machine.link_bandwidth)} "
-        f"GB/s within and {gigabytes(machine.network_bandwidth)} GB/s for each between",
-        f"CUDA, NCCL and workspaces take {gigabytes(machine.reserved_bytes)} GB of a device",
+        f"each device has {gigabytes(machine.link_bandwidth)} GB/s to others of its node of "
+        f"{machine.devices_per_node}, and {gigabytes(machine.network_bandwidth)} GB/s to other "
+        "nodes",
+        f"CUDA, NCCL and workspaces of kernels take {gigabytes(machine.reserved_bytes)} GB, which "
+        "are reserved",
         "reading data, evaluations and checkpoints take no time",
-        f"MFU is a share of the peak for bf16, {machine.peak_flops / 1e12:,.0f} TFLOP/s",
+        f"MFU is a share of {machine.peak_flops / 1e12:,.0f} TFLOP/s, the peak in bf16",
     )

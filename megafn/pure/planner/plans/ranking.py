@@ -93,7 +93,7 @@ def _weighed(costs: CostModel, found: Layouts) -> tuple[list[Layout], list[Heavy
     heavy = []
     for layout in found.accepted:
         needed = costs.needed(layout)
-        if needed <= costs.machine.memory_bytes:
+        if needed <= costs.machine.usable_bytes:
             fitting.append(layout)
         else:
             heavy.append((needed, layout))
@@ -121,8 +121,10 @@ def _refusal(context: _Refusals, seed: RefusedChoice | HeavyLayout) -> Refusal:
         context.neighbours.append(neighbours_among(context.layouts, context.costs))
     needed, layout = seed
     stage = fullest_stage(context.costs.memory(layout))
-    enough, changes = one_change(layout, needed, context.neighbours[0])
-    remedy = changes if enough else f"{changes or 'choose another'}; one change is not enough"
+    enough, remedy = one_change(layout, needed, context.neighbours[0])
+    if not enough:
+        helpful = f"{remedy}; " if remedy else ""
+        remedy = f"{helpful}no single change is enough"
     problem = memory_problem(layout, stage, needed, context.costs.machine, remedy)
     return Refusal(layout=layout, problems=(problem,))
 
@@ -134,8 +136,10 @@ def _reasons(
     reasons = []
     if heavy:
         least, _ = heavy[0]
-        limit = gigabytes(machine.memory_bytes)
-        reasons.append((len(heavy), f"need more than {limit} GB ({least / 1e9:,.2f} or more)"))
+        limit = gigabytes(machine.usable_bytes)
+        reasons.append(
+            (len(heavy), f"need more than {limit} GB (the least of them {least / 1e9:,.2f} GB)")
+        )
     if choices:
         fields = Counter(choice.problem.field for choice in choices).most_common()
         named = ", ".join(f"{name} ({count:,})" for name, count in fields)

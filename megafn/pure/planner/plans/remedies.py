@@ -10,7 +10,7 @@ from attrs import frozen
 from megafn.pure.config.problems import Problem
 from megafn.pure.config.records import RecomputeConfig
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.plans.table import gigabytes, layout_in_words
+from megafn.pure.planner.plans.table import gigabytes, layout_in_words, usable_in_words
 from megafn.pure.planner.records import Layout
 from megafn.pure.planner.search.cost_model import CostModel, devices_that_fit, leanest
 
@@ -186,14 +186,13 @@ def memory_problem(
     layout: Layout, stage: int, needed: float, machine: Machine, remedy: str
 ) -> Problem:
     """By how much a stage does not fit, and what would help."""
-    amount = f"{gigabytes(needed)} GB"
-    if amount == f"{gigabytes(machine.memory_bytes)} GB":
-        amount = f"{needed / 1e9:,.3f} GB"
+    amount = gigabytes(needed)
+    if amount == gigabytes(machine.usable_bytes):
+        amount = f"{needed / 1e9:,.3f}"
     return Problem(
         "parallel.pp",
         layout.pp,
-        f"stage {stage} needs {amount} of {gigabytes(machine.memory_bytes)}, "
-        f"{gigabytes(machine.reserved_bytes)} in reserve; {remedy}",
+        f"stage {stage} needs {amount} GB of {usable_in_words(machine)}; {remedy}",
     )
 
 
@@ -204,9 +203,9 @@ def nothing_fits(costs: CostModel, layouts: Sequence[Layout], world_size: int) -
     devices = devices_that_fit(costs, world_size)
     more = "choose a machine with more memory, or a smaller model"
     if devices is not None:
-        more = f"start {devices:,} devices, or choose a machine with more memory"
+        more = f"use {devices:,} devices, or choose a machine with more memory"
     return (
-        f"no layout of {world_size:,} x {machine.name} fits: the least that one needs is "
-        f"{gigabytes(costs.needed(layout))} GB of {gigabytes(machine.memory_bytes)}, "
-        f"{gigabytes(machine.reserved_bytes)} in reserve ({layout_in_words(layout)}); {more}"
+        f"no layout on {world_size:,} x {machine.name} fits: a stage needs at least "
+        f"{gigabytes(costs.needed(layout))} GB of {usable_in_words(machine)}, with "
+        f"{layout_in_words(layout)}; {more}"
     )

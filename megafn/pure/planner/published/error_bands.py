@@ -138,7 +138,7 @@ def _positions() -> tuple[tuple[_Position, RowError], ...]:
 
 @frozen(kw_only=True)
 class _Covered:
-    """The largest run of each kind that a row in half precision measures."""
+    """The longest sequence and the most devices of any row."""
 
     length: int
     devices: int
@@ -166,21 +166,23 @@ def _reasons(
     family = getattr(model.family, "name", model.family)
     reasons = []
     if implementation == "megafn":
-        reasons.append("megafn's own time is not measured yet")
+        reasons.append("megafn's own time has not been measured yet")
     if machine.fitted_on is None:
         reasons.append(f"no constant is fitted on results of {machine.name}")
     if family != "gpt":
-        reasons.append(f"no row is of the family {family}")
+        reasons.append(f"no published result is of the family {family}")
     if config.precision.dtype == "fp32":
-        reasons.append("no row is in fp32")
+        reasons.append("no published result is in fp32")
     if model.hidden_size < _SMALLEST_HIDDEN:
-        reasons.append(f"hidden size below {_SMALLEST_HIDDEN}, where some rows take twice as long")
+        reasons.append(
+            f"hidden size below {_SMALLEST_HIDDEN}, where some runs took twice the computed time"
+        )
     if layout.cp > 1:
-        reasons.append("rows with cp are in fp8 only")
+        reasons.append("published results with cp are in fp8 only")
     if model.seq_length > covered.length:
-        reasons.append(f"no row has sequences longer than {covered.length} tokens")
+        reasons.append(f"no published result has sequences longer than {covered.length:,} tokens")
     if model.sliding_window is not None:
-        reasons.append("no row has a sliding window")
+        reasons.append("no published result has a sliding window")
     if layout.world_size > covered.devices:
-        reasons.append(f"no row has more than {covered.devices} devices")
+        reasons.append(f"no published result has more than {covered.devices:,} devices")
     return reasons

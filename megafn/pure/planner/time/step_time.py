@@ -76,12 +76,12 @@ def price(
     )
     head = head_seconds(run.model, layout, run.speeds, implementation)
     layers = [_layer_cost(run, stack, machine.launch_seconds) for stack in run.model.stacks]
-    kinds = distinct_stages(config, layout)
-    stages = [_stage_cost(run, kind, layers, head) for kind in kinds]
-    slowest = max(stages, key=attrgetter("total"))
-    all_stages = sum(kind.stages * cost.total for kind, cost in zip(kinds, stages, strict=True))
+    stages = distinct_stages(config, layout)
+    costs = [_stage_cost(run, stage, layers, head) for stage in stages]
+    slowest = max(costs, key=attrgetter("total"))
+    all_stages = sum(stage.count * cost.total for stage, cost in zip(stages, costs, strict=True))
     mean = all_stages / layout.pp
-    parameters = max(kind.parameters for kind in kinds)
+    parameters = max(stage.parameters for stage in stages)
 
     m = layout.num_micro_batches
     return StepTime(
@@ -207,14 +207,14 @@ def _cp_seconds(run: _Run, stack: StackDimensions, repeated: float, attention: f
 # --------------------------------------------------------------------------------------- stages
 
 
-def _stage_cost(run: _Run, kind: DistinctStage, costs: list[_Cost], head: float) -> _Cost:
+def _stage_cost(run: _Run, stage: DistinctStage, costs: list[_Cost], head: float) -> _Cost:
     """One micro-batch on one stage. costs: of one layer of each stack."""
     # its gradients added to those of earlier micro-batches
-    passes = kind.parameters * run.implementation.accumulation_bytes / run.speeds.memory
+    passes = stage.parameters * run.implementation.accumulation_bytes / run.speeds.memory
     recomputation = 0.0
-    tp = _tp_seconds_of_ends(run, kind)
+    tp = _tp_seconds_of_ends(run, stage)
     cp = 0.0
-    for layers, cost in zip(kind.layers, costs, strict=True):
+    for layers, cost in zip(stage.layers, costs, strict=True):
         passes += layers * cost.passes
         recomputation += layers * cost.recomputation
         tp += layers * cost.tp
@@ -224,17 +224,17 @@ def _stage_cost(run: _Run, kind: DistinctStage, costs: list[_Cost], head: float)
         recomputation=recomputation,
         tp=tp,
         cp=cp,
-        head=head if kind.has_head else 0.0,
+        head=head if stage.has_head else 0.0,
     )
 
 
-def _tp_seconds_of_ends(run: _Run, kind: DistinctStage) -> float:
+def _tp_seconds_of_ends(run: _Run, stage: DistinctStage) -> float:
     """The word table's rows are summed, and the gradient of what the output layer reads."""
     model = run.model
     seconds = 0.0
-    if kind.embeds:
+    if stage.embeds:
         seconds += _tp_messages(run, model.stacks[0].length, reduces=1, gathers=0)
-    if kind.has_head and model.head_length:
+    if stage.has_head and model.head_length:
         seconds += _tp_messages(run, model.head_length, reduces=1, gathers=1)
     return seconds
 
