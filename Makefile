@@ -6,7 +6,7 @@ FAMILY ?= gpt
 BIN = $(VENV)/bin
 RUN = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node
 
-.PHONY: demo test lint torture bench fuzz plan-check clean
+.PHONY: demo test lint torture bench fuzz plan-check memory-check clean
 
 demo: $(VENV)/demo            ## train a GPT on real text over 4 processes (or FAMILY=bert, t5, finetune)
 	$(RUN) 4 -m megafn demo --family $(FAMILY)
@@ -25,11 +25,14 @@ torture: $(VENV)/test         ## a training run killed 100 times, at random
 bench: $(VENV)/bench          ## speed side by side with the peers
 	$(BIN)/python -m pytest bench --benchmark-sort=name -rs
 
-fuzz: $(VENV)/test            ## 200 random products of layout and features held to the single process, 50 of them to their dry runs; planted bugs searched for
+fuzz: $(VENV)/test            ## 200 random products of layout and features held to the single process, 33 of them to their dry runs; planted bugs searched for
 	$(BIN)/python -m pytest tests/test_fuzz.py tests/test_dry_run_real.py --cases 200 --planted --timeout 7200 -o faulthandler_timeout=0
 
 plan-check: $(VENV)/demo      ## the error of the planner's times on every published result
-	$(BIN)/python -m megafn.pure.planner.accuracy
+	$(BIN)/python -m megafn.pure.planner.published.accuracy
+
+memory-check: $(VENV)/test    ## the planner's bytes beside dry runs: every layout of the law, models of 7B to 405B
+	OMP_NUM_THREADS=1 MEGAFN_ALL_PLANS=1 $(BIN)/python -m pytest tests/test_planner_memory.py --timeout 600 -o faulthandler_timeout=0
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -62,12 +62,12 @@ _HOME = {
     "load_machine": "pure.planner.machine_file",
     "Memory": "pure.planner.records",
     "Layout": "pure.planner.records",
-    "Plan": "pure.planner.plans",
-    "Ranking": "pure.planner.plans",
-    "plan": "pure.planner.plan",
-    "apply_plan": "pure.planner.plan",
-    "rank_plans": "pure.planner.ranking",
-    "draw_plan": "pure.planner.draw",
+    "Plan": "pure.planner.plans.records",
+    "Ranking": "pure.planner.plans.records",
+    "plan": "pure.planner.plans.plan",
+    "apply_plan": "pure.planner.plans.plan",
+    "rank_plans": "pure.planner.plans.ranking",
+    "draw_plan": "pictures.plan_drawing",
     "ProcessGroups": "runtime.parallel.groups",
     "init_groups": "runtime.parallel.groups",
     "world_size": "runtime.parallel.groups",
@@ -198,21 +198,21 @@ if TYPE_CHECKING:
         pipeline_order as pipeline_order,
         timeline as timeline,
     )
-    from megafn.pure.planner.draw import draw_plan as draw_plan
+    from megafn.pictures.plan_drawing import draw_plan as draw_plan
     from megafn.pure.planner.machine import (
         MACHINES as MACHINES,
         Machine as Machine,
     )
     from megafn.pure.planner.machine_file import load_machine as load_machine
-    from megafn.pure.planner.plan import (
+    from megafn.pure.planner.plans.plan import (
         apply_plan as apply_plan,
         plan as plan,
     )
-    from megafn.pure.planner.plans import (
+    from megafn.pure.planner.plans.records import (
         Plan as Plan,
         Ranking as Ranking,
     )
-    from megafn.pure.planner.ranking import rank_plans as rank_plans
+    from megafn.pure.planner.plans.ranking import rank_plans as rank_plans
     from megafn.pure.planner.records import (
         Layout as Layout,
         Memory as Memory,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import megafn as mf
 from megafn.__main__ import main
+from megafn.pictures.plan_drawing import draw_plan
 from megafn.pure.config.problems import ConfigError, Problem
 from megafn.pure.config.records import (
     ModelConfig,
@@ -24,15 +25,14 @@ from megafn.pure.config.records import (
 )
 from megafn.pure.config.rule import rule
 from megafn.pure.families.gpt import GPT_SPEC
-from megafn.pure.planner.draw import draw_plan
-from megafn.pure.planner.fitting import Scale
 from megafn.pure.planner.layout import layout_of, with_layout
-from megafn.pure.planner.layout_search import SEARCHED, divisors, search_layouts
 from megafn.pure.planner.machine import MACHINES
-from megafn.pure.planner.plan import apply_plan, plan
-from megafn.pure.planner.plans import Plan
-from megafn.pure.planner.ranking import rank_plans
+from megafn.pure.planner.plans.plan import apply_plan, plan
+from megafn.pure.planner.plans.ranking import rank_plans
+from megafn.pure.planner.plans.records import Plan
 from megafn.pure.planner.records import Band, Layout, Memory, StepTime
+from megafn.pure.planner.search.cost_model import Scale
+from megafn.pure.planner.search.layout_search import SEARCHED, divisors, search_layouts
 from megafn.pure.validation.validate import problems_in_any_layout, validate
 
 RECOMPUTATIONS = (

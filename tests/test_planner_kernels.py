@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_flatten
 
 import megafn as mf
 from megafn.pure.planner.implementation import IMPLEMENTATIONS
-from megafn.pure.planner.kernels import cross_attention_elements, elementwise_elements
-from megafn.pure.planner.model_shape import model_shape
 from megafn.pure.planner.records import Layout
+from megafn.pure.planner.time.kernels import cross_attention_elements, elementwise_elements
+from megafn.pure.planner.time.model_dimensions import model_shape
 
 MEGAFN = IMPLEMENTATIONS["megafn"]
 HIDDEN = 64

@@ -11,7 +11,7 @@ import pytest
 import megafn as mf
 from megafn.pure.planner.layout import layout_of
 from megafn.pure.planner.machine import MACHINES
-from megafn.pure.planner.time import step_time
+from megafn.pure.planner.time.step_time import step_time
 
 BYTE_A_SECOND = attrs.evolve(
     MACHINES["h100"], link_bandwidth=1.0, network_bandwidth=1.0, link_efficiency=1.0

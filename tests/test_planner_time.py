@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 import megafn as mf
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.families.gpt import GPT_SPEC
-from megafn.pure.planner import accuracy
-from megafn.pure.planner.bands import band_of, row_errors
-from megafn.pure.planner.fit import FITTED, error, fit
 from megafn.pure.planner.implementation import IMPLEMENTATIONS
 from megafn.pure.planner.machine import MACHINES, Machine
 from megafn.pure.planner.memory import memory_by_stage
-from megafn.pure.planner.published import SOURCES, published_rows
+from megafn.pure.planner.published import accuracy
+from megafn.pure.planner.published.error_bands import band_of, row_errors
+from megafn.pure.planner.published.fit_constants import FITTED, error, fit
+from megafn.pure.planner.published.rows import SOURCES, published_rows
 from megafn.pure.planner.records import Layout
-from megafn.pure.planner.time import step_time
+from megafn.pure.planner.time.step_time import step_time
 from pool import ROOT
 
 PAGE = ROOT / "docs" / "planner-accuracy.md"
@@ -166,7 +166,7 @@ def test_published_layouts_are_layouts_that_a_config_can_have():
 
 def test_the_page_holds_the_tables_that_the_command_prints():
     ran = subprocess.run(
-        [sys.executable, "-m", "megafn.pure.planner.accuracy"],
+        [sys.executable, "-m", "megafn.pure.planner.published.accuracy"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -190,11 +190,12 @@ def test_the_page_has_the_constants_of_a_machine(name):
 
 def test_the_planner_needs_no_torch_and_finds_its_rows_in_the_package():
     code = (
-        "import sys, megafn.pure.planner.accuracy as a; a.report(); print('torch' in sys.modules)"
+        "import sys, megafn.pure.planner.published.accuracy as a; a.report(); "
+        "print('torch' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert ran.stdout == "False\n", ran.stderr
-    assert resources.files("megafn.pure.planner").joinpath("published.csv").is_file()
+    assert resources.files("megafn.pure.planner.published").joinpath("published.csv").is_file()
 
 
 # ------------------------------------------------------------------------------------------ bands

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from megafn.pure.planner.plans import Plan
+from megafn.pure.planner.plans.records import Plan
+from megafn.pure.planner.plans.table import in_seconds, layout_in_words
 from megafn.pure.planner.records import Memory, StepTime
-from megafn.pure.planner.table import in_seconds, layout_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@
         counter.end_step(state)
     print(counter.memory().peak, counter.messages(pg)["tp"], counter.flops)
 
-Everything is read from the operations that torch dispatches, so nothing in the step is replaced.
+Everything is read from the operations that torch dispatches; what the step computes stays the same.
 What runs outside of torch's operations is not seen: temporary memory inside a kernel, what
 libraries allocate for themselves (NCCL, cuBLAS), and fragmentation.
 """
@@ -29,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megafn.runtime.dry_run import live_bytes
-from megafn.runtime.dry_run.cpu_kernels import EveryKernel, Kept
+from megafn.runtime.dry_run.cpu_kernels import Kept, every_kernel
 from megafn.runtime.dry_run.live_bytes import Allocation, KernelCall, MemoryLog
 from megafn.runtime.dry_run.messages import (
     MessageLog,
@@ -59,7 +59,7 @@ def counting() -> Iterator[Counter]:
         register_optimizer_step_pre_hook(counter._enter_optimizer),
     ]
     try:
-        with EveryKernel(counter._see_kernel), _EveryOperation(counter._see):
+        with every_kernel(counter._see_kernel), _EveryOperation(counter._see):
             yield counter
     finally:
         for hook in hooks:

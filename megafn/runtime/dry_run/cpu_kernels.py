@@ -17,7 +17,8 @@ would then read freed memory, so on a CPU it is kept until its backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
-from torch.overrides import TorchFunctionMode
+
+from megafn.runtime.parallel.exchanged import exchanged
 
 
 @frozen(kw_only=True)
@@ -64,24 +66,33 @@ KERNELS: Mapping[Callable[..., Any], Callable[..., Kept]] = {
     torch.dropout: _kept_by_dropout,
     F.scaled_dot_product_attention: _kept_by_attention,
 }
+# Where programs find them.
+_PLACES = (
+    (F, "rms_norm"),
+    (torch, "rms_norm"),
+    (F, "dropout"),
+    (torch, "dropout"),
+    (F, "scaled_dot_product_attention"),
+)
 
 
-class EveryKernel(TorchFunctionMode):
-    """Shows every call of a function in `KERNELS` to a function, which runs it."""
+@contextlib.contextmanager
+def every_kernel(see: Callable[[Kept, Callable[[], Any]], Any]) -> Iterator[None]:
+    """Show every call of a function in `KERNELS` to a function, which runs it.
 
-    def __init__(self, see: Callable[[Kept, Callable[[], Any]], Any]):
-        super().__init__()
-        self.see = see
+    The functions are exchanged, for torch enters no TorchFunctionMode in a backward pass, in which
+    recomputed layers call them.
+    """
+    originals = [(owner, name, getattr(owner, name)) for owner, name in _PLACES]
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        arguments: tuple[Any, ...] = (),
-        named: Mapping[str, Any] | None = None,
-    ) -> Any:
-        named = named or {}
-        kept_by = KERNELS.get(function)
-        if kept_by is None:
-            return function(*arguments, **named)
-        return self.see(kept_by(*arguments, **named), lambda: function(*arguments, **named))
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            # what it calls itself is a part of it, and torch compares functions by identity
+            with exchanged(originals):
+                kept = KERNELS[function](*arguments, **named)
+                return see(kept, lambda: function(*arguments, **named))
+
+        return call
+
+    with exchanged([(owner, name, watched(value)) for owner, name, value in originals]):
+        yield

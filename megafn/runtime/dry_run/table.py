@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from megafn.pure.layout import Coordinates
+from megafn.pure.planner.plans.table import aligned
 from megafn.pure.planner.records import Memory
-from megafn.pure.planner.table import aligned
 from megafn.runtime.dry_run.records import DryRunMemory, LargeTensor, Messages
 
 # Tensors that are listed of those at the peak.

@@ -6,22 +6,22 @@ from megafn.pure.config.problems import ConfigError, Problem, config_error
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.families.built_in import sample_tokens
 from megafn.pure.flops import training_flops
-from megafn.pure.planner.bands import band_of
-from megafn.pure.planner.fitting import Scale, all_layouts, some_fit, usual_layouts
 from megafn.pure.planner.implementation import implementation_of
 from megafn.pure.planner.layout import layout_of, with_layout
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.plans import Plan
-from megafn.pure.planner.records import Layout, Memory
-from megafn.pure.planner.remedies import (
+from megafn.pure.planner.plans.records import Plan
+from megafn.pure.planner.plans.remedies import (
     fewest_changes,
     memory_problem,
     neighbours_among,
     nothing_fits,
     one_change,
 )
-from megafn.pure.planner.table import gigabytes
-from megafn.pure.planner.time import step_time
+from megafn.pure.planner.plans.table import gigabytes
+from megafn.pure.planner.published.error_bands import band_of
+from megafn.pure.planner.records import Layout, Memory
+from megafn.pure.planner.search.cost_model import Scale, all_layouts, some_fit, usual_layouts
+from megafn.pure.planner.time.step_time import step_time
 from megafn.pure.validation.validate import check
 
 

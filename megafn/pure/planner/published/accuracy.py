@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 
 from attrs import frozen
 
-from megafn.pure.planner.bands import RowError, row_errors
 from megafn.pure.planner.memory import memory_by_stage
-from megafn.pure.planner.published import SOURCES, PublishedRow
+from megafn.pure.planner.published.error_bands import RowError, row_errors
+from megafn.pure.planner.published.rows import SOURCES, PublishedRow
 
 # Measured times closer than this are not told apart.
 _CLOSE = 0.05

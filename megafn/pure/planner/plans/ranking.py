@@ -10,21 +10,21 @@ from attrs import field, frozen
 
 from megafn.pure.config.problems import ConfigError
 from megafn.pure.config.records import TrainConfig
-from megafn.pure.planner.fitting import Scale, all_layouts, usual_layouts
-from megafn.pure.planner.layout_search import Layouts, RefusedChoice
-from megafn.pure.planner.lazy_sequence import LazySequence
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.plan import check_inputs, fullest_stage, priced_plan
-from megafn.pure.planner.plans import Plan, Ranking, Refusal
-from megafn.pure.planner.records import Layout
-from megafn.pure.planner.remedies import (
+from megafn.pure.planner.plans.lazy_sequence import LazySequence
+from megafn.pure.planner.plans.plan import check_inputs, fullest_stage, priced_plan
+from megafn.pure.planner.plans.records import Plan, Ranking, Refusal
+from megafn.pure.planner.plans.remedies import (
     Neighbours,
     memory_problem,
     neighbours_among,
     nothing_fits,
     one_change,
 )
-from megafn.pure.planner.table import gigabytes
+from megafn.pure.planner.plans.table import gigabytes
+from megafn.pure.planner.records import Layout
+from megafn.pure.planner.search.cost_model import Scale, all_layouts, usual_layouts
+from megafn.pure.planner.search.layout_search import Layouts, RefusedChoice
 
 # The bytes that it needs, and the layout.
 HeavyLayout = tuple[float, Layout]

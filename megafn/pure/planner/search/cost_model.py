@@ -9,11 +9,11 @@ from attrs import field, frozen
 
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.families.built_in import stage_layout
-from megafn.pure.planner.layout_search import Layouts, search_layouts
 from megafn.pure.planner.machine import Machine
 from megafn.pure.planner.memory import memory_by_stage
 from megafn.pure.planner.records import Layout, Memory
-from megafn.pure.planner.time import step_time
+from megafn.pure.planner.search.layout_search import Layouts, search_layouts
+from megafn.pure.planner.time.step_time import step_time
 
 # Of a sequence, that a context-parallel rank beyond its node keeps.
 _FEWEST_TOKENS = 1024

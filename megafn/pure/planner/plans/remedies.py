@@ -9,10 +9,10 @@ from attrs import frozen
 
 from megafn.pure.config.problems import Problem
 from megafn.pure.config.records import RecomputeConfig
-from megafn.pure.planner.fitting import Scale, devices_that_fit, leanest
 from megafn.pure.planner.machine import Machine
+from megafn.pure.planner.plans.table import gigabytes, layout_in_words
 from megafn.pure.planner.records import Layout
-from megafn.pure.planner.table import gigabytes, layout_in_words
+from megafn.pure.planner.search.cost_model import Scale, devices_that_fit, leanest
 
 # What may be changed of a layout, a value for each of _ASPECTS.
 Values = tuple[Any, ...]

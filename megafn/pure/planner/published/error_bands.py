@@ -9,9 +9,9 @@ import attrs
 from attrs import frozen
 
 from megafn.pure.config.records import TrainConfig
-from megafn.pure.planner.fit import FITTED, error, left_out_errors
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.published import SOURCES, PublishedRow, published_rows
+from megafn.pure.planner.published.fit_constants import FITTED, error, left_out_errors
+from megafn.pure.planner.published.rows import SOURCES, PublishedRow, published_rows
 from megafn.pure.planner.records import Band, Layout
 
 # Rows that a band is taken from.

@@ -9,8 +9,8 @@ from attrs import field, frozen
 
 from megafn.pure.config.problems import Problem
 from megafn.pure.planner.machine import Machine
+from megafn.pure.planner.plans.table import RankingRow, plan_text, ranking_text
 from megafn.pure.planner.records import Band, Layout, Memory, StepTime
-from megafn.pure.planner.table import RankingRow, plan_text, ranking_text
 
 # Plans that are looked at for each one that a ranking shows.
 _LOOKED_AT = 10

@@ -6,9 +6,15 @@ from collections.abc import Mapping
 
 import attrs
 
-from megafn.pure.planner.plans import Plan
+from megafn.pure.planner.plans.records import Plan
+from megafn.pure.planner.plans.table import (
+    gigabytes,
+    in_seconds,
+    in_unit,
+    memory_unit,
+    shown_stages,
+)
 from megafn.pure.planner.records import Memory, StepTime
-from megafn.pure.planner.table import gigabytes, in_seconds, in_unit, memory_unit, shown_stages
 
 # Columns of the longest bar.
 _WIDTH = 64
@@ -28,7 +34,7 @@ def draw_plan(plan: Plan) -> str:
 
     >>> from megafn.pure.config.records import ModelConfig, TrainConfig
     >>> from megafn.pure.planner.machine import MACHINES
-    >>> from megafn.pure.planner.plan import plan
+    >>> from megafn.pure.planner.plans.plan import plan
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
     >>> config = TrainConfig(model=model, micro_batch_size=1, global_batch_size=8, train_iters=9)
     >>> drawing = draw_plan(plan(config, MACHINES["h100"], world_size=8))

@@ -14,8 +14,8 @@ from megafn.pure.config.records import padded_vocab_size
 from megafn.pure.planner.activations import ELEMENT_BYTES
 from megafn.pure.planner.implementation import Implementation
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.model_shape import ModelShape, StackShape
 from megafn.pure.planner.records import Layout
+from megafn.pure.planner.time.model_dimensions import ModelShape, StackShape
 
 # Flash attention reaches this share of what large products do. Its backward pass computes the
 # scores again: five products where the forward pass has two.

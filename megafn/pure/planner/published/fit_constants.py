@@ -13,8 +13,8 @@ from types import MappingProxyType
 import attrs
 
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.published import PublishedRow
-from megafn.pure.planner.time import price
+from megafn.pure.planner.published.rows import PublishedRow
+from megafn.pure.planner.time.step_time import price
 
 # Source of the rows that were fitted, and which shares were; the others are A100's.
 FITTED: Mapping[str, tuple[str, ...]] = MappingProxyType(

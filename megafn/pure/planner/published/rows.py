@@ -123,7 +123,7 @@ class PublishedRow:
 @cache
 def published_rows() -> tuple[PublishedRow, ...]:
     """All of them, in the order of the file."""
-    file = resources.files("megafn.pure.planner").joinpath("published.csv")
+    file = resources.files("megafn.pure.planner.published").joinpath("published.csv")
     lines = file.read_text(encoding="utf-8").splitlines()
     return tuple(_row(cells) for cells in csv.DictReader(lines))
 

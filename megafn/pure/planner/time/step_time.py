@@ -14,22 +14,22 @@ from attrs import frozen
 
 from megafn.pure.config.records import TrainConfig, padded_vocab_size
 from megafn.pure.planner.implementation import Implementation, implementation_of
-from megafn.pure.planner.kernels import (
-    Speeds,
-    head_seconds,
-    layer_seconds,
-    speeds_of,
-)
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.model_shape import ModelShape, StackShape, model_shape
 from megafn.pure.planner.records import Layout, StepTime
-from megafn.pure.planner.stage_kinds import StageKind, kinds_of_stages
-from megafn.pure.planner.wires import (
+from megafn.pure.planner.time.bandwidth import (
     Bandwidths,
     all_gather_seconds,
     all_reduce_seconds,
     bandwidths,
 )
+from megafn.pure.planner.time.distinct_stages import StageKind, kinds_of_stages
+from megafn.pure.planner.time.kernels import (
+    Speeds,
+    head_seconds,
+    layer_seconds,
+    speeds_of,
+)
+from megafn.pure.planner.time.model_dimensions import ModelShape, StackShape, model_shape
 
 # Of messages under computation: the share of those of tp that products hide, of a backward pass
 # that sums of gradients can hide in, and of either sum that stays visible.
