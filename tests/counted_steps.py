@@ -5,12 +5,14 @@ The functions run in the pool's workers.
 
 import time
 
+import attrs
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megafn as mf
 from combinations import DATA
 from equivalence import share
+from megafn.pure.layout import GROUP_KINDS
 from megafn.runtime.dry_run.count import counting
 
 
@@ -56,34 +58,93 @@ def tensors(values):
             yield from tensors(value)
 
 
-def counted(config, batch, pg, *, step, model=None, steps=1):
-    """(memory, messages by kind, FLOP, matmuls) of the last of some real steps of this rank."""
+@attrs.frozen(kw_only=True)
+class Counted:
+    """What one rank counted in one step."""
+
+    memory: object
+    messages: dict
+    flops: int
+    matmuls: int
+    # How many numbers the step reports besides the loss.
+    reports: int = 0
+
+
+def counted(case, batch, pg):
+    """What this rank counts in a real step, the last one if the case has several."""
     with LetGlooLetGo(), counting() as counter:
-        state = mf.setup(config, pg, model=model)
-        for _ in range(steps):
+        state = mf.setup(case.config, pg, model=case.model)
+        for _ in range(case.steps):
             counter.start_step(state)
-            state, _ = mf.train_step(state, batch, step)
+            state, metrics = mf.train_step(state, batch, case.step)
             counter.end_step(state)
-        return counter.memory(), counter.messages(pg), counter.flops, counter.matmuls
+        return Counted(
+            memory=counter.memory(),
+            messages=counter.messages(pg),
+            flops=counter.flops,
+            matmuls=counter.matmuls,
+            reports=len(metrics.report),
+        )
 
 
 def real_and_dry(cases):
-    """For each case what this rank counted in a real step and in a dry run, or None if it is not
-    among those that are compared.
+    """For each case what this rank counted in a real step and in a dry run, or None.
 
-    The dry run happens among the process groups of the real one.
+    None if the rank is not among those compared: one of each pipeline stage, since those beside it
+    do the same. The dry run happens among the process groups of the real one.
     """
-    return [_real_and_dry(**case) for case in cases]
+    return [_real_and_dry(case) for case in cases]
 
 
-def _real_and_dry(config, data, *, step, model=None, ranks=None, steps=1):
+def _real_and_dry(case):
     world_size = mf.world_size()
-    groups = mf.build_groups(config.parallel, world_size, model=config.model)
+    groups = mf.build_groups(case.config.parallel, world_size, model=case.config.model)
     with mf.init_groups(groups, timeout_seconds=60) as pg:
-        batch = share(DATA[data](config, 0), config, pg)
-        real = counted(config, batch, pg, step=step, model=model, steps=steps)
-        # One rank of each pipeline stage: those beside it do the same.
-        if pg.rank not in (groups.pp[0] if ranks is None else ranks):
+        batch = share(DATA[case.data](case.config, 0), case.config, pg)
+        real = counted(case, batch, pg)
+        if pg.rank not in groups.pp[0]:
             return None
-        dry = mf.dry_run(config, world_size, pg.rank, step=step, model=model, batch=batch)
-        return real, (dry.memory, dry.messages, dry.flops, dry.matmuls)
+        dry = mf.dry_run(
+            case.config, world_size, pg.rank, step=case.step, model=case.model, batch=batch
+        )
+    # What a step reports is not known before the last stage: its sum is so much shorter there.
+    reports = 0 if pg.is_last_stage else real.reports
+    return real, Counted(
+        memory=dry.memory,
+        messages={
+            kind: _with_reports(of_kind, reports, kind, pg)
+            for kind, of_kind in dry.messages.items()
+        },
+        flops=dry.flops,
+        matmuls=dry.matmuls,
+        reports=real.reports,
+    )
+
+
+def _with_reports(messages, reports, kind, pg):
+    """The messages of one kind of group, whose sum over all ranks has so many numbers more."""
+    kinds = [kind.name for kind in GROUP_KINDS]
+    of_world = next(name for name in kinds if getattr(pg.groups, name) == pg.groups.world)
+    if not reports or kind != of_world:
+        return messages
+    by_collective = dict(messages.by_collective)
+    by_collective["all_reduce"] += 8 * reports
+    return attrs.evolve(messages, bytes=messages.bytes + 8 * reports, by_collective=by_collective)
+
+
+# Of all that is alive.
+BYTES = 0.01
+
+
+def assert_counted_alike(real, dry):
+    """Raises AssertionError unless bytes agree within `BYTES`, and all else exactly."""
+    assert real.messages == dry.messages
+    assert (real.flops, real.matmuls) == (dry.flops, dry.matmuls)
+    for moment in ("setup", "peak"):
+        expected = getattr(real.memory, moment)
+        found = getattr(dry.memory, moment)
+        for kind in (*attrs.fields_dict(type(expected)), "total"):
+            apart = abs(getattr(expected, kind) - getattr(found, kind))
+            assert apart <= BYTES * expected.total, (moment, kind, expected, found)
+    apart = abs(real.memory.cpu_only - dry.memory.cpu_only)
+    assert apart <= BYTES * real.memory.peak.total, (real.memory, dry.memory)

@@ -31,7 +31,7 @@ from megafn.pure.planner.plans.plan import apply_plan, plan
 from megafn.pure.planner.plans.ranking import rank_plans
 from megafn.pure.planner.plans.records import Plan
 from megafn.pure.planner.records import Band, Layout, Memory, StepTime
-from megafn.pure.planner.search.cost_model import Scale
+from megafn.pure.planner.search.cost_model import CostModel
 from megafn.pure.planner.search.layout_search import SEARCHED, divisors, search_layouts
 from megafn.pure.validation.validate import problems_in_any_layout, validate
 
@@ -290,11 +290,11 @@ def test_more_memory_refuses_nothing_that_less_memory_holds(config, memories):
 
 def test_the_fullest_stage_is_among_those_that_are_weighed():
     for config, world_size in ((LLAMA_405B, 64), (small(family="t5", num_layers=8), 8)):
-        scale = Scale(config=config, machine=H100, implementation="megafn")
+        costs = CostModel(config=config, machine=H100, implementation="megafn")
         found = search_layouts(config, world_size, largest_tp=8, largest_cp=2)
         for layout in found.accepted[::7]:
-            fullest = max(stage.total for stage in scale.memory(layout))
-            assert scale.needed(layout) == fullest + H100.reserved_bytes
+            fullest = max(stage.total for stage in costs.memory(layout))
+            assert costs.needed(layout) == fullest + H100.reserved_bytes
 
 
 def test_all_layouts_of_a_405b_model_on_16384_devices_are_priced():

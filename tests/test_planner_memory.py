@@ -19,7 +19,7 @@ from megafn.pure.config.records import (
     TrainConfig,
 )
 from megafn.pure.planner.layout import layout_of
-from megafn.pure.planner.memory import memory_by_stage
+from megafn.pure.planner.memory.stage_memory import memory_by_stage
 from megafn.pure.planner.published.rows import published_rows
 from megafn.pure.planner.records import Layout
 from t5_rows import T5

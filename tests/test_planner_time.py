@@ -16,7 +16,7 @@ from megafn.pure.config.problems import ConfigError
 from megafn.pure.families.gpt import GPT_SPEC
 from megafn.pure.planner.implementation import IMPLEMENTATIONS
 from megafn.pure.planner.machine import MACHINES, Machine
-from megafn.pure.planner.memory import memory_by_stage
+from megafn.pure.planner.memory.stage_memory import memory_by_stage
 from megafn.pure.planner.published import accuracy
 from megafn.pure.planner.published.error_bands import band_of, row_errors
 from megafn.pure.planner.published.fit_constants import FITTED, error, fit

@@ -44,6 +44,10 @@ class Layout:
     num_layers_in_first_pipeline_stage: int | None = None
     num_layers_in_last_pipeline_stage: int | None = None
 
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
 
 @frozen(kw_only=True)
 class StepTime:

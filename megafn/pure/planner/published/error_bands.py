@@ -108,12 +108,11 @@ class _Position:
 def _position(config: TrainConfig, layout: Layout, machine: Machine) -> _Position:
     """Of a run in bf16."""
     model = config.model
-    devices = layout.tp * layout.pp * layout.cp * layout.dp
     return _Position(
         device=(4 * math.log2(machine.peak_flops), 4 * math.log2(machine.memory_bandwidth)),
         hidden=math.log2(model.hidden_size),
         length=0.5 * math.log2(model.seq_length),
-        devices=0.25 * math.log2(devices),
+        devices=0.25 * math.log2(layout.world_size),
         tp=0.25 * math.log2(layout.tp),
         pp=0.25 * math.log2(layout.pp),
         cp=0.5 * math.log2(layout.cp),
@@ -150,7 +149,7 @@ def _covered() -> _Covered:
     rows = published_rows()
     return _Covered(
         length=max(row.config.model.seq_length for row in rows),
-        devices=max(row.layout.tp * row.layout.pp * row.layout.dp for row in rows),
+        devices=max(row.layout.world_size for row in rows),
     )
 
 
@@ -164,7 +163,6 @@ def _reasons(
     """Why no published row speaks for the time of a plan."""
     model = config.model
     covered = _covered()
-    devices = layout.tp * layout.pp * layout.cp * layout.dp
     family = getattr(model.family, "name", model.family)
     reasons = []
     if implementation == "megafn":
@@ -183,6 +181,6 @@ def _reasons(
         reasons.append(f"no row has sequences longer than {covered.length} tokens")
     if model.sliding_window is not None:
         reasons.append("no row has a sliding window")
-    if devices > covered.devices:
+    if layout.world_size > covered.devices:
         reasons.append(f"no row has more than {covered.devices} devices")
     return reasons

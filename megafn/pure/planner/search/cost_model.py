@@ -10,7 +10,7 @@ from attrs import field, frozen
 from megafn.pure.config.records import TrainConfig
 from megafn.pure.families.built_in import stage_layout
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.memory import memory_by_stage
+from megafn.pure.planner.memory.stage_memory import memory_by_stage
 from megafn.pure.planner.records import Layout, Memory
 from megafn.pure.planner.search.layout_search import Layouts, search_layouts
 from megafn.pure.planner.time.step_time import step_time
@@ -25,7 +25,7 @@ OuterStages = tuple[int | None, int | None]
 
 
 @frozen(kw_only=True)
-class Scale:
+class CostModel:
     """Weighs layouts of one config; remembers what many of them have in common."""
 
     config: TrainConfig
@@ -99,42 +99,42 @@ def telling_stages(config: TrainConfig, pp: int) -> tuple[int, ...]:
     return tuple(sorted(stages))
 
 
-def usual_layouts(scale: Scale, world_size: int) -> Layouts:
+def usual_layouts(costs: CostModel, world_size: int) -> Layouts:
     """The layouts that are worth a search.
 
     Tensor parallelism stays within a node, and so does context parallelism unless a rank keeps
     `_FEWEST_TOKENS` of a sequence. Degrees that the config has are searched in any case.
     """
-    parallel = scale.config.parallel
-    node = scale.machine.devices_per_node
-    long = scale.config.model.seq_length // _FEWEST_TOKENS
+    parallel = costs.config.parallel
+    node = costs.machine.devices_per_node
+    long = costs.config.model.seq_length // _FEWEST_TOKENS
     return search_layouts(
-        scale.config,
+        costs.config,
         world_size,
         largest_tp=max(node, parallel.tp),
         largest_cp=max(node, parallel.cp, long),
     )
 
 
-def all_layouts(scale: Scale, world_size: int) -> Layouts:
+def all_layouts(costs: CostModel, world_size: int) -> Layouts:
     """Those beyond a node too."""
-    return search_layouts(scale.config, world_size, largest_tp=world_size, largest_cp=world_size)
+    return search_layouts(costs.config, world_size, largest_tp=world_size, largest_cp=world_size)
 
 
-def some_fit(scale: Scale, layouts: Sequence[Layout]) -> bool:
+def some_fit(costs: CostModel, layouts: Sequence[Layout]) -> bool:
     """Whether any of the layouts fits; lean ones are tried first."""
-    return any(map(scale.fits, leanest(layouts))) or any(map(scale.fits, layouts))
+    return any(map(costs.fits, leanest(layouts))) or any(map(costs.fits, layouts))
 
 
-def devices_that_fit(scale: Scale, world_size: int) -> int | None:
+def devices_that_fit(costs: CostModel, world_size: int) -> int | None:
     """A larger number of devices, by doubling, on which some layout fits; None if none was found.
 
     Looks only at layouts that save memory wherever they can.
     """
     for _ in range(_DOUBLINGS):
         world_size *= 2
-        found = usual_layouts(scale, world_size)
-        if any(map(scale.fits, leanest(found.accepted))):
+        found = usual_layouts(costs, world_size)
+        if any(map(costs.fits, leanest(found.accepted))):
             return world_size
     return None
 

@@ -7,13 +7,13 @@ from functools import lru_cache
 from attrs import frozen
 
 from megafn.pure.config.records import ModelConfig, ParallelConfig, TrainConfig
-from megafn.pure.planner.parameter_counts import parameters_by_stage
+from megafn.pure.planner.memory.parameter_counts import parameters_by_stage
+from megafn.pure.planner.memory.stage_contents import contents_of_stages
 from megafn.pure.planner.records import Layout
-from megafn.pure.planner.stage_contents import contents_of_stages
 
 
 @frozen(kw_only=True)
-class StageKind:
+class DistinctStage:
     """What one stage holds, and how many stages hold as much."""
 
     # Layers of each stack.
@@ -25,7 +25,7 @@ class StageKind:
     stages: int
 
 
-def kinds_of_stages(config: TrainConfig, layout: Layout) -> tuple[StageKind, ...]:
+def distinct_stages(config: TrainConfig, layout: Layout) -> tuple[DistinctStage, ...]:
     """Raises ConfigError if the family does not say which parameters its models have."""
     return _kinds(
         config.model,
@@ -40,7 +40,7 @@ def kinds_of_stages(config: TrainConfig, layout: Layout) -> tuple[StageKind, ...
 @lru_cache(maxsize=4096)
 def _kinds(
     model: ModelConfig, tp: int, pp: int, first: int | None, last: int | None, split: int | None
-) -> tuple[StageKind, ...]:
+) -> tuple[DistinctStage, ...]:
     parallel = ParallelConfig(
         pp=pp,
         num_layers_in_first_pipeline_stage=first,
@@ -59,7 +59,7 @@ def _kinds(
     for count, held in zip(parameters, contents, strict=True):
         kinds.setdefault((held.layers, held.embeds, held.has_head), []).append(count)
     return tuple(
-        StageKind(
+        DistinctStage(
             layers=layers,
             embeds=embeds,
             has_head=has_head,

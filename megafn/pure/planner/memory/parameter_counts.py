@@ -10,8 +10,8 @@ from attrs import frozen
 
 from megafn.pure.config.records import ModelConfig, ParallelConfig, padded_vocab_size
 from megafn.pure.families.built_in import parameter_shapes, spec_of
+from megafn.pure.planner.memory.stage_contents import StageContents, contents_of_stages
 from megafn.pure.planner.records import Layout
-from megafn.pure.planner.stage_contents import StageContents, contents_of_stages
 
 # Ends of the names of parameters that tensor parallelism cuts (arXiv 1909.08053): columns of the
 # first matrix of a pair with their bias, rows of the second.

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from megafn.pure.config.records import ModelConfig, OptimizerConfig, TrainConfig
 from megafn.pure.pipeline import peak_of_stage
-from megafn.pure.planner.activations import (
+from megafn.pure.planner.memory.activations import (
     ELEMENT_BYTES,
     MicroBatchActivations,
     chunk_activations,
     cut_of,
     micro_batch_activations,
 )
-from megafn.pure.planner.parameter_counts import parameters_by_stage
+from megafn.pure.planner.memory.parameter_counts import parameters_by_stage
+from megafn.pure.planner.memory.stage_contents import StageContents, contents_of_stages
 from megafn.pure.planner.records import Layout, Memory
-from megafn.pure.planner.stage_contents import StageContents, contents_of_stages
 
 # Gradients are summed in fp32, whatever the parameters are.
 _GRADIENT_BYTES = 4
@@ -37,7 +37,7 @@ def memory_by_stage(
     for its fused kernels. stages: only these, in their order; None: all.
 
     State is that of mixed precision with sharding over data-parallel ranks (ZeRO 1, arXiv
-    1910.02054), activations are those of `planner.activations`, and a stage holds as many of them
+    1910.02054), activations are those of `memory.activations`, and a stage holds as many of them
     as `peak_activations` says. Not counted: what the allocator and libraries reserve, up to 2 GB.
 
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
