@@ -15,7 +15,6 @@ from equivalence import recomputation, tiny
 from megafn.pure.config.records import (
     ModelConfig,
     OptimizerConfig,
-    ParallelConfig,
     PrecisionConfig,
     RecomputeConfig,
     TrainConfig,
@@ -79,7 +78,7 @@ def test_llama_7b_has_its_published_number_of_parameters():
 def test_stages_hold_the_whole_model_once_if_no_table_is_tied(changes, layout):
     model = tiny(num_layers=8, **changes).model
     every_parameter = sum(map(math.prod, parameter_shapes(model).values()))
-    assert sum(parameters_by_stage(model, ParallelConfig(), layout)) == every_parameter
+    assert sum(parameters_by_stage(model, layout)) == every_parameter
 
 
 @pytest.mark.parametrize(
