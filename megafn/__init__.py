@@ -59,7 +59,7 @@ _HOME = {
     "draw_pipeline": "pure.pipeline",
     "Machine": "pure.planner.machine",
     "MACHINES": "pure.planner.machine",
-    "load_machine": "pure.planner.machine_file",
+    "load_machine": "pure.planner.machine",
     "Memory": "pure.planner.records",
     "Layout": "pure.planner.records",
     "Plan": "pure.planner.plans.records",
@@ -133,8 +133,8 @@ _HOME = {
     "describe_weights": "runtime.pretrained.describe",
     "dry_run": "runtime.dry_run.dry_run",
     "DryRun": "runtime.dry_run.report",
-    "draw_dry_run": "runtime.dry_run.drawing",
-    "plot_dry_run": "runtime.dry_run.picture",
+    "draw_dry_run": "pictures.dry_run_drawing",
+    "plot_dry_run": "pictures.dry_run_picture",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"
@@ -202,8 +202,8 @@ if TYPE_CHECKING:
     from megafn.pure.planner.machine import (
         MACHINES as MACHINES,
         Machine as Machine,
+        load_machine as load_machine,
     )
-    from megafn.pure.planner.machine_file import load_machine as load_machine
     from megafn.pure.planner.plans.plan import (
         apply_plan as apply_plan,
         plan as plan,
@@ -247,9 +247,9 @@ if TYPE_CHECKING:
         group_batches as group_batches,
     )
     from megafn.runtime.data.corpus_identity import describe_data as describe_data
-    from megafn.runtime.dry_run.drawing import draw_dry_run as draw_dry_run
+    from megafn.pictures.dry_run_drawing import draw_dry_run as draw_dry_run
     from megafn.runtime.dry_run.dry_run import dry_run as dry_run
-    from megafn.runtime.dry_run.picture import plot_dry_run as plot_dry_run
+    from megafn.pictures.dry_run_picture import plot_dry_run as plot_dry_run
     from megafn.runtime.dry_run.report import DryRun as DryRun
     from megafn.runtime.families.build import build_chunk as build_chunk
     from megafn.runtime.families.built_in import (

@@ -5,6 +5,7 @@ The functions run in the pool's workers.
 
 import time
 
+import attrs
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,34 +57,70 @@ def tensors(values):
             yield from tensors(value)
 
 
-def counted(config, batch, pg, *, step, model=None, steps=1):
-    """(memory, messages by kind, FLOP, matmuls) of the last of some real steps of this rank."""
+@attrs.frozen(kw_only=True)
+class Counted:
+    """What one rank counted in one step."""
+
+    memory: object
+    messages: dict
+    flops: int
+    matmuls: int
+
+
+def counted(case, batch, pg):
+    """What this rank counts in a real step, the last one if the case has several."""
     with LetGlooLetGo(), counting() as counter:
-        state = mf.setup(config, pg, model=model)
-        for _ in range(steps):
+        state = mf.setup(case.config, pg, model=case.model)
+        for _ in range(case.steps):
             counter.start_step(state)
-            state, _ = mf.train_step(state, batch, step)
+            state, _ = mf.train_step(state, batch, case.step)
             counter.end_step(state)
-        return counter.memory(), counter.messages(pg), counter.flops, counter.matmuls
+        return Counted(
+            memory=counter.memory(),
+            messages=counter.messages(pg),
+            flops=counter.flops,
+            matmuls=counter.matmuls,
+        )
 
 
 def real_and_dry(cases):
-    """For each case what this rank counted in a real step and in a dry run, or None if it is not
-    among those that are compared.
+    """For each case what this rank counted in a real step and in a dry run, or None.
 
-    The dry run happens among the process groups of the real one.
+    None if the rank is not among those compared: one of each pipeline stage, since those beside it
+    do the same. The dry run happens among the process groups of the real one.
     """
-    return [_real_and_dry(**case) for case in cases]
+    return [_real_and_dry(case) for case in cases]
 
 
-def _real_and_dry(config, data, *, step, model=None, ranks=None, steps=1):
+def _real_and_dry(case):
     world_size = mf.world_size()
-    groups = mf.build_groups(config.parallel, world_size, model=config.model)
+    groups = mf.build_groups(case.config.parallel, world_size, model=case.config.model)
     with mf.init_groups(groups, timeout_seconds=60) as pg:
-        batch = share(DATA[data](config, 0), config, pg)
-        real = counted(config, batch, pg, step=step, model=model, steps=steps)
-        # One rank of each pipeline stage: those beside it do the same.
-        if pg.rank not in (groups.pp[0] if ranks is None else ranks):
+        batch = share(DATA[case.data](case.config, 0), case.config, pg)
+        real = counted(case, batch, pg)
+        if pg.rank not in groups.pp[0]:
             return None
-        dry = mf.dry_run(config, world_size, pg.rank, step=step, model=model, batch=batch)
-        return real, (dry.memory, dry.messages, dry.flops, dry.matmuls)
+        dry = mf.dry_run(
+            case.config, world_size, pg.rank, step=case.step, model=case.model, batch=batch
+        )
+    return real, Counted(
+        memory=dry.memory, messages=dry.messages, flops=dry.flops, matmuls=dry.matmuls
+    )
+
+
+# Of all that is alive.
+BYTES = 0.01
+
+
+def assert_counted_alike(real, dry):
+    """Raises AssertionError unless bytes agree within `BYTES`, and all else exactly."""
+    assert real.messages == dry.messages
+    assert (real.flops, real.matmuls) == (dry.flops, dry.matmuls)
+    for moment in ("setup", "peak"):
+        expected = getattr(real.memory, moment)
+        found = getattr(dry.memory, moment)
+        for kind in (*attrs.fields_dict(type(expected)), "total"):
+            apart = abs(getattr(expected, kind) - getattr(found, kind))
+            assert apart <= BYTES * expected.total, (moment, kind, expected, found)
+    apart = abs(real.memory.cpu_only - dry.memory.cpu_only)
+    assert apart <= BYTES * real.memory.peak.total, (real.memory, dry.memory)

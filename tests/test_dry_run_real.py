@@ -1,75 +1,79 @@
 """A dry run needs what the real run of the same rank needs, counted by the same instruments.
 
 Messages, FLOP and matrix products agree exactly, and so do bytes if gloo lets go of tensors in time
-(1% is allowed for it).
+(1% is allowed for it). `make fuzz` compares every layout, shape and feature of the law.
 """
 
 import math
 
-import attrs
 import pytest
 
-import megafn as mf
-import test_equivalence
-from counted_steps import real_and_dry
-from equivalence import recomputation, tiny
-
-SP = dict(sequence_parallel=True)
-DIST = dict(use_distributed_optimizer=True)
-BYTES = 0.01
+from counted_cases import BRIEF, CASES, THIRD_STEPS
+from counted_steps import BYTES, assert_counted_alike, real_and_dry
 
 
-def brief(processes, base, layout):
-    """A config of few micro-batches: as many as stages, or two."""
-    layout = dict(layout)
-    config = tiny(**{"micro_batch_size": 2} | base | layout | recomputation(layout))
-    parallel = config.parallel
-    dp = processes // (parallel.tp * parallel.pp * parallel.cp)
-    micro_batches = dp * max(2, parallel.pp)
-    return attrs.evolve(config, global_batch_size=config.micro_batch_size * micro_batches)
-
-
-def case(processes, base, layout, data="uneven", **arguments):
-    config = brief(processes, base, layout)
-    arguments.setdefault("step", mf.step_fn(config.model.family))
-    return processes, dict(config=config, data=data, **arguments)
-
-
-def of_the_law():
-    """{name: (processes, arguments of the comparison)}: the law's list."""
-    cases = {}
-    for name, (processes, layout, *base) in test_equivalence.LAYOUTS.items():
-        cases[f"gpt {name}"] = case(processes, *(base or [{}]), layout)
-    return cases
-
-
-CASES = of_the_law()
-
-
-@pytest.fixture(scope="module")
-def results(pool):
-    """For each case what its ranks counted. One call of the pool for each number of processes."""
+def compared(pool, cases):
+    """{name: what its ranks counted}, by one call of the pool for each number of processes."""
     results = {}
-    for processes in sorted({processes for processes, _ in CASES.values()}):
-        names = [name for name in CASES if CASES[name][0] == processes]
-        ranks = pool(processes, real_and_dry, [CASES[name][1] for name in names], timeout=600)
-        for name, of_ranks in zip(names, zip(*ranks, strict=True), strict=True):
-            results[name] = [of_rank for of_rank in of_ranks if of_rank is not None]
+    for processes in sorted({case.processes for case in cases.values()}):
+        together = [name for name in cases if cases[name].processes == processes]
+        ranks = pool(processes, real_and_dry, [cases[name] for name in together], timeout=1800)
+        for number, name in enumerate(together):
+            results[name] = [of_rank[number] for of_rank in ranks if of_rank[number] is not None]
     return results
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_dry_run_needs_what_the_real_run_needs(name, results):
-    assert results[name]
-    for real, dry in results[name]:
-        assert_equal(real, dry)
+@pytest.fixture(scope="module")
+def brief(pool):
+    return compared(pool, {name: CASES[name] for name in BRIEF} | THIRD_STEPS)
 
 
-def assert_equal(real, dry):
-    memory, *counts = real
-    dry_memory, *dry_counts = dry
-    assert counts == dry_counts
-    for moment in ("setup", "peak"):
-        expected = getattr(memory, moment)
-        found = getattr(dry_memory, moment)
-        assert math.isclose(expected.total, found.total, rel_tol=BYTES), (moment, expected, found)
+@pytest.mark.parametrize("name", BRIEF)
+def test_a_dry_run_needs_what_the_real_run_needs(name, brief):
+    stages = CASES[name].config.parallel.pp
+    assert len(brief[name]) == stages
+    for pair in brief[name]:
+        assert_counted_alike(*pair)
+
+
+@pytest.mark.parametrize("name", THIRD_STEPS)
+def test_every_step_needs_the_memory_of_the_one_that_is_dry_run(name, brief):
+    """Adam's moments are there from the beginning, what the first step has cached too."""
+    for real, dry in brief[name]:
+        most = real.memory.peak.total
+        assert math.isclose(most, dry.memory.peak.total, rel_tol=BYTES)
+        assert (real.flops, real.matmuls) == (dry.flops, dry.matmuls)
+
+
+# seconds for each case
+@pytest.mark.timeout(3600)
+def test_so_it_does_for_everything_that_the_law_covers(pool, pytestconfig):
+    if pytestconfig.getoption("cases") < 100:
+        pytest.skip("minutes: make fuzz, or --cases 200")
+    different = {}
+    others = {name: case for name, case in CASES.items() if name not in BRIEF}
+    for name, pairs in compared(pool, others).items():
+        try:
+            for pair in pairs:
+                assert_counted_alike(*pair)
+        except AssertionError as error:
+            different[name] = str(error)
+    assert not different
+
+
+def test_memory_of_other_layouts_differs(brief):
+    """So the comparison sees what it should."""
+    (real, _), *_ = brief["gpt pp2-vpp2"]
+    for name in ("gpt pp4", "growing pp2-vpp2", "lora tp2-pp2-sp"):
+        with pytest.raises(AssertionError):
+            assert_counted_alike(real, brief[name][0][1])
+
+
+def test_bytes_are_exact_in_most_runs(brief):
+    """More than the tolerance asks: else it would hide a tensor."""
+    exact = [
+        math.isclose(real.memory.peak.total, dry.memory.peak.total, rel_tol=1e-6)
+        for pairs in brief.values()
+        for real, dry in pairs
+    ]
+    assert sum(exact) > 0.6 * len(exact)

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from combinations import cases, hold
+from counted_cases import of_random
+from counted_steps import assert_counted_alike, real_and_dry
 from planted import NAMES
 
 KNOWN = {  # for each planted bug a small case that shows it
@@ -60,6 +62,20 @@ def test_random_products_obey_the_law(pool, references, pytestconfig):
         hold(case, pool, references)
 
     obey()
+
+
+@pytest.mark.timeout(3600)
+def test_a_dry_run_of_random_products_needs_what_their_real_run_needs(pool, pytestconfig):
+    @settings(
+        max_examples=pytestconfig.getoption("cases") // 6, suppress_health_check=list(HealthCheck)
+    )
+    @given(cases())
+    def alike(product):
+        for (pair,) in pool(product["processes"], real_and_dry, [of_random(product)]):
+            if pair is not None:
+                assert_counted_alike(*pair)
+
+    alike()
 
 
 def test_the_given_case_obeys_the_law(pool, references, pytestconfig):

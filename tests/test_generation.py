@@ -144,6 +144,28 @@ def test_rows_are_independent_and_stop_at_their_stop_tokens(pool):
             assert of_row == list(zip(tokens, stopped.logprobs[row], strict=True))
 
 
+def without_training(config, path):
+    """The text of a saved model whose state has weights only, and what it refuses."""
+    groups = mf.build_groups(config.parallel, mf.world_size())
+    with mf.init_groups(groups, timeout_seconds=60) as pg:
+        state = mf.setup(config, pg)
+        whole = mf.generate(state, PROMPTS, GREEDY).tokens
+        mf.save(state, path)
+        state = mf.from_pretrained(mf.setup(config, pg, for_training=False), path)
+        parameters = [p for chunk in state.chunks for p in chunk.parameters()]
+        assert not any(p.requires_grad or hasattr(p, "main_grad") for p in parameters)
+        assert not list(state.optimizer.param_groups)
+        with pytest.raises(ValueError, match=r"setup\(for_training=False\) made it"):
+            mf.train_step(state, [], mf.step_fn("gpt"))
+        return whole, mf.generate(state, PROMPTS, GREEDY).tokens
+
+
+def test_a_state_that_is_not_for_training_has_weights_only_and_the_same_text(pool, tmp_path):
+    config = short(**LLAMA, dtype="bf16", pp=2, use_distributed_optimizer=True)
+    for whole, frozen in pool(2, without_training, config, tmp_path):
+        assert whole == frozen
+
+
 def own_model(config, pg, **place):
     """A model whose layers have a module of a user's, which looks one position back."""
     chunk = mf.build_chunk(config, pg, **place)

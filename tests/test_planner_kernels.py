@@ -16,7 +16,7 @@ import megafn as mf
 from megafn.pure.planner.implementation import IMPLEMENTATIONS
 from megafn.pure.planner.records import Layout
 from megafn.pure.planner.time.kernels import cross_attention_elements, elementwise_elements
-from megafn.pure.planner.time.model_dimensions import model_shape
+from megafn.pure.planner.time.model_dimensions import model_dimensions
 
 MEGAFN = IMPLEMENTATIONS["megafn"]
 HIDDEN = 64
@@ -111,7 +111,7 @@ def elements_of_a_layer(config_of_depth):
 def test_a_layer_moves_the_elements_that_the_planner_says(model, tolerance):
     model = dict(position_embedding="none") | model
     measured = elements_of_a_layer(partial(config_of, **model))
-    shape = model_shape(config_of(1, 128, **model).model)
+    shape = model_dimensions(config_of(1, 128, **model).model)
     computed = sum(elementwise_elements(shape, Layout(), MEGAFN))
     assert computed == pytest.approx(measured, rel=tolerance)
 
@@ -122,7 +122,7 @@ def test_a_decoder_layer_of_t5_moves_those_of_cross_attention_too():
             1, length, family="t5", num_decoder_layers=layers, max_position_embeddings=256
         )
 
-    shape = model_shape(config_of_depth(1, 128).model)
+    shape = model_dimensions(config_of_depth(1, 128).model)
     computed = sum(elementwise_elements(shape, Layout(), MEGAFN))
     computed += sum(cross_attention_elements(shape, Layout()))
     assert computed == pytest.approx(elements_of_a_layer(config_of_depth), rel=0.01)

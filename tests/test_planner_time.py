@@ -16,7 +16,7 @@ from megafn.pure.config.problems import ConfigError
 from megafn.pure.families.gpt import GPT_SPEC
 from megafn.pure.planner.implementation import IMPLEMENTATIONS
 from megafn.pure.planner.machine import MACHINES, Machine
-from megafn.pure.planner.memory import memory_by_stage
+from megafn.pure.planner.memory.stage_memory import memory_by_stage
 from megafn.pure.planner.published import accuracy
 from megafn.pure.planner.published.error_bands import band_of, row_errors
 from megafn.pure.planner.published.fit_constants import FITTED, error, fit
@@ -221,9 +221,9 @@ def test_a_band_holds_the_errors_of_rows_like_the_plan():
         ("fp32", dict(config=config_of(dtype="fp32"))),
         ("hidden size below 4096", dict(config=config_of(hidden_size=2048))),
         ("cp", dict(layout=Layout(tp=2, cp=2, dp=2))),
-        ("longer than 8192 tokens", dict(config=config_of(seq_length=32768))),
+        ("longer than 8,192 tokens", dict(config=config_of(seq_length=32768))),
         ("sliding window", dict(config=config_of(sliding_window=1024))),
-        ("more than 6144 devices", dict(layout=Layout(tp=8, pp=16, dp=64))),
+        ("more than 6,144 devices", dict(layout=Layout(tp=8, pp=16, dp=64))),
     ],
 )
 def test_a_band_says_why_rows_do_not_speak_for_a_plan(reason, change):

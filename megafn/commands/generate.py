@@ -86,7 +86,7 @@ def run(arguments: Namespace) -> int:
         ids.append(tokenizer.eos)  # as transformers' tokenizers end what a T5 reads
     groups = mf.build_groups(config.parallel, mf.world_size(), model=config.model)
     with mf.init_groups(groups) as pg:
-        state = mf.from_pretrained(mf.setup(config, pg), path)
+        state = mf.from_pretrained(mf.setup(config, pg, for_training=False), path)
         generation = mf.GenerationConfig(
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import attrs
 
+from megafn.pictures.memory_kinds import legend_of, stacked
 from megafn.pure.planner.plans.records import Plan
 from megafn.pure.planner.plans.table import (
+    decimals_of_seconds,
     gigabytes,
-    in_seconds,
     in_unit,
     memory_unit,
+    seconds_in_words,
     shown_stages,
+    usable_in_words,
 )
-from megafn.pure.planner.records import Memory, StepTime
+from megafn.pure.planner.records import StepTime
 
 # Columns of the longest bar.
 _WIDTH = 64
-
-# The mark of each kind of memory.
-_MARKS = {
-    "parameters": "P",
-    "gradients": "G",
-    "optimizer_state": "O",
-    "activations": "A",
-    "other": "X",
-}
 
 
 def draw_plan(plan: Plan) -> str:
@@ -39,51 +31,32 @@ def draw_plan(plan: Plan) -> str:
     >>> config = TrainConfig(model=model, micro_batch_size=1, global_batch_size=8, train_iters=9)
     >>> drawing = draw_plan(plan(config, MACHINES["h100"], world_size=8))
     >>> drawing.splitlines()[0]
-    'MB by stage; the device has 80 GB, of which 2 are in reserve'
+    'MB by stage, of 78 GB usable (80 GB less 2 GB reserved)'
     """
     return "\n".join([*_memory_bars(plan), "", *_time_bars(plan.time)])
 
 
 def _memory_bars(plan: Plan) -> list[str]:
     machine = plan.machine
-    limit = machine.memory_bytes - machine.reserved_bytes
     fullest = max(memory.total for memory in plan.memory)
-    scale = _WIDTH / max(limit, fullest)
-    line = round(limit * scale)
+    scale = _WIDTH / max(machine.usable_bytes, fullest)
+    line = round(machine.usable_bytes * scale)
     unit = memory_unit(fullest)
-    lines = [
-        f"{unit} by stage; the device has {gigabytes(machine.memory_bytes)} GB, "
-        f"of which {gigabytes(machine.reserved_bytes)} are in reserve"
-    ]
     label = len(f"stage {len(plan.memory) - 1}")
     width = len(in_unit(fullest, unit))
-    for stage in shown_stages(plan.memory):
-        memory = plan.memory[stage]
-        bar = _with_line(_stacked(_by_kind(memory), scale), line)
-        number = in_unit(memory.total, unit).rjust(width)
-        lines.append(f"{f'stage {stage}'.ljust(label)} {number} {bar}")
-    hidden = len(plan.memory) - len(shown_stages(plan.memory))
+    shown = shown_stages(plan.memory)
+    bars = {stage: stacked(attrs.asdict(plan.memory[stage]), scale) for stage in shown}
+
+    lines = [f"{unit} by stage, of {usable_in_words(machine)}"]
+    for stage, bar in bars.items():
+        number = in_unit(plan.memory[stage].total, unit).rjust(width)
+        lines.append(f"{f'stage {stage}'.ljust(label)} {number} {_with_line(bar, line)}")
+    hidden = len(plan.memory) - len(shown)
     if hidden:
-        lines.append(f"and {hidden} stages that are not shown, none of them fuller")
-    drawn = set("".join(lines[1:]))
-    kinds = [(mark, kind) for kind, mark in _MARKS.items() if mark in drawn]
-    legend = [f"{mark} {kind.replace('_', ' ')}" for mark, kind in kinds]
-    lines.append(", ".join([*legend, "| where the device is full"]))
+        lines.append(f"{hidden} stages are not shown, none of them fuller")
+    legend = legend_of("".join(bars.values()))
+    lines.append(f"{legend}, | {gigabytes(machine.usable_bytes)} GB")
     return lines
-
-
-def _by_kind(memory: Memory) -> dict[str, float]:
-    return attrs.asdict(memory)
-
-
-def _stacked(parts: Mapping[str, float], scale: float) -> str:
-    """Marks of each kind one after the other; ends are rounded, so that the sum is right."""
-    bar = ""
-    end = 0.0
-    for kind, amount in parts.items():
-        end += amount * scale
-        bar += _MARKS[kind] * (round(end) - len(bar))
-    return bar
 
 
 def _with_line(bar: str, line: int) -> str:
@@ -93,16 +66,17 @@ def _with_line(bar: str, line: int) -> str:
 
 
 def _time_bars(time: StepTime) -> list[str]:
-    kinds = {kind: seconds for kind, seconds in attrs.asdict(time).items() if seconds}
-    lines = [f"seconds of a step, {in_seconds(time.total)} in all"]
-    if not kinds:
+    seconds_of = seconds_in_words(time)
+    decimals = decimals_of_seconds(time.total)
+    lines = [f"seconds of a step, {time.total:,.{decimals}f} in all"]
+    if not seconds_of:
         return lines
-    label = max(map(len, kinds))
-    width = max(len(in_seconds(seconds)) for seconds in kinds.values())
-    longest = max(kinds.values())
-    for kind, seconds in kinds.items():
+    label = max(map(len, seconds_of))
+    longest = max(seconds_of.values())
+    width = len(f"{longest:,.{decimals}f}")
+    for words, seconds in seconds_of.items():
         bar = "#" * round(seconds / longest * _WIDTH)
-        number = in_seconds(seconds).rjust(width)
+        number = f"{seconds:,.{decimals}f}".rjust(width)
         share = f"{seconds / time.total:.1%}".rjust(6)
-        lines.append(f"{kind.ljust(label)} {number} {share} {bar}".rstrip())
+        lines.append(f"{words.ljust(label)} {number} {share} {bar}".rstrip())
     return lines

@@ -6,17 +6,21 @@ import os
 import textwrap
 from typing import TYPE_CHECKING
 
-import attrs
-
+from megafn.pictures.memory_kinds import COLOURS, words
 from megafn.pure.planner.plans.records import Plan
-from megafn.pure.planner.plans.table import in_seconds, layout_in_words
-from megafn.pure.planner.records import Memory, StepTime
+from megafn.pure.planner.plans.table import (
+    gigabytes,
+    in_seconds,
+    layout_in_words,
+    seconds_in_words,
+)
+from megafn.pure.planner.records import StepTime
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Kinds of memory that are a smaller share of the fullest stage are not drawn.
-_VISIBLE = 0.001
+_VISIBLE = 0.005
 
 
 def plot_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
@@ -26,20 +30,23 @@ def plot_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """
     from matplotlib.figure import Figure
 
-    # In inches: bars are narrower if there are many stages.
-    height = 1.5 + min(0.3 * len(plan.memory), 4)
-    figure = Figure(figsize=(9, height + 3), layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(_title(plan), 100)), fontsize="medium")
-    memory, time = figure.subplots(2, 1, height_ratios=(height, 3))
+    # In inches; bars are narrower if there are many stages.
+    memory_height = 1.3 + min(0.3 * len(plan.memory), 4)
+    time_height = 0.7 + 0.25 * len(seconds_in_words(plan.time))
+    figure = Figure(figsize=(8, memory_height + time_height + 0.6), layout="constrained")
+    figure.suptitle(_title(plan), fontsize="medium")
+    memory, time = figure.subplots(2, 1, height_ratios=(memory_height, time_height))
     _draw_memory(memory, plan)
     _draw_time(time, plan.time)
     figure.savefig(path, dpi=120, format="png")
 
 
 def _title(plan: Plan) -> str:
+    machine = plan.machine
     fits = "fits" if plan.fits else "does not fit"
-    layout = layout_in_words(plan.layout)
-    return f"{plan.world_size:,} x {plan.machine.name}, {layout}: {fits}"
+    devices = f"{plan.world_size:,} x {machine.name} of {gigabytes(machine.memory_bytes)} GB"
+    layout = textwrap.wrap(layout_in_words(plan.layout), 90, break_on_hyphens=False)
+    return "\n".join([f"{devices}: {fits}", *layout])
 
 
 def _draw_memory(panel: Axes, plan: Plan) -> None:
@@ -49,31 +56,28 @@ def _draw_memory(panel: Axes, plan: Plan) -> None:
     stages = range(len(plan.memory))
     visible = _VISIBLE * max(memory.total for memory in plan.memory) / 1e9
     ends = [0.0] * len(plan.memory)
-    for kind in _kinds(Memory):
+    for kind, colour in COLOURS.items():
         amounts = [getattr(memory, kind) / 1e9 for memory in plan.memory]
         if max(amounts) > visible:
-            panel.barh(stages, amounts, left=ends, label=kind.replace("_", " "))
+            panel.barh(stages, amounts, left=ends, label=words(kind), color=colour)
             ends = [end + amount for end, amount in zip(ends, amounts, strict=True)]
-    usable = (machine.memory_bytes - machine.reserved_bytes) / 1e9
-    panel.axvline(usable, color="black", linestyle="--", label="without the reserve")
-    panel.axvline(machine.memory_bytes / 1e9, color="black", label=f"memory of {machine.name}")
+    usable = machine.usable_bytes / 1e9
+    whole = machine.memory_bytes / 1e9
+    panel.axvline(usable, color="black", linestyle="--", label=f"{usable:,.4g} GB usable")
+    panel.axvline(whole, color="black", label=f"{whole:,.4g} GB in all")
     panel.invert_yaxis()
     panel.margins(y=0.02)
     panel.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    panel.set_xlabel("GB of the fullest rank")
+    panel.set_xlabel("GB on the fullest rank of each stage")
     panel.set_ylabel("pipeline stage")
-    panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
 def _draw_time(panel: Axes, time: StepTime) -> None:
-    seconds = {kind: getattr(time, kind) for kind in _kinds(StepTime)}
-    shown = {kind: amount for kind, amount in seconds.items() if amount}
-    bars = panel.barh(list(shown), list(shown.values()))
-    panel.bar_label(bars, [f"{amount / time.total:.1%}" for amount in shown.values()], padding=3)
+    seconds_of = seconds_in_words(time)
+    bars = panel.barh(list(seconds_of), list(seconds_of.values()), color="#56B4E9")
+    shares = [f"{seconds / time.total:.1%}" for seconds in seconds_of.values()]
+    panel.bar_label(bars, shares, padding=3, fontsize="small")
     panel.margins(x=0.1)
     panel.invert_yaxis()
-    panel.set_xlabel(f"seconds of a step, {in_seconds(time.total)} in all")
-
-
-def _kinds(record: type[attrs.AttrsInstance]) -> list[str]:
-    return [attribute.name for attribute in attrs.fields(record)]
+    panel.set_xlabel(f"seconds of a step, {in_seconds(time.total)} s in all")

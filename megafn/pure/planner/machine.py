@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import attrs
 from attrs import Attribute, Factory, field, frozen
 
-from megafn.pure.config.problems import Problem, config_error
+from megafn.pure.config.problems import ConfigError, Problem, config_error, did_you_mean
+from megafn.pure.config.serialization import from_dict, read_toml
 
 # Of the products of half precision that a device without a figure of its own does: H100's.
 _BEST_MATMUL_SHARE = 0.8
@@ -36,6 +39,14 @@ def _check_not_negative(machine: Machine, attribute: Attribute[float], value: An
     if _is_number(value) and math.isfinite(value) and value >= 0:
         return
     remedy = f"must be a finite number of at least 0; give {_MEANINGS[attribute.name]}"
+    raise config_error([Problem(f"machine.{attribute.name}", value, remedy)])
+
+
+def _check_reserved(machine: Machine, attribute: Attribute[float], value: Any) -> None:
+    _check_not_negative(machine, attribute, value)
+    if value < machine.memory_bytes:
+        return
+    remedy = f"must be less than memory_bytes = {machine.memory_bytes}"
     raise config_error([Problem(f"machine.{attribute.name}", value, remedy)])
 
 
@@ -120,7 +131,7 @@ class Machine:
     devices_per_node: int = field(default=8, validator=_check_count)
     # What the CUDA context, NCCL's buffers and workspaces of kernels take of `memory_bytes`: 1 to
     # 2 GB where it was measured.
-    reserved_bytes: float = field(default=2e9, validator=_check_not_negative)
+    reserved_bytes: float = field(default=2e9, validator=_check_reserved)
 
     # ---- Shares of these peaks that training reaches
     matmul_efficiency: float = field(default=MATMUL_EFFICIENCY, validator=_check_share)
@@ -131,6 +142,35 @@ class Machine:
     launch_seconds: float = field(default=LAUNCH_SECONDS, validator=_check_not_negative)
     # The results that the shares were fitted on. None: on none, and times are not to be trusted.
     fitted_on: str | None = None
+
+    @property
+    def usable_bytes(self) -> float:
+        """Bytes that a training step may fill."""
+        return self.memory_bytes - self.reserved_bytes
+
+
+def load_machine(path: str | os.PathLike[str]) -> Machine:
+    """The Machine in a TOML file, which holds its fields, in bytes, bytes/s and FLOP/s.
+
+    Raises ConfigError naming the file, with every problem in it.
+
+    >>> load_machine("nowhere.toml")
+    Traceback (most recent call last):
+    megafn.pure.config.problems.ConfigError: nowhere.toml: cannot be read \
+(No such file or directory); give the path of a TOML file
+    """
+    mapping = read_toml(path)
+    names = [attribute.name for attribute in attrs.fields(Machine)]
+    problems = []
+    for key in mapping.keys() - set(names):
+        hint = did_you_mean(key, names) or f"; choose one of {', '.join(names)}"
+        problems.append(Problem(key, mapping[key], f"there is no such field{hint}"))
+    try:
+        if problems:
+            raise config_error(problems)
+        return from_dict(mapping, Machine)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 MACHINES: Mapping[str, Machine] = MappingProxyType(

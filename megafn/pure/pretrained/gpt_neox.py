@@ -9,6 +9,7 @@ from megafn.pure.pretrained.activations import PLAIN, name_in_transformers
 from megafn.pure.pretrained.architecture import Architecture, tied_to
 from megafn.pure.pretrained.config_reader import ConfigReader
 from megafn.pure.pretrained.rotary import read_rotary, rotary_config
+from megafn.pure.pretrained.sizes import read_sizes, sizes_config
 from megafn.pure.pretrained.stored_slice import renamed, slices_by_name
 
 
@@ -18,19 +19,9 @@ def _fields(reader: ConfigReader) -> dict[str, Any]:
         True,
         "must be true, for megafn's linear layers all have a bias or none has; choose such a model",
     )
-    heads = reader.integer("num_attention_heads")
-    positions = reader.integer("max_position_embeddings")
     return {
         "family": "gpt",
-        "num_layers": reader.layers("num_hidden_layers"),
-        "hidden_size": reader.integer("hidden_size"),
-        "num_attention_heads": heads,
-        "num_query_groups": heads,
-        "kv_channels": reader.head_size("hidden_size", "num_attention_heads"),
-        "ffn_hidden_size": reader.integer("intermediate_size"),
-        "vocab_size": reader.integer("vocab_size"),
-        "seq_length": positions,
-        "max_position_embeddings": positions,
+        **read_sizes(reader),
         "activation": reader.translated("hidden_act", PLAIN, "gelu"),
         "norm_epsilon": reader.number("layer_norm_eps", 1e-5),
         "parallel_residual": reader.boolean("use_parallel_residual", True),
@@ -46,12 +37,7 @@ def _fields(reader: ConfigReader) -> dict[str, Any]:
 
 def _config(model: ModelConfig) -> dict[str, Any]:
     return {
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "intermediate_size": model.ffn_size,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.position_rows,
+        **sizes_config(model),
         "hidden_act": name_in_transformers(model.activation, PLAIN),
         "layer_norm_eps": model.norm_epsilon,
         "use_parallel_residual": model.parallel_residual,

@@ -11,6 +11,7 @@ from megafn.pure.config.records import ModelConfig
 from megafn.pure.pretrained.activations import PLAIN, name_in_transformers
 from megafn.pure.pretrained.architecture import Architecture
 from megafn.pure.pretrained.config_reader import ConfigReader
+from megafn.pure.pretrained.sizes import read_sizes, sizes_config
 from megafn.pure.pretrained.stored_slice import (
     Shape,
     SliceRule,
@@ -36,19 +37,9 @@ def _shared_fields(reader: ConfigReader) -> dict[str, Any]:
         False,
         "a decoder of this architecture is not built; choose an encoder",
     )
-    heads = reader.integer("num_attention_heads")
-    positions = reader.integer("max_position_embeddings")
     return {
         "family": "bert",
-        "num_layers": reader.layers("num_hidden_layers"),
-        "hidden_size": reader.integer("hidden_size"),
-        "num_attention_heads": heads,
-        "num_query_groups": heads,
-        "kv_channels": reader.head_size("hidden_size", "num_attention_heads"),
-        "ffn_hidden_size": reader.integer("intermediate_size"),
-        "vocab_size": reader.integer("vocab_size"),
-        "seq_length": positions,
-        "max_position_embeddings": positions,
+        **read_sizes(reader),
         "num_tokentypes": reader.integer("type_vocab_size", 2),
         "norm_epsilon": reader.number("layer_norm_eps", 1e-12),
         "hidden_dropout": reader.number("hidden_dropout_prob", 0.1),
@@ -59,12 +50,7 @@ def _shared_fields(reader: ConfigReader) -> dict[str, Any]:
 
 def _shared_config(model: ModelConfig) -> dict[str, Any]:
     return {
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "intermediate_size": model.ffn_size,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.position_rows,
+        **sizes_config(model),
         "type_vocab_size": model.num_tokentypes,
         "hidden_act": name_in_transformers(model.activation, PLAIN),
         "layer_norm_eps": model.norm_epsilon,

@@ -7,7 +7,7 @@
         counter.end_step(state)
     print(counter.memory().peak, counter.messages(pg)["tp"], counter.flops)
 
-Everything is read from the operations that torch dispatches, so nothing in the step is replaced.
+Everything is read from the operations that torch dispatches; what the step computes stays the same.
 What runs outside of torch's operations is not seen: temporary memory inside a kernel, what
 libraries allocate for themselves (NCCL, cuBLAS), and fragmentation.
 """
@@ -80,6 +80,8 @@ class Counter:
     _names: dict[torch.nn.Module, str] = field(factory=dict)
     # The modules whose forward passes run, the innermost last.
     _running: list[str] = field(factory=list)
+    # Whether the last operation was one of a backward pass.
+    _in_backward: bool = False
     # By the number of each node of the graph that backward passes walk, what made it.
     _module_of_node: dict[int, str] = field(factory=dict)
     # Number of changes of memory before the step, and at its end.
@@ -162,10 +164,13 @@ class Counter:
         """One operation of torch."""
         if torch._C._current_graph_task_id() != -1:
             self._memory.runs = live_bytes.BACKWARD
+            self._memory.pass_number += not self._in_backward
+            self._in_backward = True
         elif threading.get_ident() != self._thread:
             # gloo's threads work on copies of their own. (Backward passes may have threads too.)
             return run()
         else:
+            self._in_backward = False
             # The node that is the newest now, if it is that of this operation.
             node = torch.autograd._get_sequence_nr() - 1
             self._module_of_node.setdefault(node, self._module())
@@ -236,6 +241,7 @@ class Counter:
         in_step = self._memory.runs not in (live_bytes.SETUP, live_bytes.BETWEEN_STEPS)
         if in_step and torch._C._current_graph_task_id() == -1:
             self._memory.runs = live_bytes.FORWARD
+            self._memory.pass_number += not self._running
         self._running.append(self._names.get(module, self._module()))
 
     def _leave_module(self, *_: Any) -> None:

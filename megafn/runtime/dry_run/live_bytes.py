@@ -71,6 +71,8 @@ class Change:
     bytes: int
     allocation: Allocation
     runs: str
+    # Tells one forward pass from the next, and one backward pass.
+    pass_number: int = 0
 
 
 @define(eq=False)
@@ -79,6 +81,8 @@ class MemoryLog:
 
     changes: list[Change] = field(factory=list)
     runs: str = SETUP
+    # How many forward and backward passes have begun.
+    pass_number: int = 0
     # The kernel that runs.
     kernel: KernelCall | None = None
     # Each storage that is alive, by its address.
@@ -129,7 +133,10 @@ class MemoryLog:
             allocation.bytes = size
 
     def _changed(self, allocation: Allocation, size: int) -> None:
-        self.changes.append(Change(bytes=size, allocation=allocation, runs=self.runs))
+        change = Change(
+            bytes=size, allocation=allocation, runs=self.runs, pass_number=self.pass_number
+        )
+        self.changes.append(change)
 
 
 # ------------------------------------------------------------------------ what follows of the log
@@ -213,7 +220,7 @@ def timeline(step: StepMemory) -> Iterator[tuple[str, Memory]]:
     """(what runs, bytes alive): the moment with the most of each pass, and the end of it."""
     totals = _bytes_by_kind(step.changes[: step.start])
     during = step.changes[step.start :]
-    for runs, changes in groupby(during, key=lambda change: change.runs):
+    for (runs, _), changes in groupby(during, key=lambda change: (change.runs, change.pass_number)):
         alive = most = sum(totals.values())
         at_most = dict(totals)
         for change in changes:

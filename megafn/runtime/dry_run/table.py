@@ -66,13 +66,22 @@ def _memory_lines(memory: DryRunMemory) -> list[str]:
 
 
 def _tensor_lines(tensors: Sequence[LargeTensor]) -> list[str]:
-    lines = ["largest tensors at the peak"]
-    for tensor in tensors[:_MOST_TENSORS]:
+    """Tensors that differ only in the module that made them share a line."""
+    alike: dict[LargeTensor, list[str]] = {}
+    for tensor in tensors:
+        alike.setdefault(attrs.evolve(tensor, module=""), []).append(tensor.module)
+    lines = []
+    for tensor, modules in list(alike.items())[:_MOST_TENSORS]:
         shape = " x ".join(map(str, tensor.shape))
         kind = tensor.kind.replace("_", " ")
-        origin = f", {tensor.module}" if tensor.module else ""
-        lines.append(f"{in_units(tensor.bytes):>8}  {kind}, {tensor.dtype} [{shape}]{origin}")
-    return lines if tensors else []
+        times = f"{len(modules)} x " if len(modules) > 1 else ""
+        origin = f", {modules[0]}" if modules[0] else ""
+        more = " and others" if len(set(modules)) > 1 else ""
+        size = f"{times}{in_units(tensor.bytes)}"
+        lines.append(f"{size:>12}  {kind}, {tensor.dtype} [{shape}]{origin}{more}")
+    if not lines:
+        return []
+    return [f"the {len(tensors)} largest tensors at the peak", *lines]
 
 
 def _message_lines(messages: Mapping[str, Messages]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attrs import define, frozen
+from attrs import define, field, frozen
 
 from megafn.pure.generation import GenerationConfig, check_generation
 from megafn.pure.layout import Coordinates, rank_of
@@ -215,36 +215,61 @@ class _Arrival:
     sending: dist.Work | None
 
 
+@frozen(kw_only=True, eq=False)
+class _Rounds:
+    """Rounds of decoding, in each of which every part of the prompts gets one token."""
+
+    state: State
+    parts: Sequence[Decoding]
+    output: _Output
+    # by the number of the part, both
+    passes: dict[int, Pass] = field(factory=dict)  # of this round; none of a part that is done
+    arrivals: dict[int, _Arrival] = field(factory=dict)
+    sends: list[dist.Work] = field(factory=list)  # of hidden states to the next stage
+
+
 def _decode(state: State, prompts: Sequence[Sequence[int]], output: _Output) -> None:
     """Add tokens to `output` until every prompt is done.
 
-    In each round every part of the prompts gets one token. The parts go through the chunks of a
-    stage one after the other, so that all stages compute at once, and the token that a part got
-    is waited for when its next round begins. All ranks do this in the same order.
+    In each round the parts go through the chunks of a stage one after the other, so that all stages
+    compute at once, and the token that a part got is waited for when its next round begins. All
+    ranks do this in the same order.
     """
     parts = _parts(state, prompts, output.config)
-    last_chunk = len(state.chunks) - 1
-    arrivals: dict[int, _Arrival] = {}
-    sends: list[dist.Work] = []
+    rounds = _Rounds(state=state, parts=parts, output=output)
     for step in range(output.config.max_new_tokens):
-        passes: dict[int, Pass] = {}
-        for number in range(len(state.chunks)):
-            for index, part in enumerate(parts):
-                if number == 0:
-                    if step > 0:
-                        _receive_tokens(arrivals.pop(index, None), part, state, output)
-                    if not _is_done(part, output):
-                        passes[index] = next_pass(part, state.config)
-                if index not in passes:
-                    continue
-                hidden = run_chunk(number, part, passes[index], state, sends)
-                if number == last_chunk:
-                    drawn = _draw(hidden, part, passes[index], state, output.config, step)
-                    arrivals[index] = _send_tokens(drawn, state)
-    for index, part in enumerate(parts):
-        _receive_tokens(arrivals.pop(index, None), part, state, output)
-    for send in sends:
+        for index in range(len(parts)):
+            _begin_round(rounds, index)
+            _run_chunk(rounds, step, 0, index)
+        for number in range(1, len(state.chunks)):
+            for index in range(len(parts)):
+                _run_chunk(rounds, step, number, index)
+    for index in range(len(parts)):
+        _receive_tokens(rounds, index)
+    for send in rounds.sends:
         send.wait()
+
+
+def _begin_round(rounds: _Rounds, index: int) -> None:
+    """Receive the token that a part got in the round before, and prepare its next pass."""
+    part = rounds.parts[index]
+    _receive_tokens(rounds, index)
+    rounds.passes.pop(index, None)
+    if not all(rounds.output.is_done(row) for row in part.batch.rows):
+        rounds.passes[index] = next_pass(part, rounds.state.config)
+
+
+def _run_chunk(rounds: _Rounds, step: int, number: int, index: int) -> None:
+    """A part through one chunk of this stage; after the last one its tokens are drawn and sent."""
+    one_pass = rounds.passes.get(index)
+    if one_pass is None:
+        return
+    state = rounds.state
+    part = rounds.parts[index]
+    hidden = run_chunk(number, part, one_pass, state, rounds.sends)
+    if number == len(state.chunks) - 1:
+        drawn = _draw(hidden, part, one_pass, state, rounds.output.config, step)
+        rounds.arrivals[index] = _send_tokens(drawn, state)
 
 
 def _parts(
@@ -307,10 +332,6 @@ def _answer(
     )
 
 
-def _is_done(part: Decoding, output: _Output) -> bool:
-    return all(output.is_done(row) for row in part.batch.rows)
-
-
 def _draw(
     hidden: torch.Tensor,
     part: Decoding,
@@ -341,17 +362,21 @@ def _send_tokens(drawn: torch.Tensor, state: State) -> _Arrival:
     return _Arrival(drawn=drawn, sending=sending)
 
 
-def _receive_tokens(
-    arrival: _Arrival | None, part: Decoding, state: State, output: _Output
-) -> None:
-    """Wait for a part's tokens; add them to the output, and to what the next pass reads."""
+def _receive_tokens(rounds: _Rounds, index: int) -> None:
+    """Wait for a part's tokens, if some are on their way.
+
+    They are added to the output, and to what the part's next pass reads.
+    """
+    arrival = rounds.arrivals.pop(index, None)
     if arrival is None:
         return
     if arrival.sending is not None:
         arrival.sending.wait()
     else:
+        state = rounds.state
         dist.broadcast(arrival.drawn, _drawing_rank(state), group=state.pg.world)
-    output.add(part.batch.rows, arrival.drawn)
+    part = rounds.parts[index]
+    rounds.output.add(part.batch.rows, arrival.drawn)
     part.append(arrival.drawn[0].long())
 
 

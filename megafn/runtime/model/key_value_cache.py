@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from attrs import define, field, frozen
 
+from megafn.runtime.model.rotary import Rotation
+
 
 @define(eq=False)
 class _Buffers:
@@ -27,12 +29,14 @@ class KeyValueCache:
     new: tokens of this pass. It may be given more, which fill up a multiple of tp for sequence
         parallelism, at the end; their keys are not kept.
     buffers: by attention module, shared by the caches of all passes.
+    rotation: turns this pass's queries and keys; None: they have been turned, or are not to be.
     """
 
     capacity: int
     start: int = 0
     new: int = 0
     buffers: dict[torch.nn.Module, _Buffers] = field(factory=dict)
+    rotation: Rotation | None = None
 
     # What megatron-core asks of `packed_seq_params`: the usual layout of tensors.
     qkv_format: str = "sbhd"

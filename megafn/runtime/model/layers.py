@@ -182,7 +182,8 @@ class Attention(MegatronModule):
 
     packed_seq_params: a KeyValueCache, or None. With a cache, key and value are of the new tokens,
     queries attend to what is cached too, and the mask hides all that is to be hidden (None: what
-    causality hides). Context-parallel ranks then all have the whole sequence.
+    causality hides). Context-parallel ranks then all have the whole sequence. If it has a rotation,
+    queries and keys are turned here.
 
     Sliding window: queries attend in blocks, each to the keys that its windows cover, so that time
     and memory grow with sequence * window. A sequence that the window covers needs no band.
@@ -201,6 +202,7 @@ class Attention(MegatronModule):
     ):
         super().__init__(config=config)
         self.causal = attn_mask_type == AttnMaskType.causal
+        self.rotates = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
         self.scale = softmax_scale
         self.cp = pg_collection.cp
         # how many keys a query sees, its own included
@@ -227,6 +229,9 @@ class Attention(MegatronModule):
         if mask is not None and not mask.is_floating_point():
             mask = ~mask  # True = visible, as torch has it
         if packed_seq_params is not None:  # generation: see KeyValueCache
+            rotation = packed_seq_params.rotation
+            if rotation is not None and self.rotates:
+                query, key = rotation.turn(query), rotation.turn(key)
             key, value = packed_seq_params.extend(self, key, value)
             is_causal = self.causal and mask is None and query.size(2) > 1
             context = self._attend(query, key, value, mask, is_causal)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -22,7 +23,7 @@ from megafn.pure.config.records import ModelConfig, TrainConfig, padded_vocab_si
 from megafn.runtime.model.chunk import Chunk, ChunkPlan
 from megafn.runtime.model.key_value_cache import KeyValueCache
 from megafn.runtime.model.layers import Norm
-from megafn.runtime.model.rotary import rotary_angles_at
+from megafn.runtime.model.rotary import rotary_angles_at, rotation_by
 from megafn.runtime.parallel.context import cp_positions
 from megafn.runtime.parallel.groups import ProcessGroups
 
@@ -147,6 +148,11 @@ def one_stack_hidden(
     if chunk.pre_process:
         hidden = embed(chunk, tokens, position_ids, tokentype_ids)
     angles = rotary_angles(chunk, tokens, position_ids)
+    if cache is not None and angles is not None:
+        # once for all layers, which turn queries and keys by it
+        rotation = rotation_by(angles, chunk.plan.mcore.params_dtype)
+        cache = attrs.evolve(cache, rotation=rotation)
+        angles = None
     return block(hidden, attention_mask, rotary_pos_emb=angles, packed_seq_params=cache)
 
 

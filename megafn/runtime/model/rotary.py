@@ -1,10 +1,15 @@
-"""Rotary positions (arXiv 2104.09864): by which angles queries and keys are turned."""
+"""Rotary positions (arXiv 2104.09864): by which angles queries and keys are turned.
+
+In training megatron-core's layers turn them. In generation `Rotation` does, because they would
+compute the same cosines and sines for one token in each layer, and for queries and keys.
+"""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from attrs import frozen
 
 from megafn.pure.config.records import ModelConfig, RopeScaling
 
@@ -41,3 +46,33 @@ def rotary_angles_at(positions: torch.Tensor, model: ModelConfig) -> torch.Tenso
     by_sequence = positions.t() if positions.dim() == 2 else positions[:, None]
     angles = by_sequence[..., None] * rotary_frequencies(model, positions.device)
     return torch.cat((angles, angles), dim=-1)[:, :, None]
+
+
+@frozen(eq=False)
+class Rotation:
+    """Cosines and sines of the tokens of a pass, [batch or 1, 1, sequence, width] both.
+
+    The first half of the sines is negated.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def turn(self, heads: torch.Tensor) -> torch.Tensor:
+        """Queries or keys [batch, heads, sequence, d] with their first `width` channels turned.
+
+        The same products and sums as megatron-core's `apply_rotary_pos_emb`.
+        """
+        width = self.cos.size(-1)
+        turned = heads[..., :width]
+        first, second = turned.chunk(2, dim=-1)
+        turned = turned * self.cos + torch.cat((second, first), dim=-1) * self.sin
+        return turned if width == heads.size(-1) else torch.cat((turned, heads[..., width:]), -1)
+
+
+def rotation_by(angles: torch.Tensor, dtype: torch.dtype) -> Rotation:
+    """The rotation by the angles of `rotary_angles_at`, for queries and keys of a dtype."""
+    angles = angles.permute(1, 2, 0, 3)
+    cos = angles.cos().to(dtype)
+    first, second = angles.sin().to(dtype).chunk(2, dim=-1)
+    return Rotation(cos=cos, sin=torch.cat((-first, second), dim=-1))

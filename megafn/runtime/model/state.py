@@ -48,6 +48,7 @@ class State:
     `report_names`: what the step reports besides the loss, agreed on by all ranks in the first
     step (see `training.totals`); None before it.
     `pretrained`: where the first weights came from; None: they were drawn at random.
+    `for_training`: as `setup` was asked; if False, all parameters are frozen.
     `unproven`: what the next step compares over tp once more; None: nothing, on any rank.
     """
 
@@ -63,6 +64,7 @@ class State:
     grad_norms: tuple[float, ...] = ()
     report_names: tuple[str, ...] | None = None
     pretrained: Pretrained | None = None
+    for_training: bool = True
     unproven: UnprovenReplicas | None = None
     ownership: Ownership = field(factory=Ownership, repr=False)
     version: int = field(default=0, repr=False)

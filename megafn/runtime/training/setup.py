@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.utils import get_model_config
 
 from megafn.pure.config.problems import ConfigError, Problem, config_error
@@ -37,6 +38,7 @@ def setup(
     *,
     model: ModelFunction | None = None,
     optimizer: OptimizerFunction | None = None,
+    for_training: bool = True,
 ) -> State:
     """Model chunks, optimizer and schedule of this process, after config.consumed_samples.
 
@@ -44,6 +46,9 @@ def setup(
     set, gets that as a function without arguments. optimizer: (config, chunks, pg) -> megatron-core
     optimizer, the chunks wrapped in DistributedDataParallel; None: the one that
     config.optimizer.name names.
+    for_training: if False, every parameter is frozen, so that there is memory for the weights only:
+    no gradients, and nothing that an optimizer keeps. Such a state can be loaded, evaluated,
+    exported and can generate; `train_step` cannot use it.
     Raises ConfigError if the config does not fit the layout, the groups are of another one, nothing
     is trainable, only some copies of a shared table are frozen, or checkpoint.pretrained is set,
     which `train` reads. What the model function or prepare_model raises on one rank is raised on
@@ -56,7 +61,7 @@ def setup(
             f"mf.from_pretrained(mf.setup(config, pg), {pretrained!r})"
         )
         raise config_error([Problem("checkpoint.pretrained", pretrained, remedy)])
-    return build_state(config, pg, model=model, optimizer=optimizer)
+    return build_state(config, pg, model=model, optimizer=optimizer, for_training=for_training)
 
 
 def build_state(
@@ -65,6 +70,7 @@ def build_state(
     *,
     model: ModelFunction | None = None,
     optimizer: OptimizerFunction | None = None,
+    for_training: bool = True,
 ) -> State:
     """`setup` for callers that read checkpoint.pretrained themselves."""
     check(config, pg.world_size, cuda=pg.device.type == "cuda" or pg.is_dry_run)
@@ -73,17 +79,23 @@ def build_state(
     with megatron_context(pg, config.seed, "setup"):
         with errors_on_all_ranks(pg):
             modules = [_build_chunk(build, config, pg, i) for i in range(config.parallel.vpp)]
-        check_frozen(modules, config, pg)
+        if for_training:
+            check_frozen(modules, config, pg)
+        else:
+            for module in modules:
+                module.requires_grad_(False)
         for i, module in enumerate(modules):
             initialize_added_weights(module, config.model, pg, config.seed)
             start_alike(module, config, pg)
             is_last = pg.is_last_stage and i == config.parallel.vpp - 1
             connect_frozen_parts(module, config, is_last=is_last)
         chunks = [_with_gradient_buffers(module, config, pg) for module in modules]
-        made = (optimizer or build_optimizer)(config, chunks, pg)
+        build_its_optimizer = (optimizer or build_optimizer) if for_training else _no_optimizer
+        made = build_its_optimizer(config, chunks, pg)
         _check_optimizer(made)
         complete_groups(made, pg)
-    _connect(chunks, made, config)
+    if for_training:
+        _connect(chunks, made, config)
     consumed = config.consumed_samples[0]
     return State(
         config=config,
@@ -93,6 +105,7 @@ def build_state(
         schedule=make_schedule(config),
         iteration=consumed // config.global_batch_size,
         consumed_samples=consumed,
+        for_training=for_training,
     )
 
 
@@ -137,6 +150,13 @@ def _with_gradient_buffers(
         grad_reduce_in_fp32=True,
     )
     return DistributedDataParallel(get_model_config(chunk), ddp, chunk, pg_collection=pg.collection)
+
+
+def _no_optimizer(
+    config: TrainConfig, chunks: Sequence[torch.nn.Module], pg: ProcessGroups
+) -> MegatronOptimizer:
+    """The one of a process of which nothing is trained."""
+    return ChainedOptimizer([])
 
 
 def _check_optimizer(optimizer: object) -> None:

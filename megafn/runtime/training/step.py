@@ -51,16 +51,20 @@ def train_step(state: State, batch: Iterable[Any], step: Step) -> tuple[State, M
     it was cut. If loss or gradient is NaN or infinite on one rank, or the gradient's norm a spike
     (optimizer.spike_factor), no rank updates anything, and the schedule does not advance.
     Raises ValueError, before the update, if the batch has another number of micro-batches than
-    `num_micro_batches`, if none of its tokens counts, and if step.loss reports other names for some
-    micro-batches; RuntimeError for a state that was donated before, or whose groups are closed. In
-    the first step, or the first one in which it has a gradient other than zero, raises ConfigError
-    before the update if a parameter that counts as replicated over tp has other gradients on other
-    ranks.
+    `num_micro_batches`, if none of its tokens counts, if step.loss reports other names for some
+    micro-batches, and if the state is not for training; RuntimeError for a state that was donated
+    before, or whose groups are closed. In the first step, or the first one in which it has a
+    gradient other than zero, raises ConfigError before the update if a parameter that counts as
+    replicated over tp has other gradients on other ranks.
 
     Numbers move to the host once, before the update: loss, count, reports and gradient norm in one
     tensor, summed over all ranks in one collective; once more under log.everything or fp16.
     """
     check_usable(state)
+    if not state.for_training:
+        raise ValueError(
+            "state: setup(for_training=False) made it; train one that setup made for it"
+        )
     clock = Clock(started=time.perf_counter())
     scheduled = state.schedule(state.consumed_samples - state.skipped_samples)
     set_lr(state.optimizer, scheduled.lr, scheduled.weight_decay)

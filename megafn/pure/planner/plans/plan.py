@@ -20,7 +20,7 @@ from megafn.pure.planner.plans.remedies import (
 from megafn.pure.planner.plans.table import gigabytes
 from megafn.pure.planner.published.error_bands import band_of
 from megafn.pure.planner.records import Layout, Memory
-from megafn.pure.planner.search.cost_model import Scale, all_layouts, some_fit, usual_layouts
+from megafn.pure.planner.search.cost_model import CostModel, all_layouts, some_fit, usual_layouts
 from megafn.pure.planner.time.step_time import step_time
 from megafn.pure.validation.validate import check
 
@@ -48,16 +48,16 @@ def plan(
     """
     check_inputs(config, machine, implementation)
     check(config, world_size)
-    scale = Scale(config=config, machine=machine, implementation=implementation)
+    costs = CostModel(config=config, machine=machine, implementation=implementation)
     layout = layout_of(config, world_size)
-    memory = scale.memory(layout)
+    memory = costs.memory(layout)
     stage = fullest_stage(memory)
-    needed = memory[stage].total + machine.reserved_bytes
+    needed = memory[stage].total
     problems: tuple[Problem, ...] = ()
-    if needed > machine.memory_bytes:
-        remedy = _remedy(scale, layout, needed)
+    if needed > machine.usable_bytes:
+        remedy = _remedy(costs, layout, needed)
         problems = (memory_problem(layout, stage, needed, machine, remedy),)
-    return priced_plan(scale, layout, memory, problems)
+    return priced_plan(costs, layout, memory, problems)
 
 
 def apply_plan(config: TrainConfig, plan: Plan) -> TrainConfig:
@@ -102,26 +102,26 @@ def fullest_stage(memory: tuple[Memory, ...]) -> int:
 
 
 def priced_plan(
-    scale: Scale, layout: Layout, memory: tuple[Memory, ...], problems: tuple[Problem, ...] = ()
+    costs: CostModel, layout: Layout, memory: tuple[Memory, ...], problems: tuple[Problem, ...] = ()
 ) -> Plan:
     """The plan of a layout."""
-    machine = scale.machine
-    config = scale.config_of(layout)
-    time = step_time(config, layout, machine, implementation=scale.implementation)
-    world_size = layout.tp * layout.pp * layout.cp * layout.dp
+    machine = costs.machine
+    config = costs.config
+    time = step_time(config, layout, machine, implementation=costs.implementation)
+    world_size = layout.world_size
     tokens = config.global_batch_size * sample_tokens(config.model)
     return Plan(
         machine=machine,
         world_size=world_size,
         layout=layout,
-        implementation=scale.implementation,
+        implementation=costs.implementation,
         memory=memory,
         time=time,
         tokens_per_second=tokens / time.total / world_size,
         mfu=_flops(config) / time.total / world_size / machine.peak_flops,
-        band=band_of(config, layout, machine, scale.implementation),
+        band=band_of(config, layout, machine, costs.implementation),
         problems=problems,
-        assumptions=_assumptions(config, machine, scale.implementation),
+        assumptions=_assumptions(config, machine, costs.implementation),
     )
 
 
@@ -135,17 +135,17 @@ def _flops(config: TrainConfig) -> float:
     return flops
 
 
-def _remedy(scale: Scale, layout: Layout, needed: float) -> str:
+def _remedy(costs: CostModel, layout: Layout, needed: float) -> str:
     """What would make the layout fit."""
-    world_size = layout.tp * layout.pp * layout.cp * layout.dp
-    layouts = usual_layouts(scale, world_size).accepted
-    if not some_fit(scale, layouts):
-        layouts = all_layouts(scale, world_size).accepted
-        if not some_fit(scale, layouts):
-            return nothing_fits(scale, layouts, world_size)
-    neighbours = neighbours_among(layouts, scale)
+    world_size = layout.world_size
+    layouts = usual_layouts(costs, world_size).accepted
+    if not some_fit(costs, layouts):
+        layouts = all_layouts(costs, world_size).accepted
+        if not some_fit(costs, layouts):
+            return nothing_fits(costs, layouts, world_size)
+    neighbours = neighbours_among(layouts, costs)
     enough, changes = one_change(layout, needed, neighbours)
-    return changes if enough else fewest_changes(layout, neighbours, scale.seconds)
+    return changes if enough else fewest_changes(layout, neighbours, costs.seconds)
 
 
 _KERNELS = {
@@ -160,9 +160,11 @@ def _assumptions(config: TrainConfig, machine: Machine, implementation: str) -> 
     return (
         _KERNELS[implementation],
         f"every sample is full: {sample_tokens(config.model):,} tokens",
-        f"nodes of {machine.devices_per_node} devices, with {gigabytes(machine.link_bandwidth)} "
-        f"GB/s within and {gigabytes(machine.network_bandwidth)} GB/s for each between",
-        f"CUDA, NCCL and workspaces take {gigabytes(machine.reserved_bytes)} GB of a device",
+        f"each device has {gigabytes(machine.link_bandwidth)} GB/s to others of its node of "
+        f"{machine.devices_per_node}, and {gigabytes(machine.network_bandwidth)} GB/s to other "
+        "nodes",
+        f"CUDA, NCCL and workspaces of kernels take {gigabytes(machine.reserved_bytes)} GB, which "
+        "are reserved",
         "reading data, evaluations and checkpoints take no time",
-        f"MFU is a share of the peak for bf16, {machine.peak_flops / 1e12:,.0f} TFLOP/s",
+        f"MFU is a share of {machine.peak_flops / 1e12:,.0f} TFLOP/s, the peak in bf16",
     )

@@ -23,7 +23,7 @@ from megafn.pure.planner.plans.remedies import (
 )
 from megafn.pure.planner.plans.table import gigabytes
 from megafn.pure.planner.records import Layout
-from megafn.pure.planner.search.cost_model import Scale, all_layouts, usual_layouts
+from megafn.pure.planner.search.cost_model import CostModel, all_layouts, usual_layouts
 from megafn.pure.planner.search.layout_search import Layouts, RefusedChoice
 
 # The bytes that it needs, and the layout.
@@ -55,30 +55,30 @@ def rank_plans(
     True
     """
     check_inputs(config, machine, implementation)
-    scale = Scale(config=config, machine=machine, implementation=implementation)
-    found = usual_layouts(scale, world_size)
-    fitting, heavy = _weighed(scale, found)
+    costs = CostModel(config=config, machine=machine, implementation=implementation)
+    found = usual_layouts(costs, world_size)
+    fitting, heavy = _weighed(costs, found)
     if not fitting:
-        found = all_layouts(scale, world_size)
-        fitting, heavy = _weighed(scale, found)
+        found = all_layouts(costs, world_size)
+        fitting, heavy = _weighed(costs, found)
     if not found.accepted:
-        raise ConfigError(_no_layout(scale, world_size))
+        raise ConfigError(_no_layout(costs, world_size))
 
-    advice = None if fitting else nothing_fits(scale, found.accepted, world_size)
+    advice = None if fitting else nothing_fits(costs, found.accepted, world_size)
     return Ranking(
         machine=machine,
         world_size=world_size,
         implementation=implementation,
         plans=LazySequence(
             build=_plan,
-            context=scale,
+            context=costs,
             # The sort is stable: equally fast layouts stay in the order of the search.
-            seeds=tuple(sorted(fitting, key=scale.seconds)),
+            seeds=tuple(sorted(fitting, key=costs.seconds)),
             if_empty=advice or "",
         ),
         refused=LazySequence(
             build=_refusal,
-            context=_Refusals(scale=scale, layouts=found.accepted),
+            context=_Refusals(costs=costs, layouts=found.accepted),
             seeds=(*heavy, *found.refused),
             if_empty="no layout is refused",
         ),
@@ -87,28 +87,28 @@ def rank_plans(
     )
 
 
-def _weighed(scale: Scale, found: Layouts) -> tuple[list[Layout], list[HeavyLayout]]:
+def _weighed(costs: CostModel, found: Layouts) -> tuple[list[Layout], list[HeavyLayout]]:
     """The layouts that fit, and those that need too much memory, the least first."""
     fitting = []
     heavy = []
     for layout in found.accepted:
-        needed = scale.needed(layout)
-        if needed <= scale.machine.memory_bytes:
+        needed = costs.needed(layout)
+        if needed <= costs.machine.usable_bytes:
             fitting.append(layout)
         else:
             heavy.append((needed, layout))
     return fitting, sorted(heavy, key=itemgetter(0))
 
 
-def _plan(scale: Scale, layout: Layout) -> Plan:
-    return priced_plan(scale, layout, scale.memory(layout))
+def _plan(costs: CostModel, layout: Layout) -> Plan:
+    return priced_plan(costs, layout, costs.memory(layout))
 
 
 @frozen(kw_only=True)
 class _Refusals:
     """What reasons of refused layouts are made of."""
 
-    scale: Scale
+    costs: CostModel
     layouts: tuple[Layout, ...]
     # Made for the first reason that is read.
     neighbours: list[Neighbours] = field(factory=list, repr=False, eq=False)
@@ -118,12 +118,14 @@ def _refusal(context: _Refusals, seed: RefusedChoice | HeavyLayout) -> Refusal:
     if isinstance(seed, RefusedChoice):
         return Refusal(layout=seed.layout, problems=(seed.problem,))
     if not context.neighbours:
-        context.neighbours.append(neighbours_among(context.layouts, context.scale))
+        context.neighbours.append(neighbours_among(context.layouts, context.costs))
     needed, layout = seed
-    stage = fullest_stage(context.scale.memory(layout))
-    enough, changes = one_change(layout, needed, context.neighbours[0])
-    remedy = changes if enough else f"{changes or 'choose another'}; one change is not enough"
-    problem = memory_problem(layout, stage, needed, context.scale.machine, remedy)
+    stage = fullest_stage(context.costs.memory(layout))
+    enough, remedy = one_change(layout, needed, context.neighbours[0])
+    if not enough:
+        helpful = f"{remedy}; " if remedy else ""
+        remedy = f"{helpful}no single change is enough"
+    problem = memory_problem(layout, stage, needed, context.costs.machine, remedy)
     return Refusal(layout=layout, problems=(problem,))
 
 
@@ -134,8 +136,10 @@ def _reasons(
     reasons = []
     if heavy:
         least, _ = heavy[0]
-        limit = gigabytes(machine.memory_bytes)
-        reasons.append((len(heavy), f"need more than {limit} GB ({least / 1e9:,.2f} or more)"))
+        limit = gigabytes(machine.usable_bytes)
+        reasons.append(
+            (len(heavy), f"need more than {limit} GB (the least of them {least / 1e9:,.2f} GB)")
+        )
     if choices:
         fields = Counter(choice.problem.field for choice in choices).most_common()
         named = ", ".join(f"{name} ({count:,})" for name, count in fields)
@@ -143,12 +147,12 @@ def _reasons(
     return tuple(reasons)
 
 
-def _no_layout(scale: Scale, world_size: int) -> str:
+def _no_layout(costs: CostModel, world_size: int) -> str:
     """Why a config has no layout of so many devices, with numbers of which it has one."""
-    config = scale.config
+    config = costs.config
     model = config.model
     near = _numbers_near(world_size)
-    others = [str(size) for size in near if usual_layouts(scale, size).accepted]
+    others = [str(size) for size in near if usual_layouts(costs, size).accepted]
     choose = "change global_batch_size"
     if others:
         choose = f"choose another number, such as {' or '.join(others)}"

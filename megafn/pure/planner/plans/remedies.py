@@ -10,9 +10,9 @@ from attrs import frozen
 from megafn.pure.config.problems import Problem
 from megafn.pure.config.records import RecomputeConfig
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.plans.table import gigabytes, layout_in_words
+from megafn.pure.planner.plans.table import gigabytes, layout_in_words, usable_in_words
 from megafn.pure.planner.records import Layout
-from megafn.pure.planner.search.cost_model import Scale, devices_that_fit, leanest
+from megafn.pure.planner.search.cost_model import CostModel, devices_that_fit, leanest
 
 # What may be changed of a layout, a value for each of _ASPECTS.
 Values = tuple[Any, ...]
@@ -98,27 +98,27 @@ def _listed(words: Sequence[str], conjunction: str) -> str:
 class Neighbours:
     """The layouts of a config, found by what they have changed."""
 
-    scale: Scale
+    costs: CostModel
     layouts: Mapping[Values, Layout]
     # For each aspect all its values, in the order of the search.
     choices: tuple[tuple[Any, ...], ...]
 
     def needed(self, values: Values) -> float:
         """Bytes that a layout needs on its fullest stage."""
-        return self.scale.needed(self.layouts[values])
+        return self.costs.needed(self.layouts[values])
 
     def fits(self, values: Values) -> bool:
-        return self.scale.fits(self.layouts[values])
+        return self.costs.fits(self.layouts[values])
 
 
-def neighbours_among(layouts: Sequence[Layout], scale: Scale) -> Neighbours:
+def neighbours_among(layouts: Sequence[Layout], costs: CostModel) -> Neighbours:
     by_values: dict[Values, Layout] = {}
     for layout in layouts:
         # Of layouts that differ in their outer stages only, the first.
         by_values.setdefault(_values_of(layout), layout)
     choices = (tuple(dict.fromkeys(column)) for column in zip(*by_values, strict=True))
     return Neighbours(
-        scale=scale,
+        costs=costs,
         layouts=by_values,
         choices=tuple(_ordered(values) for values in choices),
     )
@@ -186,27 +186,26 @@ def memory_problem(
     layout: Layout, stage: int, needed: float, machine: Machine, remedy: str
 ) -> Problem:
     """By how much a stage does not fit, and what would help."""
-    amount = f"{gigabytes(needed)} GB"
-    if amount == f"{gigabytes(machine.memory_bytes)} GB":
-        amount = f"{needed / 1e9:,.3f} GB"
+    amount = gigabytes(needed)
+    if amount == gigabytes(machine.usable_bytes):
+        amount = f"{needed / 1e9:,.3f}"
     return Problem(
         "parallel.pp",
         layout.pp,
-        f"stage {stage} needs {amount} of {gigabytes(machine.memory_bytes)}, "
-        f"{gigabytes(machine.reserved_bytes)} in reserve; {remedy}",
+        f"stage {stage} needs {amount} GB of {usable_in_words(machine)}; {remedy}",
     )
 
 
-def nothing_fits(scale: Scale, layouts: Sequence[Layout], world_size: int) -> str:
+def nothing_fits(costs: CostModel, layouts: Sequence[Layout], world_size: int) -> str:
     """By how much the model does not fit on so many devices, and what would help."""
-    machine = scale.machine
-    layout = min(leanest(layouts) or layouts, key=scale.needed)
-    devices = devices_that_fit(scale, world_size)
+    machine = costs.machine
+    layout = min(leanest(layouts) or layouts, key=costs.needed)
+    devices = devices_that_fit(costs, world_size)
     more = "choose a machine with more memory, or a smaller model"
     if devices is not None:
-        more = f"start {devices:,} devices, or choose a machine with more memory"
+        more = f"use {devices:,} devices, or choose a machine with more memory"
     return (
-        f"no layout of {world_size:,} x {machine.name} fits: the least that one needs is "
-        f"{gigabytes(scale.needed(layout))} GB of {gigabytes(machine.memory_bytes)}, "
-        f"{gigabytes(machine.reserved_bytes)} in reserve ({layout_in_words(layout)}); {more}"
+        f"no layout on {world_size:,} x {machine.name} fits: a stage needs at least "
+        f"{gigabytes(costs.needed(layout))} GB of {usable_in_words(machine)}, with "
+        f"{layout_in_words(layout)}; {more}"
     )

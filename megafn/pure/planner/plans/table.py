@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 
@@ -18,9 +19,25 @@ _WIDTH = 96
 # A pipeline with more stages is printed in part.
 _MOST_STAGES = 8
 
+BYTES_IN = {"GB": 1e9, "MB": 1e6}
+
 _IMPLEMENTATIONS = {
     "megafn": "as megafn runs it",
     "megatron": "as Megatron-LM runs it, with overlap and fused kernels",
+}
+
+
+# Fields of StepTime.
+_TIME_WORDS = {
+    "layers": "layers",
+    "recomputation": "recomputation",
+    "head": "output and loss",
+    "tp": "tp messages",
+    "cp": "cp messages",
+    "pp": "pp messages",
+    "dp": "dp messages",
+    "bubble": "pipeline bubble",
+    "optimizer": "optimizer",
 }
 
 
@@ -60,7 +77,8 @@ def plan_text(
     low, high = mfu_band(mfu, band)
     speed = [
         f"{tokens_per_second:,.0f} tokens/s per device",
-        f"MFU {mfu:.1%}, measured between {low:.1%} and {high:.1%}: {band.source}",
+        f"MFU {mfu:.1%}; expect {low:.1%} to {high:.1%}, from the planner's errors on the "
+        f"published results nearest to this plan ({band.source})",
     ]
     if band.not_trusted is not None:
         speed.append(f"not trusted: {band.not_trusted}")
@@ -154,13 +172,9 @@ def _memory_lines(memory: Sequence[Memory], machine: Machine) -> list[str]:
         part = memory[stage]
         numbers = [getattr(part, kind) for kind in kinds] + [part.total]
         rows.append([f"stage {stage}", *(in_unit(number, unit) for number in numbers)])
-    left = machine.memory_bytes - machine.reserved_bytes - fullest
-    verdict = f"{gigabytes(left)} GB are free" if left >= 0 else f"{gigabytes(-left)} GB too much"
-    return [
-        *aligned(rows),
-        f"{gigabytes(machine.memory_bytes)} GB, {gigabytes(machine.reserved_bytes)} of them in "
-        f"reserve: {verdict} on the fullest stage",
-    ]
+    left = machine.usable_bytes - fullest
+    verdict = f"{gigabytes(left)} GB free" if left >= 0 else f"{gigabytes(-left)} GB too much"
+    return [*aligned(rows), f"{usable_in_words(machine)}: {verdict} on the fullest stage"]
 
 
 def shown_stages(memory: Sequence[Memory]) -> list[int]:
@@ -173,12 +187,11 @@ def shown_stages(memory: Sequence[Memory]) -> list[int]:
 
 
 def _time_lines(time: StepTime) -> list[str]:
-    rows = [["seconds", "", ""]]
-    for kind in (attribute.name for attribute in attrs.fields(StepTime)):
-        seconds = getattr(time, kind)
-        if seconds:
-            rows.append([kind, in_seconds(seconds), f"{seconds / time.total:.1%}"])
-    rows.append(["step", in_seconds(time.total), ""])
+    rows = [["time", "seconds", "share"]]
+    decimals = decimals_of_seconds(time.total)
+    for words, seconds in seconds_in_words(time).items():
+        rows.append([words, f"{seconds:,.{decimals}f}", f"{seconds / time.total:.1%}"])
+    rows.append(["whole step", f"{time.total:,.{decimals}f}", ""])
     return aligned(rows)
 
 
@@ -204,7 +217,7 @@ def ranking_text(
         header = [unit if cell == _MEMORY else cell for cell in _HEADER]
         cells = [_cells(row, unit) for row in rows]
         lines += ["", *aligned([header, *cells]), ""]
-        lines += _notes(rows, num_plans, unit)
+        lines += _notes(rows, num_plans, unit, machine)
     if reasons:
         refused = "; ".join(f"{count:,} {reason}" for count, reason in reasons)
         lines += _wrapped(f"Refused: {refused}.")
@@ -251,16 +264,18 @@ def _cells(row: RankingRow, unit: str) -> list[str]:
     ]
 
 
-def _notes(rows: Sequence[RankingRow], num_plans: int, unit: str) -> list[str]:
+def _notes(rows: Sequence[RankingRow], num_plans: int, unit: str, machine: Machine) -> list[str]:
     notes = [
-        "plan: its index; plans that differ from a better one only in SP, DO or recompute are not "
-        f"shown. SP: sequence parallel. DO: distributed optimizer. {unit}: of the fullest stage, "
-        "without the reserve. tokens/s: per device. band: the MFU measured where such was planned."
+        "plan: index in the ranking; plans that differ from a better one only in SP, DO or "
+        "recompute are not shown. micro: micro-batch size. SP: sequence parallel. DO: distributed "
+        f"optimizer. {unit}: of the fullest stage, of {usable_in_words(machine)}. tokens/s: per "
+        "device. band: the MFU to expect, from the planner's errors on the published results "
+        "nearest to the plan."
     ]
     reasons = [reason for row in rows for reason in (row.band.not_trusted or "").split("; ")]
     distinct = [reason for reason in dict.fromkeys(reasons) if reason]
     if distinct:
-        notes.append(f"* not trusted: {'; '.join(distinct)}")
+        notes.append(f"* not trusted: {'; '.join(distinct)}.")
     uneven = {
         f"{words} (pp {row.layout.pp}, vpp {row.layout.vpp})": None
         for row in rows
@@ -276,7 +291,7 @@ def _notes(rows: Sequence[RankingRow], num_plans: int, unit: str) -> list[str]:
 
 
 def mfu_band(mfu: float, band: Band) -> tuple[float, float]:
-    """The MFU that was measured where such an MFU was planned, lowest and highest.
+    """The lowest and highest MFU to expect, if the plan is as wrong as the band says.
 
     >>> mfu_band(0.5, Band(low=-0.1, high=0.2, source="some rows"))
     (0.45, 0.6)
@@ -296,6 +311,40 @@ def gigabytes(number: float) -> str:
     return f"{billions:.1f}".removesuffix(".0")
 
 
+def usable_in_words(machine: Machine) -> str:
+    """What a training step may fill of a device.
+
+    >>> from megafn.pure.planner.machine import MACHINES
+    >>> usable_in_words(MACHINES["h100"])
+    '78 GB usable (80 GB less 2 GB reserved)'
+    """
+    if machine.reserved_bytes == 0:
+        return f"{gigabytes(machine.usable_bytes)} GB usable"
+    return (
+        f"{gigabytes(machine.usable_bytes)} GB usable ({gigabytes(machine.memory_bytes)} GB less "
+        f"{gigabytes(machine.reserved_bytes)} GB reserved)"
+    )
+
+
+def seconds_in_words(time: StepTime) -> dict[str, float]:
+    """What a step spends time on, in words, with the seconds; what takes none is left out.
+
+    >>> seconds_in_words(StepTime(layers=2, dp=1))
+    {'layers': 2, 'dp messages': 1}
+    """
+    seconds = {words: getattr(time, kind) for kind, words in _TIME_WORDS.items()}
+    return {words: number for words, number in seconds.items() if number}
+
+
+def decimals_of_seconds(total: float) -> int:
+    """The decimals with which a total of seconds, and so its parts, have four digits.
+
+    >>> decimals_of_seconds(20.0), decimals_of_seconds(0.05)
+    (2, 5)
+    """
+    return max(0, 3 - math.floor(math.log10(total))) if total > 0 else 0
+
+
 def memory_unit(largest: float) -> str:
     """The unit in which a table is written whose largest number of bytes is this.
 
@@ -311,7 +360,7 @@ def in_unit(number: float, unit: str) -> str:
     >>> in_unit(12.34e9, "GB"), in_unit(3.21e6, "MB")
     ('12.3', '3.2')
     """
-    return f"{number / (1e9 if unit == 'GB' else 1e6):,.1f}"
+    return f"{number / BYTES_IN[unit]:,.1f}"
 
 
 def in_seconds(number: float) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from attrs import frozen
 
-from megafn.pure.planner.memory import memory_by_stage
+from megafn.pure.planner.memory.stage_memory import memory_by_stage
 from megafn.pure.planner.published.error_bands import RowError, row_errors
 from megafn.pure.planner.published.rows import SOURCES, PublishedRow
 

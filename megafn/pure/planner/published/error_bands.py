@@ -108,12 +108,11 @@ class _Position:
 def _position(config: TrainConfig, layout: Layout, machine: Machine) -> _Position:
     """Of a run in bf16."""
     model = config.model
-    devices = layout.tp * layout.pp * layout.cp * layout.dp
     return _Position(
         device=(4 * math.log2(machine.peak_flops), 4 * math.log2(machine.memory_bandwidth)),
         hidden=math.log2(model.hidden_size),
         length=0.5 * math.log2(model.seq_length),
-        devices=0.25 * math.log2(devices),
+        devices=0.25 * math.log2(layout.world_size),
         tp=0.25 * math.log2(layout.tp),
         pp=0.25 * math.log2(layout.pp),
         cp=0.5 * math.log2(layout.cp),
@@ -139,7 +138,7 @@ def _positions() -> tuple[tuple[_Position, RowError], ...]:
 
 @frozen(kw_only=True)
 class _Covered:
-    """The largest run of each kind that a row in half precision measures."""
+    """The longest sequence and the most devices of any row."""
 
     length: int
     devices: int
@@ -150,7 +149,7 @@ def _covered() -> _Covered:
     rows = published_rows()
     return _Covered(
         length=max(row.config.model.seq_length for row in rows),
-        devices=max(row.layout.tp * row.layout.pp * row.layout.dp for row in rows),
+        devices=max(row.layout.world_size for row in rows),
     )
 
 
@@ -164,25 +163,26 @@ def _reasons(
     """Why no published row speaks for the time of a plan."""
     model = config.model
     covered = _covered()
-    devices = layout.tp * layout.pp * layout.cp * layout.dp
     family = getattr(model.family, "name", model.family)
     reasons = []
     if implementation == "megafn":
-        reasons.append("megafn's own time is not measured yet")
+        reasons.append("megafn's own time has not been measured yet")
     if machine.fitted_on is None:
         reasons.append(f"no constant is fitted on results of {machine.name}")
     if family != "gpt":
-        reasons.append(f"no row is of the family {family}")
+        reasons.append(f"no published result is of the family {family}")
     if config.precision.dtype == "fp32":
-        reasons.append("no row is in fp32")
+        reasons.append("no published result is in fp32")
     if model.hidden_size < _SMALLEST_HIDDEN:
-        reasons.append(f"hidden size below {_SMALLEST_HIDDEN}, where some rows take twice as long")
+        reasons.append(
+            f"hidden size below {_SMALLEST_HIDDEN}, where some runs took twice the computed time"
+        )
     if layout.cp > 1:
-        reasons.append("rows with cp are in fp8 only")
+        reasons.append("published results with cp are in fp8 only")
     if model.seq_length > covered.length:
-        reasons.append(f"no row has sequences longer than {covered.length} tokens")
+        reasons.append(f"no published result has sequences longer than {covered.length:,} tokens")
     if model.sliding_window is not None:
-        reasons.append("no row has a sliding window")
-    if devices > covered.devices:
-        reasons.append(f"no row has more than {covered.devices} devices")
+        reasons.append("no published result has a sliding window")
+    if layout.world_size > covered.devices:
+        reasons.append(f"no published result has more than {covered.devices:,} devices")
     return reasons

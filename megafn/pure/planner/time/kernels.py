@@ -11,11 +11,11 @@ import attrs
 from attrs import frozen
 
 from megafn.pure.config.records import padded_vocab_size
-from megafn.pure.planner.activations import ELEMENT_BYTES
 from megafn.pure.planner.implementation import Implementation
 from megafn.pure.planner.machine import Machine
+from megafn.pure.planner.memory.activations import ELEMENT_BYTES
 from megafn.pure.planner.records import Layout
-from megafn.pure.planner.time.model_dimensions import ModelShape, StackShape
+from megafn.pure.planner.time.model_dimensions import ModelDimensions, StackDimensions
 
 # Flash attention reaches this share of what large products do. Its backward pass computes the
 # scores again: five products where the forward pass has two.
@@ -51,8 +51,8 @@ class LayerSeconds:
 
 
 def layer_seconds(
-    model: ModelShape,
-    stack: StackShape,
+    model: ModelDimensions,
+    stack: StackDimensions,
     layout: Layout,
     speeds: Speeds,
     implementation: Implementation,
@@ -97,7 +97,7 @@ def matmul_seconds(rows: float, inner: float, columns: float, speeds: Speeds) ->
     return 2 * rows * inner * columns / speeds.matmul + speeds.element * moved / speeds.memory
 
 
-def _linear_seconds(model: ModelShape, tokens: float, tp: int, speeds: Speeds) -> float:
+def _linear_seconds(model: ModelDimensions, tokens: float, tp: int, speeds: Speeds) -> float:
     """The four projections of a layer."""
     hidden = model.hidden
     return (
@@ -109,7 +109,7 @@ def _linear_seconds(model: ModelShape, tokens: float, tp: int, speeds: Speeds) -
 
 
 def _cross_linear_seconds(
-    model: ModelShape, tokens: float, memory_tokens: float, tp: int, speeds: Speeds
+    model: ModelDimensions, tokens: float, memory_tokens: float, tp: int, speeds: Speeds
 ) -> float:
     """Queries and output of cross-attention, and keys and values of what it reads."""
     hidden = model.hidden
@@ -121,7 +121,7 @@ def _cross_linear_seconds(
 
 
 def _attention_seconds(
-    model: ModelShape,
+    model: ModelDimensions,
     tokens: float,
     attended: float,
     keys: float,
@@ -143,7 +143,7 @@ def _attention_seconds(
 
 
 def elementwise_elements(
-    model: ModelShape, layout: Layout, implementation: Implementation
+    model: ModelDimensions, layout: Layout, implementation: Implementation
 ) -> tuple[float, float]:
     """Elements for each token that norms, residuals, activations and the like read and write.
 
@@ -187,7 +187,7 @@ def elementwise_elements(
     return forward, backward
 
 
-def cross_attention_elements(model: ModelShape, layout: Layout) -> tuple[float, float]:
+def cross_attention_elements(model: ModelDimensions, layout: Layout) -> tuple[float, float]:
     """What `elementwise_elements` gives, of the cross-attention of a layer beside it."""
     tp = layout.tp
     whole = model.hidden / (tp if layout.sequence_parallel else 1)
@@ -197,7 +197,7 @@ def cross_attention_elements(model: ModelShape, layout: Layout) -> tuple[float, 
 
 
 def head_seconds(
-    model: ModelShape, layout: Layout, speeds: Speeds, implementation: Implementation
+    model: ModelDimensions, layout: Layout, speeds: Speeds, implementation: Implementation
 ) -> float:
     """Output layer and loss of one micro-batch, forward and backward."""
     if not model.head_length:

@@ -11,7 +11,7 @@ from megafn.pure.families.built_in import spec_of
 
 
 @frozen(kw_only=True)
-class StackShape:
+class StackDimensions:
     """One stack of equal layers. Lengths are in tokens, for one sequence."""
 
     layers: int
@@ -24,7 +24,7 @@ class StackShape:
 
 
 @frozen(kw_only=True)
-class ModelShape:
+class ModelDimensions:
     """Widths and stacks of a model. Of a T5, the last stack is the decoder."""
 
     hidden: int
@@ -38,7 +38,7 @@ class ModelShape:
     # Tokens of the output layer for one sequence, 0 if it has none, and width of a layer before it.
     head_length: int
     head_inner: int
-    stacks: tuple[StackShape, ...]
+    stacks: tuple[StackDimensions, ...]
     # Copies of the word table in a pipeline.
     word_tables: int
     gated: bool
@@ -49,15 +49,15 @@ class ModelShape:
 
 
 @lru_cache(maxsize=64)
-def model_shape(model: ModelConfig) -> ModelShape:
+def model_dimensions(model: ModelConfig) -> ModelDimensions:
     """The widths of a model. Raises ConfigError for an unknown family."""
     spec = spec_of(model)
     query = model.num_attention_heads * model.head_size
     has_output_layer = model.family != "bert" or model.num_labels is None
     stacks = []
     for i, name in enumerate(spec.stacks):
-        stacks.append(_stack_shape(model, name, decoder=i > 0))
-    return ModelShape(
+        stacks.append(_stack_dimensions(model, name, decoder=i > 0))
+    return ModelDimensions(
         hidden=model.hidden_size,
         heads=model.num_attention_heads,
         query=query,
@@ -83,12 +83,12 @@ def _rotated_share(model: ModelConfig) -> float:
     return 1 - len(model.layers_without_rope) / model.num_layers
 
 
-def _stack_shape(model: ModelConfig, name: str, *, decoder: bool) -> StackShape:
+def _stack_dimensions(model: ModelConfig, name: str, *, decoder: bool) -> StackDimensions:
     """`decoder`: a second stack, which attends to what the first one computed."""
     length = model.decoder_length if decoder else model.seq_length
     window = length if model.sliding_window is None else min(length, model.sliding_window)
     causal = name == "decoder"
-    return StackShape(
+    return StackDimensions(
         layers=model.decoder_layers if decoder else model.num_layers,
         length=length,
         attended=window - window * window / (2 * length) if causal else length,

@@ -22,14 +22,18 @@ from megafn.pure.planner.time.bandwidth import (
     all_reduce_seconds,
     bandwidths,
 )
-from megafn.pure.planner.time.distinct_stages import StageKind, kinds_of_stages
+from megafn.pure.planner.time.distinct_stages import DistinctStage, distinct_stages
 from megafn.pure.planner.time.kernels import (
     Speeds,
     head_seconds,
     layer_seconds,
     speeds_of,
 )
-from megafn.pure.planner.time.model_dimensions import ModelShape, StackShape, model_shape
+from megafn.pure.planner.time.model_dimensions import (
+    ModelDimensions,
+    StackDimensions,
+    model_dimensions,
+)
 
 # Of messages under computation: the share of those of tp that products hide, of a backward pass
 # that sums of gradients can hide in, and of either sum that stays visible.
@@ -64,20 +68,20 @@ def price(
 ) -> StepTime:
     """`step_time` of any implementation."""
     run = _Run(
-        model=model_shape(config.model),
+        model=model_dimensions(config.model),
         layout=layout,
         speeds=speeds_of(machine, config.precision.dtype),
-        wires=bandwidths(machine, layout, config.parallel.order),
+        bandwidths=bandwidths(machine, layout, config.parallel.order),
         implementation=implementation,
     )
     head = head_seconds(run.model, layout, run.speeds, implementation)
     layers = [_layer_cost(run, stack, machine.launch_seconds) for stack in run.model.stacks]
-    kinds = kinds_of_stages(config, layout)
-    stages = [_stage_cost(run, kind, layers, head) for kind in kinds]
-    slowest = max(stages, key=attrgetter("total"))
-    all_stages = sum(kind.stages * cost.total for kind, cost in zip(kinds, stages, strict=True))
+    stages = distinct_stages(config, layout)
+    costs = [_stage_cost(run, stage, layers, head) for stage in stages]
+    slowest = max(costs, key=attrgetter("total"))
+    all_stages = sum(stage.count * cost.total for stage, cost in zip(stages, costs, strict=True))
     mean = all_stages / layout.pp
-    parameters = max(kind.parameters for kind in kinds)
+    parameters = max(stage.parameters for stage in stages)
 
     m = layout.num_micro_batches
     return StepTime(
@@ -97,10 +101,10 @@ def price(
 class _Run:
     """What is priced: a model in a layout, and what computes and connects."""
 
-    model: ModelShape
+    model: ModelDimensions
     layout: Layout
     speeds: Speeds
-    wires: Bandwidths
+    bandwidths: Bandwidths
     implementation: Implementation
 
     def hidden_bytes(self, length: int) -> float:
@@ -130,7 +134,7 @@ class _Cost:
         return self.passes + self.recomputation + self.tp + self.cp + self.head
 
 
-def _layer_cost(run: _Run, stack: StackShape, launch_seconds: float) -> _Cost:
+def _layer_cost(run: _Run, stack: StackDimensions, launch_seconds: float) -> _Cost:
     layout = run.layout
     computed = layer_seconds(run.model, stack, layout, run.speeds, run.implementation)
     repeated = _repeated_layers(stack, layout)
@@ -147,7 +151,7 @@ def _layer_cost(run: _Run, stack: StackShape, launch_seconds: float) -> _Cost:
     return _Cost(passes=passes + waiting, recomputation=recomputation, tp=tp, cp=cp)
 
 
-def _repeated_layers(stack: StackShape, layout: Layout) -> float:
+def _repeated_layers(stack: StackDimensions, layout: Layout) -> float:
     """Share of the layers that the backward pass computes again, whole."""
     recompute = layout.recompute
     if recompute.granularity != "full":
@@ -158,7 +162,7 @@ def _repeated_layers(stack: StackShape, layout: Layout) -> float:
     return min(1.0, recompute.num_layers / in_a_chunk)
 
 
-def _tp_seconds(run: _Run, stack: StackShape, repeated: float) -> float:
+def _tp_seconds(run: _Run, stack: StackDimensions, repeated: float) -> float:
     """An all-reduce behind attention and MLP, and one before each in the backward pass.
 
     With sequence parallelism each is a gather and a scatter, and the backward pass gathers the two
@@ -175,14 +179,14 @@ def _tp_messages(run: _Run, length: int, reduces: float, gathers: float) -> floa
     if tp == 1:
         return 0.0
     payload = run.hidden_bytes(length)
-    seconds = reduces * all_reduce_seconds(payload, tp, run.wires.tp)
+    seconds = reduces * all_reduce_seconds(payload, tp, run.bandwidths.tp)
     if not run.layout.sequence_parallel:
         return seconds
-    seconds += gathers * all_gather_seconds(payload, tp, run.wires.tp)
+    seconds += gathers * all_gather_seconds(payload, tp, run.bandwidths.tp)
     return seconds * (1 - _TP_HIDDEN) if run.implementation.overlap else seconds
 
 
-def _cp_seconds(run: _Run, stack: StackShape, repeated: float, attention: float) -> float:
+def _cp_seconds(run: _Run, stack: StackDimensions, repeated: float, attention: float) -> float:
     """Keys and values gathered for each forward pass, their gradients scattered once.
 
     attention: seconds of its forward pass, under which messages may travel.
@@ -192,7 +196,7 @@ def _cp_seconds(run: _Run, stack: StackShape, repeated: float, attention: float)
         return 0.0
     tokens = stack.length * layout.micro_batch_size
     payload = tokens * run.model.key_value / layout.tp * run.speeds.element
-    once = all_gather_seconds(payload, layout.cp, run.wires.cp)
+    once = all_gather_seconds(payload, layout.cp, run.bandwidths.cp)
     if run.implementation.overlap:
         # parts travel on while attention to the last one is computed (arXiv 2310.01889)
         once = max(0.0, once - attention)
@@ -203,14 +207,14 @@ def _cp_seconds(run: _Run, stack: StackShape, repeated: float, attention: float)
 # --------------------------------------------------------------------------------------- stages
 
 
-def _stage_cost(run: _Run, kind: StageKind, costs: list[_Cost], head: float) -> _Cost:
+def _stage_cost(run: _Run, stage: DistinctStage, costs: list[_Cost], head: float) -> _Cost:
     """One micro-batch on one stage. costs: of one layer of each stack."""
     # its gradients added to those of earlier micro-batches
-    passes = kind.parameters * run.implementation.accumulation_bytes / run.speeds.memory
+    passes = stage.parameters * run.implementation.accumulation_bytes / run.speeds.memory
     recomputation = 0.0
-    tp = _tp_seconds_of_ends(run, kind)
+    tp = _tp_seconds_of_ends(run, stage)
     cp = 0.0
-    for layers, cost in zip(kind.layers, costs, strict=True):
+    for layers, cost in zip(stage.layers, costs, strict=True):
         passes += layers * cost.passes
         recomputation += layers * cost.recomputation
         tp += layers * cost.tp
@@ -220,17 +224,17 @@ def _stage_cost(run: _Run, kind: StageKind, costs: list[_Cost], head: float) -> 
         recomputation=recomputation,
         tp=tp,
         cp=cp,
-        head=head if kind.has_head else 0.0,
+        head=head if stage.has_head else 0.0,
     )
 
 
-def _tp_seconds_of_ends(run: _Run, kind: StageKind) -> float:
+def _tp_seconds_of_ends(run: _Run, stage: DistinctStage) -> float:
     """The word table's rows are summed, and the gradient of what the output layer reads."""
     model = run.model
     seconds = 0.0
-    if kind.embeds:
+    if stage.embeds:
         seconds += _tp_messages(run, model.stacks[0].length, reduces=1, gathers=0)
-    if kind.has_head and model.head_length:
+    if stage.has_head and model.head_length:
         seconds += _tp_messages(run, model.head_length, reduces=1, gathers=1)
     return seconds
 
@@ -246,7 +250,7 @@ def _pipeline_seconds(run: _Run) -> float:
     message = run.hidden_bytes(sum(stack.length for stack in run.model.stacks))
     if layout.sequence_parallel or run.implementation.scatter_gather:
         message /= layout.tp
-    seconds = 2 * layout.num_micro_batches * layout.vpp * message / run.wires.pp
+    seconds = 2 * layout.num_micro_batches * layout.vpp * message / run.bandwidths.pp
     if run.implementation.overlap and layout.vpp > 1:
         seconds *= _PP_VISIBLE
     return seconds
@@ -260,7 +264,7 @@ def _shared_table_seconds(run: _Run) -> float:
         return 0.0
     table = padded_vocab_size(model.vocab, tp) / tp * model.hidden
     payload = table * run.implementation.gradient_bytes
-    return all_reduce_seconds(payload, model.word_tables, run.wires.pp)
+    return all_reduce_seconds(payload, model.word_tables, run.bandwidths.pp)
 
 
 def _gradient_seconds(run: _Run, parameters: int, slowest: float) -> float:
@@ -275,9 +279,9 @@ def _gradient_seconds(run: _Run, parameters: int, slowest: float) -> float:
     gradients = parameters * run.implementation.gradient_bytes
     if layout.use_distributed_optimizer:
         payload = gradients + parameters * run.speeds.element
-        seconds = all_gather_seconds(payload, ranks, run.wires.dp)
+        seconds = all_gather_seconds(payload, ranks, run.bandwidths.dp)
     else:
-        seconds = all_reduce_seconds(gradients, ranks, run.wires.dp)
+        seconds = all_reduce_seconds(gradients, ranks, run.bandwidths.dp)
     if not run.implementation.overlap:
         return seconds
     # in the last micro-batch's backward pass, and the first one's forward pass

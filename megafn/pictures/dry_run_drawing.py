@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import attrs
 
+from megafn.pictures.memory_kinds import legend_of, stacked
 from megafn.pure.planner.records import Memory
 from megafn.runtime.dry_run.report import DryRun
 from megafn.runtime.dry_run.table import in_units
@@ -13,14 +14,6 @@ from megafn.runtime.dry_run.table import in_units
 _HEIGHT = 16
 # Columns at most; of a longer step, neighbours share one.
 _WIDTH = 80
-# The mark of each kind of memory, the lowest first.
-_MARKS = {
-    "parameters": "P",
-    "gradients": "G",
-    "optimizer_state": "O",
-    "activations": "A",
-    "other": "X",
-}
 # The mark of each pass.
 _PASSES = {"forward": "f", "backward": "b", "optimizer": "o"}
 
@@ -38,7 +31,7 @@ def draw_dry_run(report: DryRun) -> str:
     if not most:
         return "no memory is alive in this step"
     scale = _HEIGHT / most
-    columns = [_column(memory, scale) for _, memory in moments]
+    columns = [stacked(attrs.asdict(memory), scale).ljust(_HEIGHT) for _, memory in moments]
     label = in_units(most)
     lines = []
     for row in reversed(range(_HEIGHT)):
@@ -47,9 +40,8 @@ def draw_dry_run(report: DryRun) -> str:
         lines.append(f"{margin:>{len(label)}} |{marks}".rstrip())
     passes = "".join(_PASSES.get(runs, " ") for runs, _ in moments)
     lines.append(f"{'0':>{len(label)}} +{passes}".rstrip())
-    drawn = {mark for column in columns for mark in column}
-    kinds = [f"{mark} {kind.replace('_', ' ')}" for kind, mark in _MARKS.items() if mark in drawn]
-    lines.append(f"{', '.join(kinds)}; below: f forward, b backward, o optimizer")
+    lines.append(legend_of("".join(columns)))
+    lines.append("below: f forward, b backward, o optimizer; passes are in order, not to scale")
     return "\n".join(lines)
 
 
@@ -60,13 +52,3 @@ def columns_of(timeline: Sequence[Moment], most: int = _WIDTH) -> list[Moment]:
         max(timeline[first : first + width], key=lambda moment: moment[1].total)
         for first in range(0, len(timeline), width)
     ]
-
-
-def _column(memory: Memory, scale: float) -> str:
-    """Marks from the lowest row on; ends are rounded, so that the sum is right."""
-    column = ""
-    end = 0.0
-    for kind, number in attrs.asdict(memory).items():
-        end += number * scale
-        column += _MARKS[kind] * (round(end) - len(column))
-    return column.ljust(_HEIGHT)

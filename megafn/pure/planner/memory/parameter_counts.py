@@ -8,10 +8,10 @@ from functools import lru_cache
 
 from attrs import frozen
 
-from megafn.pure.config.records import ModelConfig, ParallelConfig, padded_vocab_size
+from megafn.pure.config.records import ModelConfig, padded_vocab_size
 from megafn.pure.families.built_in import parameter_shapes, spec_of
+from megafn.pure.planner.memory.stage_contents import StageContents, contents_of_stages
 from megafn.pure.planner.records import Layout
-from megafn.pure.planner.stage_contents import StageContents, contents_of_stages
 
 # Ends of the names of parameters that tensor parallelism cuts (arXiv 1909.08053): columns of the
 # first matrix of a pair with their bias, rows of the second.
@@ -135,25 +135,25 @@ def _on_a_rank(model: ModelConfig, contents: StageContents, tp: int) -> int:
 
 
 def parameters_by_stage(
-    model: ModelConfig, parallel: ParallelConfig, layout: Layout
+    model: ModelConfig, layout: Layout, split_rank: int | None = None
 ) -> tuple[int, ...]:
     """Parameters of one rank of each pipeline stage, all of its chunks together.
 
-    Equal to what the modules hold. Of `parallel` are read uneven first and last stages and T5's
-    split. Layers of a stack are taken to be alike; adapters and other parts that
-    `config.prepare_model` adds are not counted.
+    Equal to what the modules hold. split_rank: the first stage of T5's decoder, if given. Layers of
+    a stack are taken to be alike; adapters and other parts that `config.prepare_model` adds are not
+    counted.
 
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
-    >>> parameters_by_stage(model, ParallelConfig(), Layout(pp=2, tp=2))
+    >>> parameters_by_stage(model, Layout(pp=2, tp=2))
     (35424, 33504)
     """
     return _by_stage(
         model,
         layout.pp,
         layout.tp,
-        parallel.num_layers_in_first_pipeline_stage,
-        parallel.num_layers_in_last_pipeline_stage,
-        parallel.pipeline_model_parallel_split_rank,
+        layout.num_layers_in_first_pipeline_stage,
+        layout.num_layers_in_last_pipeline_stage,
+        split_rank,
     )
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-import attrs
-
-from megafn.pure.planner.records import Memory
+from megafn.pictures.memory_kinds import COLOURS, words
+from megafn.pure.planner.plans.table import BYTES_IN, in_unit, memory_unit
 from megafn.runtime.dry_run.report import DryRun
 
 
@@ -19,16 +18,25 @@ def plot_dry_run(report: DryRun, path: str | os.PathLike[str]) -> None:
     from matplotlib.figure import Figure
 
     memories = [memory for _, memory in report.memory.timeline]
-    kinds = [attribute.name for attribute in attrs.fields(Memory)]
-    gigabytes = [[getattr(memory, kind) / 1e9 for memory in memories] for kind in kinds]
+    most = max((memory.total for memory in memories), default=0)
+    unit = memory_unit(most)
+    amounts = [[getattr(memory, kind) / BYTES_IN[unit] for memory in memories] for kind in COLOURS]
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     panel = figure.subplots()
-    labels = [kind.replace("_", " ") for kind in kinds]
-    panel.stackplot(range(len(memories)), gigabytes, labels=labels, step="mid")
+    panel.stackplot(
+        range(len(memories)),
+        amounts,
+        labels=[words(kind) for kind in COLOURS],
+        colors=list(COLOURS.values()),
+        step="mid",
+    )
     panel.margins(x=0)
     panel.set_xticks([])
     panel.set_xlabel("forward and backward passes in turn, then the optimizer")
-    panel.set_ylabel("GB alive")
-    panel.set_title(f"one step of rank {report.rank:,} of {report.world_size:,}")
+    panel.set_ylabel(f"{unit} alive")
+    panel.set_title(
+        f"one step of rank {report.rank:,} of {report.world_size:,}: "
+        f"{in_unit(most, unit)} {unit} at the peak"
+    )
     panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120, format="png")

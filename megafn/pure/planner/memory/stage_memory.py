@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from megafn.pure.config.records import ModelConfig, OptimizerConfig, TrainConfig
 from megafn.pure.pipeline import peak_of_stage
-from megafn.pure.planner.activations import (
+from megafn.pure.planner.memory.activations import (
     ELEMENT_BYTES,
     MicroBatchActivations,
     chunk_activations,
     cut_of,
     micro_batch_activations,
 )
-from megafn.pure.planner.parameter_counts import parameters_by_stage
+from megafn.pure.planner.memory.parameter_counts import parameters_by_stage
+from megafn.pure.planner.memory.stage_contents import StageContents, contents_of_stages
 from megafn.pure.planner.records import Layout, Memory
-from megafn.pure.planner.stage_contents import StageContents, contents_of_stages
 
 # Gradients are summed in fp32, whatever the parameters are.
 _GRADIENT_BYTES = 4
@@ -32,13 +32,14 @@ def memory_by_stage(
 ) -> tuple[Memory, ...]:
     """Bytes of the fullest rank of each pipeline stage, at the moment of a step with the most.
 
-    Of `config` count the model, the precision, the optimizer's name, uneven first and last stages
-    and T5's split; everything else is read from `layout`. implementation: "megafn", or "megatron"
-    for its fused kernels. stages: only these, in their order; None: all.
+    Of `config` count the model, the precision, the optimizer's name and T5's split; everything else
+    is read from `layout`. implementation: "megafn", or "megatron" for its fused kernels and its
+    loss. stages: only these, in their order; None: all.
 
     State is that of mixed precision with sharding over data-parallel ranks (ZeRO 1, arXiv
-    1910.02054), activations are those of `planner.activations`, and a stage holds as many of them
-    as `peak_activations` says. Not counted: what the allocator and libraries reserve, up to 2 GB.
+    1910.02054), activations are those of `memory.activations`, and a stage holds as many of them
+    as `peak_activations` says. Not counted: what the allocator and libraries reserve, up to 2 GB,
+    and the logits that `config.return_logits` keeps.
 
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
     >>> config = TrainConfig(model=model, micro_batch_size=1, global_batch_size=8, train_iters=1)
@@ -46,14 +47,14 @@ def memory_by_stage(
     547328.0
     """
     model = config.model
-    parameters = parameters_by_stage(model, config.parallel, layout)
-    parallel = config.parallel
+    split_rank = config.parallel.pipeline_model_parallel_split_rank
+    parameters = parameters_by_stage(model, layout, split_rank)
     contents = contents_of_stages(
         model,
         layout.pp,
-        parallel.num_layers_in_first_pipeline_stage,
-        parallel.num_layers_in_last_pipeline_stage,
-        parallel.pipeline_model_parallel_split_rank,
+        layout.num_layers_in_first_pipeline_stage,
+        layout.num_layers_in_last_pipeline_stage,
+        split_rank,
     )
     cut = cut_of(layout, config.precision.dtype, implementation)
     micro_batch = micro_batch_activations(model, cut)
