@@ -25,7 +25,7 @@ torture: $(VENV)/test         ## a training run killed 100 times, at random
 bench: $(VENV)/bench          ## speed side by side with the peers
 	$(BIN)/python -m pytest bench --benchmark-sort=name -rs
 
-fuzz: $(VENV)/test            ## 200 random products of layout and features held to the single process, 50 of them to their dry runs; planted bugs searched for
+fuzz: $(VENV)/test            ## 200 random products of layout and features held to the single process, 33 of them to their dry runs; planted bugs searched for
 	$(BIN)/python -m pytest tests/test_fuzz.py tests/test_dry_run_real.py --cases 200 --planted --timeout 7200 -o faulthandler_timeout=0
 
 plan-check: $(VENV)/demo      ## the error of the planner's times on every published result

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import megafn as mf
 from combinations import DATA
 from equivalence import share
-from megafn.pure.layout import GROUP_KINDS
 from megafn.runtime.dry_run.count import counting
 
 
@@ -66,8 +65,6 @@ class Counted:
     messages: dict
     flops: int
     matmuls: int
-    # How many numbers the step reports besides the loss.
-    reports: int = 0
 
 
 def counted(case, batch, pg):
@@ -76,14 +73,13 @@ def counted(case, batch, pg):
         state = mf.setup(case.config, pg, model=case.model)
         for _ in range(case.steps):
             counter.start_step(state)
-            state, metrics = mf.train_step(state, batch, case.step)
+            state, _ = mf.train_step(state, batch, case.step)
             counter.end_step(state)
         return Counted(
             memory=counter.memory(),
             messages=counter.messages(pg),
             flops=counter.flops,
             matmuls=counter.matmuls,
-            reports=len(metrics.report),
         )
 
 
@@ -107,29 +103,9 @@ def _real_and_dry(case):
         dry = mf.dry_run(
             case.config, world_size, pg.rank, step=case.step, model=case.model, batch=batch
         )
-    # What a step reports is not known before the last stage: its sum is so much shorter there.
-    reports = 0 if pg.is_last_stage else real.reports
     return real, Counted(
-        memory=dry.memory,
-        messages={
-            kind: _with_reports(of_kind, reports, kind, pg)
-            for kind, of_kind in dry.messages.items()
-        },
-        flops=dry.flops,
-        matmuls=dry.matmuls,
-        reports=real.reports,
+        memory=dry.memory, messages=dry.messages, flops=dry.flops, matmuls=dry.matmuls
     )
-
-
-def _with_reports(messages, reports, kind, pg):
-    """The messages of one kind of group, whose sum over all ranks has so many numbers more."""
-    kinds = [kind.name for kind in GROUP_KINDS]
-    of_world = next(name for name in kinds if getattr(pg.groups, name) == pg.groups.world)
-    if not reports or kind != of_world:
-        return messages
-    by_collective = dict(messages.by_collective)
-    by_collective["all_reduce"] += 8 * reports
-    return attrs.evolve(messages, bytes=messages.bytes + 8 * reports, by_collective=by_collective)
 
 
 # Of all that is alive.

@@ -64,7 +64,7 @@ def test_so_it_does_for_everything_that_the_law_covers(pool, pytestconfig):
 def test_memory_of_other_layouts_differs(brief):
     """So the comparison sees what it should."""
     (real, _), *_ = brief["gpt pp2-vpp2"]
-    for name in ("gpt pp4", "gpt pp2-first3", "lora tp2-pp2-sp"):
+    for name in ("gpt pp4", "growing pp2-vpp2", "lora tp2-pp2-sp"):
         with pytest.raises(AssertionError):
             assert_counted_alike(real, brief[name][0][1])
 

@@ -1,6 +1,6 @@
 """How many messages a step sends over each axis: the table in docs/parallelism.md, in code."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 
@@ -8,6 +8,7 @@ import megafn as mf
 from equivalence import share, short, uneven
 from megafn.pure.layout import GROUP_KINDS
 from megafn.runtime.dry_run.count import counting
+from megafn.runtime.dry_run.records import Messages
 
 FULL = mf.RecomputeConfig(granularity="full", method="uniform", num_layers=1)
 LAYOUTS = {
@@ -23,10 +24,7 @@ FLOAT = 4  # bytes
 
 
 def messages_of(layouts):
-    """For each layout what this rank sends in its second step, and what it should send.
-
-    Counts of (group, collective, bytes).
-    """
+    """For each layout what this rank sends in its second step, and what it should send."""
     return [
         messages_of_layout(short(vocab_size=96, global_batch_size=8, **layout))
         for layout in layouts
@@ -45,35 +43,34 @@ def messages_of_layout(config):
             counter.start_step(state)
             state, _ = mf.train_step(state, batch, step)
             counter.end_step(state)
-        sent = Counter(
-            (message.group_name, message.collective, message.bytes)
-            for message in counter._messages.messages
-        )
-        kinds = kinds_by_group(pg)
-        expected = Counter()
-        for (kind, collective, size), count in expected_messages(state, len(batch)).items():
-            group = getattr(pg, kind)
-            if count > 0 and group is not None and group.size() > 1:
-                expected[group.group_name, collective, size] += count
-        return by_kind(sent, kinds), by_kind(expected, kinds)
+        expected = expected_messages(state, len(batch))
+        sent = {kind: found for kind, found in counter.messages(pg).items() if found.count > 0}
+        return sent, sums_by_kind(expected, pg)
 
 
-def kinds_by_group(pg):
-    """Groups of the same ranks are one, of several kinds."""
-    kinds = {}
+def sums_by_kind(messages, pg):
+    """The messages over groups of several ranks.
+
+    Groups of the same ranks are one, which has the name of the first of them.
+    """
+    names = {}
     for kind in GROUP_KINDS:
-        group = getattr(pg, kind.name)
-        if group is not None:
-            kinds.setdefault(group.group_name, []).append(kind.name)
-    return {name: "/".join(of_group) for name, of_group in kinds.items()}
-
-
-def by_kind(messages, kinds):
-    return {(kinds[name], *other): count for (name, *other), count in messages.items()}
+        names.setdefault(mf.group_of(pg.groups, kind.name, pg.rank), kind.name)
+    counts = Counter()
+    sizes = defaultdict(Counter)
+    for (kind, collective, size), count in messages.items():
+        ranks = mf.group_of(pg.groups, kind, pg.rank)
+        if count > 0 and len(ranks) > 1:
+            counts[names[ranks]] += count
+            sizes[names[ranks]][collective] += count * size
+    return {
+        name: Messages(count=count, bytes=sizes[name].total(), by_collective=dict(sizes[name]))
+        for name, count in counts.items()
+    }
 
 
 def expected_messages(state, micro_batches):
-    """The table, with sizes."""
+    """The table, with sizes: counts of (group, collective, bytes)."""
     expected = Counter()
     per_micro_batch = tensor_parallel(state) + context_parallel(state) + pipeline_parallel(state)
     for key, count in per_micro_batch.items():

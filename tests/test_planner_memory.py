@@ -1,5 +1,6 @@
 """Bytes of a plan, by stage and kind: equal to what the product holds."""
 
+import math
 import os
 
 import attrs
@@ -18,7 +19,9 @@ from megafn.pure.config.records import (
     RecomputeConfig,
     TrainConfig,
 )
+from megafn.pure.families.built_in import parameter_shapes
 from megafn.pure.planner.layout import layout_of
+from megafn.pure.planner.memory.parameter_counts import parameters_by_stage
 from megafn.pure.planner.memory.stage_memory import memory_by_stage
 from megafn.pure.planner.published.rows import published_rows
 from megafn.pure.planner.records import Layout
@@ -53,6 +56,29 @@ def run(model=LLAMA_7B, dtype="bf16", **optimizer):
 def test_llama_7b_has_its_published_number_of_parameters():
     (memory,) = memory_by_stage(run(), Layout())
     assert memory.parameters == 2 * 6_738_415_616
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(tie_word_embeddings=False),
+        dict(tie_word_embeddings=False, position_embedding="rope", qk_layernorm=True),
+        dict(family="bert", num_labels=3, num_tokentypes=2),
+        dict(family="bert", tie_word_embeddings=False, bert_binary_head=True),
+    ],
+)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(pp=4),
+        Layout(pp=4, num_layers_in_last_pipeline_stage=2),
+        Layout(pp=3, num_layers_in_first_pipeline_stage=1, num_layers_in_last_pipeline_stage=3),
+    ],
+)
+def test_stages_hold_the_whole_model_once_if_no_table_is_tied(changes, layout):
+    model = tiny(num_layers=8, **changes).model
+    every_parameter = sum(map(math.prod, parameter_shapes(model).values()))
+    assert sum(parameters_by_stage(model, layout)) == every_parameter
 
 
 @pytest.mark.parametrize(
@@ -104,7 +130,7 @@ CI_OF_7B = [row for row in published_rows() if row.name.startswith("ci-") and "-
 
 
 def test_megatron_lms_models_of_7b_need_what_its_ci_measured():
-    """On H100, A100 and GB200: state 0.94 to 1.0 of what was allocated, peak 0.95 to 1.0.
+    """On H100, A100 and GB200: state 0.94 to 1.0 of what was allocated, peak 0.97 to 1.0.
 
     The rest is not the model's: workspaces, and buffers of Transformer Engine and of libraries.
     """
@@ -113,7 +139,24 @@ def test_megatron_lms_models_of_7b_need_what_its_ci_measured():
         plan = memory_by_stage(row.config, row.layout, implementation="megatron")[-1]
         state = plan.parameters + plan.gradients + plan.optimizer_state
         assert 0.94 < state / row.state_bytes < 1.0, row.name
-        assert 0.95 < plan.total / row.peak_bytes < 1.0, row.name
+        assert 0.97 < plan.total / row.peak_bytes < 1.0, row.name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ci-h100-tiny_tp1_pp1_uniform_full_recompute",
+        "ci-h100-tiny_tp1_pp1_dist_optimizer",
+        "ci-h100-tiny_tp2_pp2",
+        "ci-h100-tiny_tp2_pp2_cp2",
+        "ci-h100-tiny_tp2_pp1_cp2_nondeterministic",
+    ],
+)
+def test_activations_of_a_tiny_model_are_what_an_h100_needed_between_state_and_peak(name):
+    """Its state is dwarfed by workspaces, which are in both of the measured numbers."""
+    (row,) = (row for row in published_rows() if row.name == name)
+    plan = memory_by_stage(row.config, row.layout, implementation="megatron")[-1]
+    assert plan.activations == pytest.approx(row.peak_bytes - row.state_bytes, rel=0.03)
 
 
 # ---------------------------------------------------------------------------- beside a dry run

@@ -7,7 +7,7 @@
         counter.end_step(state)
     print(counter.memory().peak, counter.messages(pg)["tp"], counter.flops)
 
-Everything is read from the operations that torch dispatches, so nothing in the step is replaced.
+Everything is read from the operations that torch dispatches; what the step computes stays the same.
 What runs outside of torch's operations is not seen: temporary memory inside a kernel, what
 libraries allocate for themselves (NCCL, cuBLAS), and fragmentation.
 """

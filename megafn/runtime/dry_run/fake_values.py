@@ -27,7 +27,7 @@ _aten = torch.ops.aten
 def fake_values() -> Iterator[FakeTensorMode]:
     """Every tensor that is made in the `with` is fake; real ones may be used beside them."""
     with (
-        exchanged([(torch.nn.Module, "_apply", _apply)]),
+        exchanged([(torch.nn.Module, "_apply", _apply), (FakeTensorMode, "cache", {})]),
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
         _AnswersToOperations(),
         _AnswersToFunctions(),

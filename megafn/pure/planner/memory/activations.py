@@ -352,14 +352,20 @@ def head_activations(model: ModelConfig, cut: Cut) -> EndActivations:
         norm += 3 * hidden + _norm_statistics(model) * tokens * cut.share
     rows = _vocabulary_rows(model, cut)
     logits = tokens * rows * cut.element
-    # the gradient of the logits is computed in blocks of rows, in fp32
-    block = 4 * min(tokens * rows, _LOSS_BLOCK)
+    if cut.fused:
+        # Megatron-LM's loss keeps the softmax, in fp32, and makes its gradient of that
+        kept_logits = tokens * rows * 4
+        block = 0.0
+    else:
+        # the gradient of the logits is computed in blocks of rows, in fp32
+        kept_logits = logits
+        block = 4 * min(tokens * rows, _LOSS_BLOCK)
     # largest logit, sum of exponentials, label's column, and whether it is here and counts
     statistics = 18 * tokens
     whole_input = tokens * model.hidden_size * cut.element
     matrix = _word_table(model, cut) + 2 * whole_input
     return EndActivations(
-        kept=norm + logits + statistics,
+        kept=norm + kept_logits + statistics,
         backward=max(logits + block, matrix),
     )
 

@@ -33,12 +33,13 @@ def memory_by_stage(
     """Bytes of the fullest rank of each pipeline stage, at the moment of a step with the most.
 
     Of `config` count the model, the precision, the optimizer's name and T5's split; everything else
-    is read from `layout`. implementation: "megafn", or "megatron" for its fused kernels.
-    stages: only these, in their order; None: all.
+    is read from `layout`. implementation: "megafn", or "megatron" for its fused kernels and its
+    loss. stages: only these, in their order; None: all.
 
     State is that of mixed precision with sharding over data-parallel ranks (ZeRO 1, arXiv
     1910.02054), activations are those of `memory.activations`, and a stage holds as many of them
-    as `peak_activations` says. Not counted: what the allocator and libraries reserve, up to 2 GB.
+    as `peak_activations` says. Not counted: what the allocator and libraries reserve, up to 2 GB,
+    and the logits that `config.return_logits` keeps.
 
     >>> model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
     >>> config = TrainConfig(model=model, micro_batch_size=1, global_batch_size=8, train_iters=1)
