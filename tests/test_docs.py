@@ -2,8 +2,10 @@
 its links lead somewhere."""
 
 import ast
+import contextlib
 import doctest
 import inspect
+import io
 import re
 import sys
 import tomllib
@@ -42,9 +44,6 @@ def python_of(page):
 
 def run_page(name, *arguments):
     """Runs a page's blocks as a script with these arguments; what it printed."""
-    import contextlib
-    import io
-
     page = DOCS / name
     printed = io.StringIO()
     with (
@@ -75,6 +74,72 @@ def test_the_finetuning_page_runs_as_it_stands(pool, tmp_path):
         "adapters",
         "adapted",
     }
+
+
+def run_command(folder, arguments):
+    """Runs one command of megafn in a folder; its exit code, and what it printed."""
+    from megafn.__main__ import main
+
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        code = main(arguments)
+    return code, printed.getvalue()
+
+
+def blocks_of(page):
+    """(language, line number, text) of each fenced block of a page."""
+    text = (DOCS / page).read_text()
+    return [
+        (match[1], text.count("\n", 0, match.start()) + 1, match[2])
+        for match in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S)
+    ]
+
+
+def same_text(shown, printed, tolerance):
+    """Whether words are equal, and numbers within this share of one another."""
+    number = r"\d[\d,]*(?:\.\d+)?"
+    if re.sub(r" +", " ", re.sub(number, "#", shown)) != re.sub(
+        r" +", " ", re.sub(number, "#", printed)
+    ):
+        return False
+    pairs = zip(re.findall(number, shown), re.findall(number, printed), strict=True)
+    return all(
+        float(a.replace(",", "")) == pytest.approx(float(b.replace(",", "")), rel=tolerance)
+        for a, b in pairs
+    )
+
+
+def test_the_planning_page_prints_what_it_shows(pool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    printed = ""
+    on_four = r"OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m megafn (.+)"
+    on_eight_nodes = r"torchrun --nnodes 8 --nproc-per-node 8 .* -m megafn train (.+)"
+    for language, line, text in blocks_of("planning.md"):
+        if language == "python":
+            code = compile("\n" * line + text, "planning.md", "exec")
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                exec(code, names)
+            printed = output.getvalue()
+        elif language == "text":
+            # A loss depends a little on the processor; what is computed or counted does not.
+            tolerance = 0.05 if "loss" in text else 0
+            assert same_text(text, printed, tolerance), f"line {line}: printed was\n{printed}"
+        for command in text.splitlines() if language == "sh" else ():
+            if match := re.fullmatch(on_four, command):
+                codes = {code for code, _ in pool(4, run_command, tmp_path, match[1].split())}
+                assert codes == {0}
+            elif match := re.fullmatch(on_eight_nodes, command):
+                assert mf.validate(mf.load_config(match[1]), world_size=64) == ()
+            else:
+                python, *arguments = command.split()
+                assert (python, arguments[:2]) == ("python", ["-m", "megafn"])
+                code, printed = run_command(tmp_path, arguments[2:])
+                assert code == 0 and printed
+    assert mf.load_config("ready.toml") == names["ready"]
+    assert {path.name for path in tmp_path.glob("*.png")} == {"plan.png", "memory.png"}
+    assert "matrix products" in printed
+    assert names["records"][-1]["loss"] < names["records"][0]["loss"] - 0.5
 
 
 @pytest.mark.parametrize(

@@ -35,4 +35,5 @@ def run(arguments: Namespace) -> int:
     print(mf.draw_dry_run(report))
     if arguments.picture is not None:
         mf.plot_dry_run(report, arguments.picture)
+        print(f"memory as a picture: {arguments.picture}")
     return 0

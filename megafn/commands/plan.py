@@ -58,8 +58,10 @@ def run(arguments: Namespace) -> int:
     best = ranking.plans[0]
     if arguments.output is not None:
         mf.dump_config(mf.apply_plan(config, best), arguments.output)
+        print(f"plan 0 as a config: {arguments.output}")
     if arguments.picture is not None:
         mf.plot_plan(best, arguments.picture)
+        print(f"plan 0 as a picture: {arguments.picture}")
     return 0
 
 
