@@ -80,7 +80,7 @@ def _as_it_stands(config: mf.TrainConfig, ranking: mf.Ranking) -> str:
     """The plan of the config, or why it cannot run in the layout that it has."""
     problems = mf.validate(config, ranking.world_size)
     if problems:
-        return "\n  ".join(["cannot run, as its layout does not fit:", *map(str, problems)])
+        return "\n  ".join(["cannot run in the layout that it has:", *map(str, problems)])
     plan = mf.plan(
         config, ranking.machine, ranking.world_size, implementation=ranking.implementation
     )

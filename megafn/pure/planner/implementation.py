@@ -1,4 +1,4 @@
-"""How a program runs a step: what it overlaps and what it fuses."""
+"""What megafn and Megatron-LM each overlap and fuse in a step: `implementation=` of `plan`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megafn.pure.config.problems import choice_problem, config_error
 
 @frozen(kw_only=True)
 class Implementation:
-    """What of a step one program does differently from another."""
+    """How a program runs a training step, as far as that decides its time and memory."""
 
     # Bias, activation, dropout, residual and rotation each in one pass over memory.
     fused: bool
@@ -80,7 +80,7 @@ MEGATRON_FP8 = attrs.evolve(IMPLEMENTATIONS["megatron"], product_speed=2.0)
 
 
 def implementation_of(name: str) -> Implementation:
-    """By its name. Raises ConfigError for another one.
+    """The implementation of this name. Raises ConfigError if there is none.
 
     >>> implementation_of("deepspeed")
     Traceback (most recent call last):

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TypeGuard
 
 import attrs
 from attrs import Attribute, Factory, field, frozen
@@ -28,43 +28,43 @@ LINK_EFFICIENCY = 0.724
 LAUNCH_SECONDS = 5.0e-3
 
 
-def _check_positive(machine: Machine, attribute: Attribute[float], value: Any) -> None:
+def _check_positive(machine: Machine, attribute: Attribute[float], value: object) -> None:
     if _is_number(value) and math.isfinite(value) and value > 0:
         return
     remedy = f"must be a finite number above 0; give {_MEANINGS[attribute.name]}"
     raise config_error([Problem(f"machine.{attribute.name}", value, remedy)])
 
 
-def _check_not_negative(machine: Machine, attribute: Attribute[float], value: Any) -> None:
+def _check_not_negative(machine: Machine, attribute: Attribute[float], value: object) -> None:
     if _is_number(value) and math.isfinite(value) and value >= 0:
         return
     remedy = f"must be a finite number of at least 0; give {_MEANINGS[attribute.name]}"
     raise config_error([Problem(f"machine.{attribute.name}", value, remedy)])
 
 
-def _check_reserved(machine: Machine, attribute: Attribute[float], value: Any) -> None:
+def _check_reserved(machine: Machine, attribute: Attribute[float], value: object) -> None:
     _check_not_negative(machine, attribute, value)
-    if value < machine.memory_bytes:
+    if machine.usable_bytes > 0:
         return
     remedy = f"must be less than memory_bytes = {machine.memory_bytes}"
     raise config_error([Problem(f"machine.{attribute.name}", value, remedy)])
 
 
-def _check_share(machine: Machine, attribute: Attribute[float], value: Any) -> None:
+def _check_share(machine: Machine, attribute: Attribute[float], value: object) -> None:
     if _is_number(value) and 0 < value <= 1:
         return
     remedy = f"must be above 0 and at most 1; give {_MEANINGS[attribute.name]}"
     raise config_error([Problem(f"machine.{attribute.name}", value, remedy)])
 
 
-def _check_count(machine: Machine, attribute: Attribute[int], value: Any) -> None:
+def _check_count(machine: Machine, attribute: Attribute[int], value: object) -> None:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return
     remedy = "must be a whole number of at least 1; give the devices of one node"
     raise config_error([Problem(f"machine.{attribute.name}", value, remedy)])
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

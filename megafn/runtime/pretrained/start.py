@@ -135,9 +135,11 @@ def _open_everywhere(place: Place, state: State, closing: contextlib.ExitStack) 
 
 
 def _raise_everywhere(error: Exception | None, pg: ProcessGroups) -> None:
-    """Raises the error of the first rank that has one, on every rank."""
-    for error_of_rank in gather_from_all_ranks(error, pg):
+    """Raises the error of the first rank that has one, on every rank, as `errors_on_all_ranks`."""
+    for rank, error_of_rank in enumerate(gather_from_all_ranks(error, pg)):
         if error_of_rank is not None:
+            if rank != pg.rank:
+                error_of_rank.add_note(f"raised on rank {rank}")
             raise error_of_rank
 
 

@@ -16,6 +16,7 @@ from attrs import frozen
 
 from megafn.pure.config.records import ModelConfig, RecomputeConfig, padded_vocab_size
 from megafn.pure.families.built_in import spec_of
+from megafn.pure.planner.implementation import implementation_of
 from megafn.pure.planner.records import Layout
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -31,7 +32,8 @@ class Cut:
     """How a micro-batch is cut, and what computes it: all that decides its activations."""
 
     dtype: str
-    implementation: str
+    # Gates and rotary positions by one kernel each.
+    fused: bool
     micro_batch_size: int
     tp: int
     cp: int
@@ -43,10 +45,6 @@ class Cut:
         return ELEMENT_BYTES[self.dtype]
 
     @property
-    def fused(self) -> bool:
-        return self.implementation == "megatron"
-
-    @property
     def share(self) -> float:
         """Of the sequence, in norms and dropout."""
         return 1 / self.tp if self.sequence_parallel else 1.0
@@ -55,7 +53,7 @@ class Cut:
 def cut_of(layout: Layout, dtype: str, implementation: str) -> Cut:
     return Cut(
         dtype=dtype,
-        implementation=implementation,
+        fused=implementation_of(implementation).fused,
         micro_batch_size=layout.micro_batch_size,
         tp=layout.tp,
         cp=layout.cp,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, overload
+from typing import Generic, TypeVar, overload
 
 from attrs import frozen
 
 Item = TypeVar("Item")
+Context = TypeVar("Context")
+Seed = TypeVar("Seed")
 
 
 @frozen(kw_only=True, repr=False)
-class LazySequence(Sequence[Item]):
+class LazySequence(Sequence[Item], Generic[Item, Context, Seed]):
     """As a tuple of `build(context, seed)` for each seed.
 
     A ranking has tens of thousands of plans, of which a few are read.
@@ -21,11 +23,11 @@ class LazySequence(Sequence[Item]):
     (27, 2, [9])
     """
 
-    build: Callable[[Any, Any], Item]
+    build: Callable[[Context, Seed], Item]
     # What all items have in common.
-    context: Any
-    seeds: tuple[Any, ...]
-    # Said of an index, if there is no item at all.
+    context: Context
+    seeds: tuple[Seed, ...]
+    # The message of IndexError if there are no items.
     if_empty: str = "there are no items"
 
     def __len__(self) -> int:
@@ -35,9 +37,9 @@ class LazySequence(Sequence[Item]):
     def __getitem__(self, index: int) -> Item: ...
 
     @overload
-    def __getitem__(self, index: slice) -> LazySequence[Item]: ...
+    def __getitem__(self, index: slice) -> LazySequence[Item, Context, Seed]: ...
 
-    def __getitem__(self, index: int | slice) -> Item | LazySequence[Item]:
+    def __getitem__(self, index: int | slice) -> Item | LazySequence[Item, Context, Seed]:
         if isinstance(index, slice):
             return LazySequence(
                 build=self.build,

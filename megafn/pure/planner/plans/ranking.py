@@ -65,6 +65,7 @@ def rank_plans(
         raise ConfigError(_no_layout(costs, world_size))
 
     advice = None if fitting else nothing_fits(costs, found.accepted, world_size)
+    refused: tuple[HeavyLayout | RefusedChoice, ...] = (*heavy, *found.refused)
     return Ranking(
         machine=machine,
         world_size=world_size,
@@ -79,7 +80,7 @@ def rank_plans(
         refused=LazySequence(
             build=_refusal,
             context=_Refusals(costs=costs, layouts=found.accepted),
-            seeds=(*heavy, *found.refused),
+            seeds=refused,
             if_empty="no layout is refused",
         ),
         reasons=_reasons(heavy, found.refused, machine),

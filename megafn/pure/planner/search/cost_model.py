@@ -33,7 +33,7 @@ class CostModel:
     candidates: dict[int, tuple[int, ...]] = field(factory=dict, repr=False, eq=False)
 
     def memory(self, layout: Layout) -> tuple[Memory, ...]:
-        """Of every stage."""
+        """Memory of every stage."""
         return memory_by_stage(self.config, layout, implementation=self.implementation)
 
     def needed(self, layout: Layout) -> float:
@@ -57,7 +57,7 @@ class CostModel:
         return self.needed(layout) <= self.machine.usable_bytes
 
     def seconds(self, layout: Layout) -> float:
-        """Of a step."""
+        """Seconds of a step."""
         time = step_time(self.config, layout, self.machine, implementation=self.implementation)
         return time.total
 

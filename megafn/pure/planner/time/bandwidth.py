@@ -23,7 +23,7 @@ class Bandwidths:
 
 
 def bandwidths(machine: Machine, layout: Layout, order: str) -> Bandwidths:
-    """Of the groups of a layout whose axes are placed in this order, innermost first."""
+    """Bandwidths of the groups of a layout whose axes are placed in this order, innermost first."""
     tp = layout.tp
     cp = layout.cp
     dp = layout.dp
@@ -56,7 +56,7 @@ def _strides(order: str, *sizes: int) -> list[int]:
 
 
 def _bandwidth(machine: Machine, ranks: int, stride: int) -> float:
-    """Of a ring over `ranks`, `stride` apart.
+    """Bytes/s of a ring over `ranks` that are `stride` apart.
 
     Within a node it is the links'. Beyond it, the members of a ring in a node share their network
     cards: with 8 members there, a ring has 8 times the network of one device.
@@ -77,7 +77,7 @@ def _neighbour_bandwidth(machine: Machine, ranks: int, stride: int) -> float:
 
 
 def all_gather_seconds(payload: float, ranks: int, bandwidth: float) -> float:
-    """Of `payload` bytes in all; a reduce-scatter takes as long."""
+    """Seconds to gather `payload` bytes in all; a reduce-scatter takes as long."""
     return payload * (ranks - 1) / ranks / bandwidth
 
 

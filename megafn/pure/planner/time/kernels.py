@@ -1,4 +1,4 @@
-"""Seconds that one rank computes: matrix products, attention, passes over memory.
+"""Seconds of computation on one rank: matrix products, attention, passes over memory.
 
 A product of [rows, inner] and [inner, columns] takes 2 rows inner columns / FLOP/s and, on top, the
 time in which its three matrices pass through memory. Their sum, not the larger of the two, gives
@@ -25,10 +25,13 @@ _FLASH_BACKWARD = 2.5
 
 @frozen(kw_only=True)
 class Speeds:
-    """What a machine does for one dtype, shares applied: FLOP/s, bytes/s, and bytes an element."""
+    """What a machine reaches in one dtype."""
 
+    # FLOP/s of large matrix products.
     matmul: float
+    # Bytes/s.
     memory: float
+    # Bytes.
     element: int
 
 
@@ -43,10 +46,11 @@ def speeds_of(machine: Machine, dtype: str) -> Speeds:
 
 @frozen(kw_only=True)
 class LayerSeconds:
-    """One layer, one micro-batch. `core`: of the forward pass, what is between the projections."""
+    """Seconds of one layer for one micro-batch."""
 
     forward: float
     backward: float
+    # The part of `forward` between the projections: attention itself.
     core: float
 
 
@@ -129,7 +133,7 @@ def _attention_seconds(
     speeds: Speeds,
     implementation: Implementation,
 ) -> tuple[float, float]:
-    """Forward and backward pass of what is between the projections."""
+    """Forward and backward pass of attention itself, without its projections."""
     if implementation.flash_attention:
         forward = 4 * tokens * attended * model.query / tp / (speeds.matmul * _FLASH_SHARE)
         return forward, _FLASH_BACKWARD * forward

@@ -1,4 +1,4 @@
-"""Widths of a model, as far as they decide how long its layers and its head take."""
+"""The dimensions of a model that decide how long its layers and its output layer take."""
 
 from __future__ import annotations
 

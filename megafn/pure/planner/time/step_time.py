@@ -35,12 +35,14 @@ from megafn.pure.planner.time.model_dimensions import (
     model_dimensions,
 )
 
-# Of messages under computation: the share of those of tp that products hide, of a backward pass
-# that sums of gradients can hide in, and of either sum that stays visible.
+# ---- What overlap hides
+# The share of tp messages that run while matrix products are computed.
 _TP_HIDDEN = 0.5
+# The share of a backward pass during which gradients can be summed, and the share of the messages
+# that shows even if all of them fit into that time.
 _WINDOW_SHARE = 0.8
 _DP_VISIBLE = 0.05
-# Of the messages of an interleaved pipeline.
+# The share of an interleaved pipeline's messages that shows.
 _PP_VISIBLE = 0.25
 
 
@@ -53,8 +55,8 @@ def step_time(
 ) -> StepTime:
     """Seconds of one training step of `config` in `layout` on `machine`.
 
-    What config and layout both say is read from the layout; config stands for the model, the dtype,
-    the order of ranks and how layers are divided over stages.
+    What config and layout both have is read from the layout. Of `config` count the model, the
+    dtype, the order of ranks and T5's split.
     implementation: "megafn", as it is (nothing overlapped or fused), or "megatron" (both).
 
     Raises ConfigError if the family does not say which parameters its models have, or for an
@@ -66,7 +68,7 @@ def step_time(
 def price(
     config: TrainConfig, layout: Layout, machine: Machine, implementation: Implementation
 ) -> StepTime:
-    """`step_time` of any implementation."""
+    """`step_time` for an implementation that may have no name."""
     run = _Run(
         model=model_dimensions(config.model),
         layout=layout,
@@ -145,7 +147,8 @@ def _layer_cost(run: _Run, stack: StackDimensions, launch_seconds: float) -> _Co
     passes = computed.forward + computed.backward
     tp = _tp_seconds(run, stack, repeated)
     cp = _cp_seconds(run, stack, repeated, computed.core)
-    # the device waits for the host if that takes longer; half as much again for one more forward
+    # the device waits for the host if launching kernels takes longer than they do; a repeated
+    # forward pass has half as many launches as forward and backward together
     launched = launch_seconds * (1 + repeated / 2)
     waiting = max(0.0, launched - (passes + recomputation + tp + cp))
     return _Cost(passes=passes + waiting, recomputation=recomputation, tp=tp, cp=cp)
@@ -163,7 +166,7 @@ def _repeated_layers(stack: StackDimensions, layout: Layout) -> float:
 
 
 def _tp_seconds(run: _Run, stack: StackDimensions, repeated: float) -> float:
-    """An all-reduce behind attention and MLP, and one before each in the backward pass.
+    """An all-reduce after attention and after the MLP; in the backward pass, one before each.
 
     With sequence parallelism each is a gather and a scatter, and the backward pass gathers the two
     inputs again, which every rank holds a part of (arXiv 2205.05198, section 4.2.2).
