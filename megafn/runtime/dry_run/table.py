@@ -61,7 +61,11 @@ def _memory_lines(memory: DryRunMemory) -> list[str]:
         rows.append([name, *map(in_units, numbers)])
     lines = aligned(rows)
     if memory.cpu_only:
-        lines.append(f"of the activations {in_units(memory.cpu_only)} are kept on a CPU only")
+        without = in_units(memory.peak.total - memory.cpu_only)
+        lines.append(
+            f"of the activations {in_units(memory.cpu_only)} are kept on a CPU only; "
+            f"without them the total is {without}"
+        )
     return lines
 
 
