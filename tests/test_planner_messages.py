@@ -1,8 +1,8 @@
 """The bytes that the planner sends are those that the code sends.
 
-Of a machine whose links carry a byte a second, seconds are bytes. A dry run counts the tensors that
-collectives are given; of n ranks, each sends (n - 1) / n of one that is gathered or scattered, and
-twice that of one that is reduced.
+Of a machine whose links carry a megabyte a second, seconds are megabytes. A dry run counts the
+tensors that collectives are given; of n ranks, each sends (n - 1) / n of one that is gathered or
+scattered, and twice that of one that is reduced.
 """
 
 import attrs
@@ -13,8 +13,9 @@ from megafn.pure.planner.layout import layout_of
 from megafn.pure.planner.machine import MACHINES
 from megafn.pure.planner.time.step_time import step_time
 
-BYTE_A_SECOND = attrs.evolve(
-    MACHINES["h100"], link_bandwidth=1.0, network_bandwidth=1.0, link_efficiency=1.0
+MEGABYTE = 1e6
+MEGABYTE_A_SECOND = attrs.evolve(
+    MACHINES["h100"], link_bandwidth=MEGABYTE, network_bandwidth=MEGABYTE, link_efficiency=1.0
 )
 # How often a share (n - 1) / n of the tensor is sent.
 ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
@@ -50,8 +51,8 @@ def test_messages_of_a_step_have_the_bytes_that_are_priced(sequence_parallel):
         train_iters=1,
     )
     messages = mf.dry_run(config, world_size=16, rank=15).messages
-    time = step_time(config, layout_of(config, 16), BYTE_A_SECOND)
-    assert sent(messages["tp"], 2) == pytest.approx(time.tp, rel=0.02)
-    assert sent(messages["cp"], 2) == pytest.approx(time.cp)
-    assert sent(messages["pp"], 2) == pytest.approx(time.pp, rel=1e-4)
-    assert sent(messages["dp_cp"], 4) == pytest.approx(time.dp)
+    time = step_time(config, layout_of(config, 16), MEGABYTE_A_SECOND)
+    assert sent(messages["tp"], 2) == pytest.approx(time.tp * MEGABYTE, rel=0.02)
+    assert sent(messages["cp"], 2) == pytest.approx(time.cp * MEGABYTE)
+    assert sent(messages["pp"], 2) == pytest.approx(time.pp * MEGABYTE, rel=1e-4)
+    assert sent(messages["dp_cp"], 4) == pytest.approx(time.dp * MEGABYTE)

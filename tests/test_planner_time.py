@@ -386,6 +386,32 @@ def test_a_machine_without_a_figure_is_refused_when_it_is_made(field, value):
         attrs.evolve(MACHINES["h100"], **{field: value})
 
 
+def test_figures_in_tera_or_giga_are_refused_together_with_the_units_that_are_meant():
+    with pytest.raises(ConfigError) as caught:
+        Machine(
+            name="rtx 4090",
+            peak_flops=165,
+            fp32_flops=82.6,
+            memory_bytes=24,
+            memory_bandwidth=1008,
+            link_bandwidth=25,
+            network_bandwidth=12,
+        )
+    assert str(caught.value).splitlines()[1:] == [
+        "  machine.peak_flops = 165: in FLOP/s; did you mean 165e12 (165 TFLOP/s)?",
+        "  machine.fp32_flops = 82.6: in FLOP/s; did you mean 82.6e12 (82.6 TFLOP/s)?",
+        "  machine.memory_bytes = 24: in bytes; did you mean 24e9 (24 GB)?",
+        "  machine.memory_bandwidth = 1008: in bytes/s; did you mean 1008e9 (1008 GB/s)?",
+        "  machine.link_bandwidth = 25: in bytes/s; did you mean 25e9 (25 GB/s)?",
+        "  machine.network_bandwidth = 12: in bytes/s; did you mean 12e9 (12 GB/s)?",
+    ]
+
+
+def test_memory_in_mebibytes_is_refused():
+    with pytest.raises(ConfigError, match="memory_bytes = 81920: too small to be in bytes; give"):
+        attrs.evolve(MACHINES["h100"], memory_bytes=81920)
+
+
 @pytest.mark.parametrize("value", [0, 1.5, -0.1, math.nan, "all"])
 @pytest.mark.parametrize("field", SHARES)
 def test_a_share_is_above_0_and_at_most_1(field, value):

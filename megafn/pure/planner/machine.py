@@ -42,14 +42,6 @@ def _check_not_negative(machine: Machine, attribute: Attribute[float], value: ob
     raise config_error([Problem(f"machine.{attribute.name}", value, remedy)])
 
 
-def _check_reserved(machine: Machine, attribute: Attribute[float], value: object) -> None:
-    _check_not_negative(machine, attribute, value)
-    if machine.usable_bytes > 0:
-        return
-    remedy = f"must be less than memory_bytes = {machine.memory_bytes}"
-    raise config_error([Problem(f"machine.{attribute.name}", value, remedy)])
-
-
 def _check_share(machine: Machine, attribute: Attribute[float], value: object) -> None:
     if _is_number(value) and 0 < value <= 1:
         return
@@ -62,6 +54,30 @@ def _check_count(machine: Machine, attribute: Attribute[int], value: object) -> 
         return
     remedy = "must be a whole number of at least 1; give the devices of one node"
     raise config_error([Problem(f"machine.{attribute.name}", value, remedy)])
+
+
+def _check_units(machine: Machine) -> None:
+    """Refuse figures in tera or giga, which would plan nonsense: all of them at once."""
+    problems = []
+    for name, unit in _UNITS.items():
+        value = getattr(machine, name)
+        if 0 < value < unit.least and value != _derived(machine, name):
+            problems.append(Problem(f"machine.{name}", value, unit.remedy(value, name)))
+    if problems:
+        raise config_error(problems)
+
+
+def _derived(machine: Machine, name: str) -> float | None:
+    """What a figure that is left out is computed as."""
+    share = {"best_matmul_flops": _BEST_MATMUL_SHARE, "fp32_flops": _FP32_SHARE}.get(name)
+    return None if share is None else share * machine.peak_flops
+
+
+def _check_usable(machine: Machine) -> None:
+    if machine.usable_bytes > 0:
+        return
+    remedy = f"must be less than memory_bytes = {machine.memory_bytes}"
+    raise config_error([Problem("machine.reserved_bytes", machine.reserved_bytes, remedy)])
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -86,6 +102,38 @@ _MEANINGS = {
     "link_efficiency": "the share of link and network bandwidth that messages reach",
 }
 
+# Figures above this are not in tera or giga either: no device has so many of them.
+_MOST_PREFIXED = 1e4
+
+
+@frozen
+class _Unit:
+    """In what a figure is given, and what people give it in by mistake."""
+
+    name: str
+    # Far below any device: less is in another unit.
+    least: float
+    mistaken_for: str
+    exponent: int
+
+    def remedy(self, value: float, field: str) -> str:
+        if value > _MOST_PREFIXED:
+            return f"too small to be in {self.name}; give {_MEANINGS[field]}"
+        meant = f"{value:.10g}e{self.exponent}"
+        return f"in {self.name}; did you mean {meant} ({value:.10g} {self.mistaken_for})?"
+
+
+_UNITS = {
+    "peak_flops": _Unit("FLOP/s", 1e9, "TFLOP/s", 12),
+    "best_matmul_flops": _Unit("FLOP/s", 1e9, "TFLOP/s", 12),
+    "fp32_flops": _Unit("FLOP/s", 1e9, "TFLOP/s", 12),
+    "memory_bytes": _Unit("bytes", 1e5, "GB", 9),
+    "memory_bandwidth": _Unit("bytes/s", 1e6, "GB/s", 9),
+    "link_bandwidth": _Unit("bytes/s", 1e6, "GB/s", 9),
+    "network_bandwidth": _Unit("bytes/s", 1e6, "GB/s", 9),
+    "reserved_bytes": _Unit("bytes", 1e3, "GB", 9),
+}
+
 
 @frozen(kw_only=True)
 class Machine:
@@ -98,7 +146,7 @@ class Machine:
     The shares (`*_efficiency`) are the only numbers that are fitted and not looked up: see
     docs/planner-accuracy.md. Left out, they are H100's.
 
-    Raises ConfigError if a figure is not a number above 0.
+    Raises ConfigError if a figure is not a number above 0, or so small that its unit is wrong.
 
     >>> Machine(
     ...     name="ours", peak_flops=400e12, memory_bytes=0, memory_bandwidth=2e12,
@@ -131,7 +179,7 @@ class Machine:
     devices_per_node: int = field(default=8, validator=_check_count)
     # What the CUDA context, NCCL's buffers and workspaces of kernels take of `memory_bytes`: 1 to
     # 2 GB where it was measured.
-    reserved_bytes: float = field(default=2e9, validator=_check_reserved)
+    reserved_bytes: float = field(default=2e9, validator=_check_not_negative)
 
     # ---- Shares of these peaks that training reaches
     matmul_efficiency: float = field(default=MATMUL_EFFICIENCY, validator=_check_share)
@@ -142,6 +190,10 @@ class Machine:
     launch_seconds: float = field(default=LAUNCH_SECONDS, validator=_check_not_negative)
     # The results that the shares were fitted on. None: on none, and times are not to be trusted.
     fitted_on: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        _check_units(self)
+        _check_usable(self)
 
     @property
     def usable_bytes(self) -> float:
