@@ -29,6 +29,7 @@ from megafn.commands import (
     train,
 )
 from megafn.commands.arguments import Parser
+from megafn.pure.config.problems import did_you_mean
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
@@ -94,9 +95,17 @@ def _run(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> Namespace:
     """The arguments of a command, and its function as `run`. Raises ConfigError."""
+    _refuse_near_miss(argv[0])
     arguments, unknown = build_parser().parse_known_args(argv)
     arguments.parser.refuse_unknown(unknown)
     return arguments
+
+
+def _refuse_near_miss(command: str) -> None:
+    """argparse would list all commands, and not name the one that is meant."""
+    hint = did_you_mean(command, COMMANDS)
+    if command not in COMMANDS and not command.startswith("-") and hint:
+        raise mf.ConfigError(f"there is no command {command!r}{hint}")
 
 
 def build_parser() -> Parser:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from unittest import mock
 
+import attrs
 import pytest
 
 import megafn as mf
@@ -118,7 +119,10 @@ def test_a_path_where_nothing_is_is_refused(name, capsys, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        (["trian", "config.toml"], ["'trian'", "'train'"]),
+        (["trian", "config.toml"], ["'trian'", 'did you mean "train"?']),
+        (["dryrun", "config.toml"], ["'dryrun'", 'did you mean "dry-run"?']),
+        (["dry_run", "config.toml"], ["'dry_run'", 'did you mean "dry-run"?']),
+        (["nonsense"], ["'nonsense'", "dry-run", "see megafn --help"]),
         (["check", "config.toml", "--world-size", "two"], ["--world-size", "'two'"]),
         (["check", "config.toml", "--world", "2"], ["--world-size"]),  # no abbreviations
         (["demo", "--family", "gtp"], ["family = 'gtp'", "bert"]),
@@ -129,6 +133,75 @@ def test_a_path_where_nothing_is_is_refused(name, capsys, tmp_path, monkeypatch)
 def test_a_bad_value_is_refused(arguments, parts, capsys):
     sentence = refused(arguments, capsys)
     assert all(part in sentence for part in parts), sentence
+
+
+PLAN = ["plan", "config.toml", "--machine", "H100", "--world-size", "8"]
+
+
+@pytest.fixture
+def config_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = mf.ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    config = mf.TrainConfig(model=model, micro_batch_size=1, global_batch_size=8, train_iters=9)
+    mf.dump_config(config, "config.toml")
+    (tmp_path / "folder").mkdir()
+    return tmp_path / "config.toml"
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (
+            ["--output", "config.toml"],
+            "config.toml exists already; name another file, or pass --overwrite to replace it",
+        ),
+        (
+            ["--output", "no/where.toml"],
+            "--output = 'no/where.toml': there is no folder no; make it first",
+        ),
+        (
+            ["--output", "folder", "--overwrite"],
+            "--output = 'folder': this is a folder; name a file in it",
+        ),
+        (
+            ["--picture", "no/where.png"],
+            "--picture = 'no/where.png': there is no folder no; make it first",
+        ),
+        (
+            ["--picture", "a.jpg"],
+            "--picture = 'a.jpg': pictures are PNG; name a file that ends in .png",
+        ),
+    ],
+)
+def test_files_of_a_plan_are_checked_before_it_is_made(config_file, arguments, sentence, capsys):
+    before = config_file.read_bytes()
+    with mock.patch.object(mf, "rank_plans", side_effect=AssertionError):
+        assert refused([*PLAN, *arguments], capsys) == f"megafn: {sentence}\n"
+    assert config_file.read_bytes() == before
+
+
+def test_a_plan_replaces_a_config_if_told_to(config_file, capsys):
+    assert main([*PLAN, "--output", "config.toml", "--overwrite"]) == 0
+    config = mf.load_config(config_file)
+    assert mf.apply_plan(config, mf.rank_plans(config, mf.MACHINES["h100"], 8).plans[0]) == config
+
+
+def test_a_plan_that_does_not_fit_is_not_written(config_file, capsys):
+    config = mf.load_config(config_file)
+    huge = attrs.evolve(config.model, num_layers=1000, hidden_size=65536)
+    mf.dump_config(attrs.evolve(config, model=huge), config_file)
+    assert main([*PLAN, "--output", "best.toml", "--picture", "best.png"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "no layout fits, so nothing is written to best.toml and best.png"
+    assert sorted(os.listdir()) == ["config.toml", "folder"]
+
+
+def test_a_machine_that_there_is_not_gets_a_hint(config_file, capsys):
+    sentence = refused([*PLAN, "--machine", "H10O"], capsys)
+    assert sentence == (
+        "megafn: --machine = 'H10O': choose one of a100, h100, h200, b200, or give a TOML file; "
+        'did you mean "h100"?\n'
+    )
 
 
 def test_what_the_system_refuses_names_the_file(capsys, tmp_path):

@@ -6,8 +6,10 @@ An argument that several commands take has one name, one placeholder and one hel
 from __future__ import annotations
 
 import argparse
+import os
 from argparse import ArgumentParser
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NoReturn
 
 import attrs
@@ -72,3 +74,36 @@ def add_weights(parser: ArgumentParser) -> None:
         metavar="PATH",
         help="a checkpoint, a directory of them (the newest is read), or a model's directory",
     )
+
+
+def check_output(option: str, path: str, *, overwrite: bool) -> None:
+    """Raises ConfigError if a file cannot be written at `path`, or is there and is to be kept.
+
+    Called before the work whose result is written there.
+    """
+    _check_folder(option, path)
+    if os.path.lexists(path) and not overwrite:
+        raise mf.ConfigError(
+            f"{path} exists already; name another file, or pass --overwrite to replace it"
+        )
+
+
+def check_picture(option: str, path: str) -> None:
+    """Raises ConfigError if a picture cannot be written at `path`. An older one is replaced."""
+    if Path(path).suffix.lower() != ".png":
+        raise mf.ConfigError(
+            f"{option} = {path!r}: pictures are PNG; name a file that ends in .png"
+        )
+    _check_folder(option, path)
+
+
+def _check_folder(option: str, path: str) -> None:
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise mf.ConfigError(f"{option} = {path!r}: there is no folder {folder}; make it first")
+    if Path(path).is_dir():
+        raise mf.ConfigError(f"{option} = {path!r}: this is a folder; name a file in it")
+    if not os.access(folder, os.W_OK):
+        raise mf.ConfigError(
+            f"{option} = {path!r}: the folder {folder} cannot be written to; name another"
+        )

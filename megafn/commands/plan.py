@@ -1,7 +1,7 @@
 """Say what a config costs on a machine, and rank all its layouts, before a GPU is rented.
 
 Prints the plan of the config in the layout that it has, and its fastest layouts. Starts no process
-and needs no GPU. Ends with exit code 1 if no layout fits into memory.
+and needs no GPU. Ends with exit code 1, and writes no file, if no layout fits into memory.
 
 Example:
   python -m megafn plan config.toml --machine h100 --world-size 256 --output best.toml
@@ -13,7 +13,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import megafn as mf
-from megafn.commands.arguments import add_config, add_world_size
+from megafn.commands.arguments import add_config, add_world_size, check_output, check_picture
+from megafn.pure.config.problems import did_you_mean
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -37,11 +38,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="FILE", help="write the config in the best layout here")
     parser.add_argument("--picture", metavar="FILE", help="draw the best layout here, as a PNG")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the file of --output if there is one"
+    )
 
 
 def run(arguments: Namespace) -> int:
     if arguments.top < 1:
         raise mf.ConfigError(f"--top = {arguments.top}: must be at least 1")
+    if arguments.output is not None:
+        check_output("--output", arguments.output, overwrite=arguments.overwrite)
+    if arguments.picture is not None:
+        check_picture("--picture", arguments.picture)
     config = mf.load_config(arguments.config)
     machine = _machine(arguments.machine)
     ranking = mf.rank_plans(
@@ -53,6 +61,9 @@ def run(arguments: Namespace) -> int:
     print("its layouts, the fastest first:")
     print(ranking.table(arguments.top))
     if not ranking.plans:
+        files = [file for file in (arguments.output, arguments.picture) if file is not None]
+        if files:
+            print(f"no layout fits, so nothing is written to {' and '.join(files)}")
         return 1
 
     best = ranking.plans[0]
@@ -66,13 +77,14 @@ def run(arguments: Namespace) -> int:
 
 
 def _machine(name: str) -> mf.Machine:
-    """One of MACHINES by its name, or that of a TOML file."""
-    if name in mf.MACHINES:
-        return mf.MACHINES[name]
+    """One of MACHINES by its name, in upper or lower case, or that of a TOML file."""
+    if name.lower() in mf.MACHINES:
+        return mf.MACHINES[name.lower()]
     if name.endswith(".toml") or Path(name).exists():
         return mf.load_machine(name)
     raise mf.ConfigError(
         f"--machine = {name!r}: choose one of {', '.join(mf.MACHINES)}, or give a TOML file"
+        f"{did_you_mean(name, mf.MACHINES)}"
     )
 
 
