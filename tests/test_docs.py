@@ -136,7 +136,7 @@ def test_the_planning_page_prints_what_it_shows(pool, tmp_path, monkeypatch):
                 assert (python, arguments[:2]) == ("python", ["-m", "megafn"])
                 code, printed = run_command(tmp_path, arguments[2:])
                 assert code == 0 and printed
-    assert mf.load_config("ready.toml") == names["ready"]
+    assert mf.load_config("best.toml") == names["ready"]
     assert {path.name for path in tmp_path.glob("*.png")} == {"plan.png", "memory.png"}
     assert "matrix products" in printed
     assert names["records"][-1]["loss"] < names["records"][0]["loss"] - 0.5
@@ -212,13 +212,15 @@ def tables(page):
 def shown(attribute):
     if attribute.default is attrs.NOTHING:
         return "required"
+    if isinstance(attribute.default, attrs.Factory):
+        return "computed"
     return "defaults" if attrs.has(type(attribute.default)) else f"`{attribute.default!r}`"
 
 
 CONFIGS = {
     name: getattr(mf, name)
     for name in mf.__all__
-    if name.endswith("Config") or name == "RopeScaling"
+    if name.endswith("Config") or name in ("Machine", "RopeScaling")
 }
 
 
