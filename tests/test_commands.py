@@ -32,7 +32,7 @@ def required(name):
     values = []
     for action in subparsers.choices[name]._actions:
         if action.required:
-            values += [*action.option_strings[-1:], "1000" if action.type is int else "nowhere"]
+            values += [*action.option_strings[-1:], "1000" if action.metavar == "N" else "nowhere"]
     return values
 
 
@@ -194,6 +194,38 @@ def test_a_plan_that_does_not_fit_is_not_written(config_file, capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "no layout fits, so nothing is written to best.toml and best.png"
     assert sorted(os.listdir()) == ["config.toml", "folder"]
+
+
+def test_several_numbers_of_devices_are_compared(config_file, capsys):
+    config = mf.load_config(config_file)
+    model = attrs.evolve(config.model, num_layers=32, hidden_size=4096, num_attention_heads=32)
+    config = attrs.evolve(config, model=model, global_batch_size=16)
+    mf.dump_config(config, config_file)
+    assert main([*PLAN, "--world-size", "8,1,16"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) < 100
+    for size, line in zip((8, 16), lines, strict=False):
+        best = mf.rank_plans(config, mf.MACHINES["h100"], size).plans[0]
+        row = dict(zip(head.split(), line.split(), strict=True))
+        assert (row["h100"], row["tp"], row["dp"]) == (
+            str(size),
+            str(best.layout.tp),
+            str(best.layout.dp),
+        )
+        assert row["tokens/s"] == f"{best.tokens_per_second:,.0f}"
+    assert lines[-1] == "no layout fits on 1; plan with one --world-size says why"
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--world-size", "8,x"], "--world-size: '8,x': give a whole number, or several"),
+        (["--world-size", "8,0"], "world_size = 0"),
+        (["--world-size", "8,16", "--output", "best.toml"], "give one --world-size"),
+    ],
+)
+def test_numbers_of_devices_are_refused(config_file, arguments, part, capsys):
+    assert part in refused([*PLAN, *arguments], capsys)
 
 
 def test_a_machine_that_there_is_not_gets_a_hint(config_file, capsys):

@@ -1,25 +1,38 @@
 """Say what a config costs on a machine, and rank all its layouts, before a GPU is rented.
 
 Prints the plan of the config in the layout that it has, and its fastest layouts. Starts no process
-and needs no GPU. Ends with exit code 1, and writes no file, if no layout fits into memory.
+and needs no GPU. Of several numbers of devices, prints the fastest layout of each instead. Ends
+with exit code 1, and writes no file, if no layout fits into memory.
 
-Example:
+Examples:
   python -m megafn plan config.toml --machine h100 --world-size 256 --output best.toml
+  python -m megafn plan config.toml --machine h100 --world-size 64,128,256
 """
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 import megafn as mf
-from megafn.commands.arguments import add_config, add_world_size, check_output, check_picture
+from megafn.commands.arguments import add_config, check_output, check_picture
 from megafn.pure.config.problems import did_you_mean
+from megafn.pure.planner.plans.table import aligned, in_seconds, recompute_in_words
+
+# Of the fastest layout on a number of devices, named as in a ranking.
+_COLUMNS = "tp pp vpp cp dp micro SP DO recompute s/step tokens/s MFU".split()
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_config(parser)
-    add_world_size(parser)
+    parser.add_argument(
+        "--world-size",
+        dest="world_sizes",
+        metavar="N",
+        type=_world_sizes,
+        required=True,
+        help="number of processes, or several such as 64,128,256",
+    )
     parser.add_argument(
         "--machine",
         metavar="NAME",
@@ -46,14 +59,66 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     if arguments.top < 1:
         raise mf.ConfigError(f"--top = {arguments.top}: must be at least 1")
+    if len(arguments.world_sizes) > 1 and (arguments.output or arguments.picture):
+        raise mf.ConfigError("--output and --picture: give one --world-size, whose plan is written")
     if arguments.output is not None:
         check_output("--output", arguments.output, overwrite=arguments.overwrite)
     if arguments.picture is not None:
         check_picture("--picture", arguments.picture)
     config = mf.load_config(arguments.config)
     machine = _machine(arguments.machine)
+    if len(arguments.world_sizes) > 1:
+        return _compare_sizes(config, machine, arguments)
+    return _rank(config, machine, arguments)
+
+
+def _world_sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(
+            f"{text!r}: give a whole number, or several such as 64,128,256"
+        ) from None
+
+
+def _compare_sizes(config: mf.TrainConfig, machine: mf.Machine, arguments: Namespace) -> int:
+    """Print the fastest layout of each number of devices."""
+    rows = [[machine.name, *_COLUMNS]]
+    without = []
+    for world_size in arguments.world_sizes:
+        ranking = mf.rank_plans(
+            config, machine, world_size, implementation=arguments.implementation
+        )
+        if ranking.plans:
+            rows.append([f"{world_size:,}", *_cells(ranking.plans[0])])
+        else:
+            without.append(f"{world_size:,}")
+    if len(rows) > 1:
+        print("\n".join(aligned(rows)))
+        print("tokens/s: per device. With one --world-size, plan says how far to trust its times.")
+    if without:
+        print(f"no layout fits on {', '.join(without)}; plan with one --world-size says why")
+    return 0 if len(rows) > 1 else 1
+
+
+def _cells(plan: mf.Plan) -> list[str]:
+    layout = plan.layout
+    sizes = (layout.tp, layout.pp, layout.vpp, layout.cp, layout.dp, layout.micro_batch_size)
+    return [
+        *map(str, sizes),
+        "yes" if layout.sequence_parallel else "-",
+        "yes" if layout.use_distributed_optimizer else "-",
+        recompute_in_words(layout.recompute),
+        in_seconds(plan.time.total),
+        f"{plan.tokens_per_second:,.0f}",
+        f"{plan.mfu:.1%}",
+    ]
+
+
+def _rank(config: mf.TrainConfig, machine: mf.Machine, arguments: Namespace) -> int:
+    """Print the plan of the config and its fastest layouts, and write the best one."""
     ranking = mf.rank_plans(
-        config, machine, arguments.world_size, implementation=arguments.implementation
+        config, machine, arguments.world_sizes[0], implementation=arguments.implementation
     )
     print(f"{arguments.config} as it stands:")
     print(_as_it_stands(config, ranking))
