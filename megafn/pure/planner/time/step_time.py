@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 
+import attrs
 from attrs import frozen
 
 from megafn.pure.config.records import TrainConfig, padded_vocab_size
@@ -63,6 +64,15 @@ def step_time(
     unknown implementation.
     """
     return price(config, layout, machine, implementation_of(implementation))
+
+
+def host_seconds(
+    config: TrainConfig, layout: Layout, machine: Machine, *, implementation: str = "megafn"
+) -> float:
+    """Seconds of `step_time` in which devices wait for the host to launch kernels."""
+    waiting = step_time(config, layout, machine, implementation=implementation)
+    prompt = attrs.evolve(machine, launch_seconds=0.0)
+    return waiting.total - step_time(config, layout, prompt, implementation=implementation).total
 
 
 def price(
