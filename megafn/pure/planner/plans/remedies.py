@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from attrs import frozen
@@ -150,7 +151,7 @@ def one_change(layout: Layout, needed: float, neighbours: Neighbours) -> tuple[b
                 helpful.append(aspect.phrase(before[position], best[position]))
     if not enough:
         return False, joined(helpful, "or")
-    _, fastest = min(enough)
+    _, fastest = min(enough, key=itemgetter(0))
     changes = joined([phrase for _, phrase in enough], "or")
     return True, changes if len(enough) == 1 else f"{changes} (the fastest: {fastest})"
 

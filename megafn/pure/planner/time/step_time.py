@@ -211,8 +211,9 @@ def _cp_seconds(run: _Run, stack: StackDimensions, repeated: float, attention: f
     payload = tokens * run.model.key_value / layout.tp * run.speeds.element
     once = all_gather_seconds(payload, layout.cp, run.bandwidths.cp)
     if run.implementation.overlap:
-        # parts travel on while attention to the last one is computed (arXiv 2310.01889)
-        once = max(0.0, once - attention)
+        # parts travel on while attention to the last one is computed (arXiv 2310.01889); under the
+        # last of cp parts nothing travels
+        once = max(0.0, once - attention * (layout.cp - 1) / layout.cp)
     # the backward pass of attention needs keys and values too, which autograd has kept
     return (2 + repeated) * once
 
