@@ -258,7 +258,8 @@ def test_plans_fit_the_fastest_first_and_refused_layouts_say_why(
         assert ranked.fits and max(stage.total for stage in ranked.memory) <= memory
         assert len(ranked.memory) == ranked.layout.pp
         seconds.append(ranked.time.total)
-    assert seconds == sorted(seconds)
+    rounded = [float(f"{number:.3e}") for number in seconds]
+    assert rounded == sorted(rounded)
     for refusal in ranking.refused:
         assert refusal.problems and str(refusal.problems[0])
     assert (ranking.advice is None) == bool(ranking.plans)
@@ -334,6 +335,33 @@ def test_what_a_plan_counts():
     flops = mf.training_flops(config.model, 64)
     assert priced.mfu == pytest.approx(flops / priced.time.total / 16 / 989e12)
     assert priced.layout == layout_of(config, 16) and priced.world_size == 16
+    assert priced.num_parameters == 8_030_261_248 and priced.step_flops == flops
+    assert priced.run_seconds == 1000 * priced.time.total
+    assert priced.device_hours == pytest.approx(16 * 1000 * priced.time.total / 3600)
+
+
+def test_mfu_of_fp32_is_a_share_of_the_fp32_peak():
+    config = attrs.evolve(small(), precision=PrecisionConfig(dtype="fp32"))
+    priced = plan(config, H100, 4)
+    assert priced.mfu == pytest.approx(priced.step_flops / priced.time.total / 4 / 67e12)
+    assert "a share of 67 TFLOP/s, the peak in fp32" in " ".join(str(priced).split())
+
+
+def test_a_small_model_waits_for_the_host():
+    waiting = plan(small(), H100, 4)
+    prompt = plan(small(), attrs.evolve(H100, launch_seconds=0.0), 4)
+    assert waiting.host_seconds == pytest.approx(waiting.time.total - prompt.time.total)
+    assert prompt.host_seconds == 0 < waiting.host_seconds
+
+
+def test_of_equally_fast_layouts_the_one_with_less_context_parallelism_comes_first():
+    ranking = rank_plans(LLAMA_8B, H100, 64, implementation="megatron")
+    degrees = [
+        (float(f"{ranked.time.total:.3e}"), ranked.layout.cp, ranked.layout.pp, ranked.layout.tp)
+        for ranked in islice(ranking.plans, 300)
+    ]
+    assert degrees == sorted(degrees)
+    assert len({seconds for seconds, *_ in degrees}) < len(degrees)
 
 
 def test_a_ranking_keeps_to_a_node_while_anything_fits_there():
@@ -451,6 +479,18 @@ def test_a_plan_of_another_config_is_not_applied():
         apply_plan(small(), None)
 
 
+def test_a_ranking_is_not_taken_for_a_plan(tmp_path):
+    ranking = rank_plans(small(batch=4), H100, 4)
+    message = r"plan is a Ranking: give one of its plans, as in ranking.plans\[0\]"
+    for use in (
+        draw_plan,
+        lambda plan: apply_plan(small(batch=4), plan),
+        lambda plan: mf.plot_plan(plan, tmp_path / "plan.png"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            use(ranking)
+
+
 # ------------------------------------------------------------------------------------- printing
 
 
@@ -466,7 +506,11 @@ def a_plan(**fields):
         time=StepTime(layers=6, tp=1.5, bubble=0.5),
         tokens_per_second=1234.5,
         mfu=0.4,
-        band=Band(low=-0.05, high=0.1, source="some rows"),
+        host_seconds=0.0,
+        num_parameters=5_000_000_000,
+        step_flops=3.2e16,
+        iterations=900,
+        band=Band(low=-0.05, high=0.1, source="some rows", num_results=8),
         assumptions=("every sample is full",),
     )
     return Plan(**usual | fields)
@@ -478,6 +522,7 @@ def test_a_plan_prints_as_a_table():
         == """\
 16 x h100 of 80 GB, as Megatron-LM runs it, with overlap and fused kernels
 tp 2 x pp 2 x cp 1 x dp 4, 8 micro-batches of 1, sequence parallel
+5.00 billion parameters, 32.0 PFLOP a step
 
 GB       parameters  gradients  optimizer state  activations  other  total
 stage 0        10.0       20.0              0.0         30.0    0.0   60.0
@@ -491,8 +536,9 @@ pipeline bubble    0.500   6.2%
 whole step         8.000
 
 1,234 tokens/s per device
-MFU 40.0%; expect 38.0% to 44.0%, from the planner's errors on the published results nearest to
-this plan (some rows)
+900 steps at this speed: 2.00 hours, 32.0 device-hours
+MFU 40.0% as computed; shifted by this planner's errors on the 8 published results most like
+this plan, 38.0% to 44.0% (some rows)
 
 assumed
 - every sample is full"""
@@ -504,12 +550,29 @@ def test_a_plan_that_does_not_fit_prints_why():
         a_plan(
             memory=(Memory(parameters=91e9),),
             problems=(Problem("parallel.pp", 1, "stage 0 needs 93 GB of 80; raise pp"),),
-            band=Band(low=0, high=0, source="some rows", not_trusted="it was not measured"),
+            band=Band(low=0, high=0, source="some rows", num_results=8),
         )
     )
     assert "13 GB too much on the fullest stage" in text
+    heading, reason, *_ = text.split("\n\n")
+    assert heading.splitlines()[0].endswith(": does not fit")
+    assert reason == "does not fit\n- parallel.pp = 1: stage 0 needs 93 GB of 80; raise pp"
+    for word in ("tokens/s", "MFU", "hours", "seconds"):
+        assert word not in text
+
+
+def test_a_plan_says_what_it_waits_for_and_what_to_distrust():
+    band = Band(low=0, high=0, source="rows", num_results=8, not_trusted="it was not measured")
+    text = str(a_plan(host_seconds=2.0, band=band))
+    assert "host-bound: 25.0% of the step waits for the host to launch kernels" in text
     assert "not trusted: it was not measured" in text
-    assert "does not fit\n- parallel.pp = 1: stage 0 needs 93 GB of 80; raise pp" in text
+
+
+def test_what_does_not_fit_is_the_same_number_in_the_sentence_and_in_the_table():
+    text = str(plan(LLAMA_8B, H100, 8))
+    (needed,) = re.findall(r"stage 0 needs ([\d.,]+) GB of", text)
+    (row,) = re.findall(r"^stage 0 .*$", text, flags=re.MULTILINE)
+    assert row.split()[-1] == needed
 
 
 def test_a_plan_is_drawn_against_the_line_of_its_device():

@@ -450,3 +450,13 @@ def test_a_model_of_a_quadrillion_parameters_has_a_price():
     config = config_of(hidden_size=2**20, num_attention_heads=2**13, num_layers=10_000)
     layout = Layout(tp=64, pp=1000, dp=1000, num_micro_batches=10_000)
     assert math.isfinite(step_time(config, layout, MACHINES["b200"]).total)
+
+
+def test_attention_hides_messages_of_context_parallelism_only_as_far_as_it_lasts():
+    layout = Layout(cp=4, dp=2, num_micro_batches=8)
+    fast = MACHINES["h100"]
+    slow = attrs.evolve(fast, link_bandwidth=5e9, network_bandwidth=5e9)
+    config = config_of(seq_length=32768)
+    waited = step_time(config, layout, slow, implementation="megafn").cp
+    assert step_time(config, layout, fast, implementation="megatron").cp == 0
+    assert 0 < step_time(config, layout, slow, implementation="megatron").cp < waited

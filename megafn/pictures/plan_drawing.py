@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from megafn.pictures.memory_kinds import legend_of, stacked
-from megafn.pure.planner.plans.records import Plan
+from megafn.pure.planner.plans.records import Plan, check_plan
 from megafn.pure.planner.plans.table import (
     decimals_of_seconds,
     gigabytes,
@@ -33,6 +33,7 @@ def draw_plan(plan: Plan) -> str:
     >>> drawing.splitlines()[0]
     'MB by stage, of 78 GB usable (80 GB less 2 GB reserved)'
     """
+    check_plan(plan)
     return "\n".join([*_memory_bars(plan), "", *_time_bars(plan.time)])
 
 

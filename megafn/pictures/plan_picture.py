@@ -7,7 +7,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from megafn.pictures.memory_kinds import COLOURS, words
-from megafn.pure.planner.plans.records import Plan
+from megafn.pure.planner.plans.records import Plan, check_plan
 from megafn.pure.planner.plans.table import (
     gigabytes,
     in_seconds,
@@ -28,6 +28,7 @@ def plot_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
 
     The same as `draw_plan`, for a page or a slide. Raises OSError if the file cannot be written.
     """
+    check_plan(plan)
     from matplotlib.figure import Figure
 
     # In inches; bars are narrower if there are many stages.

@@ -91,5 +91,7 @@ class Band:
     high: float
     # Which rows, in words: "table 1 of arXiv 2104.04473, A100, 18B to 76B".
     source: str
+    # How many rows.
+    num_results: int
     # Why the figure should not be trusted; None: it may be.
     not_trusted: str | None = None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 from megafn.pure.config.problems import ConfigError, Problem, config_error
-from megafn.pure.config.records import TrainConfig
-from megafn.pure.families.built_in import sample_tokens
+from megafn.pure.config.records import ModelConfig, TrainConfig
+from megafn.pure.families.built_in import parameter_shapes, sample_tokens
 from megafn.pure.flops import training_flops
 from megafn.pure.planner.implementation import implementation_of
 from megafn.pure.planner.layout import layout_of, with_layout
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.plans.records import Plan
+from megafn.pure.planner.plans.records import Plan, check_plan
 from megafn.pure.planner.plans.remedies import (
     fewest_changes,
     memory_problem,
@@ -21,7 +24,7 @@ from megafn.pure.planner.plans.table import gigabytes
 from megafn.pure.planner.published.error_bands import band_of
 from megafn.pure.planner.records import Layout, Memory
 from megafn.pure.planner.search.cost_model import CostModel, all_layouts, some_fit, usual_layouts
-from megafn.pure.planner.time.step_time import step_time
+from megafn.pure.planner.time.step_time import host_seconds, step_time
 from megafn.pure.validation.validate import check
 
 
@@ -63,7 +66,7 @@ def plan(
 def apply_plan(config: TrainConfig, plan: Plan) -> TrainConfig:
     """The config in the layout of a plan that was made for it.
 
-    Raises ConfigError if the layout does not suit the config.
+    Raises ConfigError if the layout does not suit the config, and TypeError for a Ranking.
 
     >>> import attrs
     >>> from megafn.pure.config.records import ModelConfig, ParallelConfig
@@ -74,8 +77,7 @@ def apply_plan(config: TrainConfig, plan: Plan) -> TrainConfig:
     >>> apply_plan(config, plan(cut, MACHINES["h100"], world_size=8)) == cut
     True
     """
-    if not isinstance(plan, Plan):
-        raise config_error([Problem("plan", plan, "give a Plan, as rank_plans(...).plans[0]")])
+    check_plan(plan)
     ready = with_layout(config, plan.layout)
     check(ready, plan.world_size)
     if layout_of(ready, plan.world_size) != plan.layout:
@@ -110,6 +112,7 @@ def priced_plan(
     time = step_time(config, layout, machine, implementation=costs.implementation)
     world_size = layout.world_size
     tokens = config.global_batch_size * sample_tokens(config.model)
+    flops = _flops(config)
     return Plan(
         machine=machine,
         world_size=world_size,
@@ -117,11 +120,15 @@ def priced_plan(
         implementation=costs.implementation,
         memory=memory,
         time=time,
+        host_seconds=host_seconds(config, layout, machine, implementation=costs.implementation),
+        num_parameters=_num_parameters(config.model),
+        step_flops=flops,
+        iterations=config.iterations,
         tokens_per_second=tokens / time.total / world_size,
-        mfu=_flops(config) / time.total / world_size / machine.peak_flops,
+        mfu=flops / time.total / world_size / _peak(config, machine),
         band=band_of(config, layout, machine, costs.implementation),
         problems=problems,
-        assumptions=_assumptions(config, machine, costs.implementation),
+        assumptions=_assumptions(config, machine, costs.implementation, runs=not problems),
     )
 
 
@@ -133,6 +140,16 @@ def _flops(config: TrainConfig) -> float:
             "give it training_flops"
         )
     return flops
+
+
+def _peak(config: TrainConfig, machine: Machine) -> float:
+    """FLOP/s of which MFU is a share."""
+    return machine.fp32_flops if config.precision.dtype == "fp32" else machine.peak_flops
+
+
+@lru_cache(maxsize=64)
+def _num_parameters(model: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in parameter_shapes(model).values())
 
 
 def _remedy(costs: CostModel, layout: Layout, needed: float) -> str:
@@ -155,16 +172,28 @@ _KERNELS = {
 }
 
 
-def _assumptions(config: TrainConfig, machine: Machine, implementation: str) -> tuple[str, ...]:
-    """What is taken for granted, in words."""
-    return (
+def _assumptions(
+    config: TrainConfig, machine: Machine, implementation: str, *, runs: bool
+) -> tuple[str, ...]:
+    """What is taken for granted, in words; of a plan that cannot run, as far as it is memory."""
+    of_memory = (
         _KERNELS[implementation],
         f"every sample is full: {sample_tokens(config.model):,} tokens",
+        f"CUDA, NCCL and workspaces of kernels take {gigabytes(machine.reserved_bytes)} GB, which "
+        "are reserved",
+    )
+    if not runs:
+        return of_memory
+    dtype = "fp32" if config.precision.dtype == "fp32" else "bf16"
+    return (
+        *of_memory,
         f"each device has {gigabytes(machine.link_bandwidth)} GB/s to others of its node of "
         f"{machine.devices_per_node}, and {gigabytes(machine.network_bandwidth)} GB/s to other "
         "nodes",
-        f"CUDA, NCCL and workspaces of kernels take {gigabytes(machine.reserved_bytes)} GB, which "
-        "are reserved",
+        "a layer takes at least as long as the host needs to launch its kernels: "
+        f"{1e3 * machine.launch_seconds:.3g} ms for each micro-batch (launch_seconds)",
         "reading data, evaluations and checkpoints take no time",
-        f"MFU is a share of {machine.peak_flops / 1e12:,.0f} TFLOP/s, the peak in bf16",
+        f"MFU is the model's FLOP as a share of {_peak(config, machine) / 1e12:,.4g} TFLOP/s, the "
+        f"peak in {dtype}; attention is counted in full, without the causal mask, so long "
+        "sequences show a high MFU; padding and recomputation are not counted",
     )

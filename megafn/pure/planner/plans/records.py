@@ -7,7 +7,7 @@ from itertools import islice
 
 from attrs import field, frozen
 
-from megafn.pure.config.problems import Problem
+from megafn.pure.config.problems import Problem, config_error
 from megafn.pure.planner.machine import Machine
 from megafn.pure.planner.plans.table import RankingRow, plan_text, ranking_text
 from megafn.pure.planner.records import Band, Layout, Memory, StepTime
@@ -31,9 +31,17 @@ class Plan:
     # Of the rank with the most, by pipeline stage.
     memory: tuple[Memory, ...]
     time: StepTime
+    # Of time.total, seconds in which devices wait for the host to launch kernels.
+    host_seconds: float
+    # Of the whole model; shared ones count once.
+    num_parameters: int
+    # FLOP of the model in a step on all devices, as `training_flops` counts them.
+    step_flops: float
+    # Steps of the run.
+    iterations: int
     # Per second and device.
     tokens_per_second: float
-    # Share of the machine's peak, from 0 to 1.
+    # Share of the machine's peak in the config's dtype, from 0 to 1.
     mfu: float
     band: Band
     problems: tuple[Problem, ...] = ()
@@ -43,6 +51,16 @@ class Plan:
     def fits(self) -> bool:
         return not self.problems
 
+    @property
+    def run_seconds(self) -> float:
+        """Seconds of all steps of the run, without evaluations, checkpoints and restarts."""
+        return self.iterations * self.time.total
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of the run, times the number of devices: what is paid for."""
+        return self.run_seconds / 3600 * self.world_size
+
     def __str__(self) -> str:
         return plan_text(
             machine=self.machine,
@@ -51,6 +69,10 @@ class Plan:
             implementation=self.implementation,
             memory=self.memory,
             time=self.time,
+            host_seconds=self.host_seconds,
+            num_parameters=self.num_parameters,
+            step_flops=self.step_flops,
+            iterations=self.iterations,
             tokens_per_second=self.tokens_per_second,
             mfu=self.mfu,
             band=self.band,
@@ -78,7 +100,8 @@ class Ranking:
     world_size: int
     # "megafn", or "megatron": with its overlap and fusions.
     implementation: str
-    # Those that fit, the fastest first; of equally fast ones the simplest.
+    # Those that fit, the fastest first; of those whose times agree to four digits, the one with
+    # the smallest cp, then pp, then tp.
     plans: Sequence[Plan]
     # Those that need too much memory, the least first; then those that break a rule.
     refused: Sequence[Refusal]
@@ -101,6 +124,14 @@ class Ranking:
             reasons=self.reasons,
             advice=self.advice,
         )
+
+
+def check_plan(plan: object) -> None:
+    """Raises unless it is a Plan: TypeError for a whole ranking, ConfigError for anything else."""
+    if isinstance(plan, Ranking):
+        raise TypeError("plan is a Ranking: give one of its plans, as in ranking.plans[0]")
+    if not isinstance(plan, Plan):
+        raise config_error([Problem("plan", plan, "give a Plan, as rank_plans(...).plans[0]")])
 
 
 def _best_rows(plans: Sequence[Plan], top: int) -> list[RankingRow]:

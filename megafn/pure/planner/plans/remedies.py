@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from attrs import frozen
@@ -10,7 +11,7 @@ from attrs import frozen
 from megafn.pure.config.problems import Problem
 from megafn.pure.config.records import RecomputeConfig
 from megafn.pure.planner.machine import Machine
-from megafn.pure.planner.plans.table import gigabytes, layout_in_words, usable_in_words
+from megafn.pure.planner.plans.table import in_unit, layout_in_words, usable_in_words
 from megafn.pure.planner.records import Layout
 from megafn.pure.planner.search.cost_model import CostModel, devices_that_fit, leanest
 
@@ -107,6 +108,10 @@ class Neighbours:
         """Bytes that a layout needs on its fullest stage."""
         return self.costs.needed(self.layouts[values])
 
+    def seconds(self, values: Values) -> float:
+        """Of a step."""
+        return self.costs.seconds(self.layouts[values])
+
     def fits(self, values: Values) -> bool:
         return self.costs.fits(self.layouts[values])
 
@@ -131,18 +136,24 @@ def _ordered(values: tuple[Any, ...]) -> tuple[Any, ...]:
 def one_change(layout: Layout, needed: float, neighbours: Neighbours) -> tuple[bool, str]:
     """Whether one change makes a layout fit, and the changes that do, or else those that help."""
     before = _values_of(layout)
-    enough = []
+    # By the seconds of a step, the changes that are enough.
+    enough: list[tuple[float, str]] = []
     helpful = []
     for position, aspect in enumerate(_ASPECTS):
         changed = _changed(before, position, neighbours)
         fitting = next(filter(neighbours.fits, changed), None)
         if fitting is not None:
-            enough.append(aspect.phrase(before[position], fitting[position]))
+            phrase = aspect.phrase(before[position], fitting[position])
+            enough.append((neighbours.seconds(fitting), phrase))
         elif changed:
             best = min(changed, key=neighbours.needed)
             if neighbours.needed(best) < (1 - _WORTHWHILE) * needed:
                 helpful.append(aspect.phrase(before[position], best[position]))
-    return (True, joined(enough, "or")) if enough else (False, joined(helpful, "or"))
+    if not enough:
+        return False, joined(helpful, "or")
+    _, fastest = min(enough, key=itemgetter(0))
+    changes = joined([phrase for _, phrase in enough], "or")
+    return True, changes if len(enough) == 1 else f"{changes} (the fastest: {fastest})"
 
 
 def _changed(before: Values, position: int, neighbours: Neighbours) -> list[Values]:
@@ -186,8 +197,9 @@ def memory_problem(
     layout: Layout, stage: int, needed: float, machine: Machine, remedy: str
 ) -> Problem:
     """By how much a stage does not fit, and what would help."""
-    amount = gigabytes(needed)
-    if amount == gigabytes(machine.usable_bytes):
+    # As in the table of a plan.
+    amount = in_unit(needed, "GB")
+    if amount == in_unit(machine.usable_bytes, "GB"):
         amount = f"{needed / 1e9:,.3f}"
     return Problem(
         "parallel.pp",
@@ -206,6 +218,6 @@ def nothing_fits(costs: CostModel, layouts: Sequence[Layout], world_size: int) -
         more = f"use {devices:,} devices, or choose a machine with more memory"
     return (
         f"no layout on {world_size:,} x {machine.name} fits: a stage needs at least "
-        f"{gigabytes(costs.needed(layout))} GB of {usable_in_words(machine)}, with "
+        f"{in_unit(costs.needed(layout), 'GB')} GB of {usable_in_words(machine)}, with "
         f"{layout_in_words(layout)}; {more}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 from attrs import frozen
@@ -15,6 +15,9 @@ from megafn.pure.planner.machine import Machine
 from megafn.pure.planner.records import Band, Layout, Memory, StepTime
 
 _WIDTH = 96
+
+# Of a step: waiting for the host that is less is not mentioned.
+_LEAST_SHARE = 0.001
 
 # A pipeline with more stages is printed in part.
 _MOST_STAGES = 8
@@ -67,36 +70,129 @@ def plan_text(
     implementation: str,
     memory: Sequence[Memory],
     time: StepTime,
+    host_seconds: float,
+    num_parameters: int,
+    step_flops: float,
+    iterations: int,
     tokens_per_second: float,
     mfu: float,
     band: Band,
     problems: Sequence[Problem],
     assumptions: Sequence[str],
 ) -> str:
-    """A plan: memory by stage, seconds by kind, problems and assumptions."""
-    low, high = mfu_band(mfu, band)
-    speed = [
-        f"{tokens_per_second:,.0f} tokens/s per device",
-        f"MFU {mfu:.1%}; expect {low:.1%} to {high:.1%}, from the planner's errors on the "
-        f"published results nearest to this plan ({band.source})",
-    ]
-    if band.not_trusted is not None:
-        speed.append(f"not trusted: {band.not_trusted}")
-    sections = [
-        [*_title(machine, world_size, implementation), *_wrapped(layout_in_words(layout))],
-        _memory_lines(memory, machine),
-        _time_lines(time),
-        [line for sentence in speed for line in _wrapped(sentence)],
+    """A plan: memory by stage, seconds by kind and assumptions; if it does not fit, why, no times.
+
+    host_seconds: of `time`, waiting for the host. iterations: steps of the run.
+    """
+    head = [
+        *_title(machine, world_size, implementation, fits=not problems),
+        *_wrapped(layout_in_words(layout)),
+        f"{in_parameters(num_parameters)} parameters, {in_flop(step_flops)} a step",
     ]
     if problems:
-        sections.append(_listed("does not fit", map(str, problems)))
+        sections = [
+            head,
+            _listed("does not fit", map(str, problems)),
+            _memory_lines(memory, machine),
+        ]
+    else:
+        speed = [
+            f"{tokens_per_second:,.0f} tokens/s per device",
+            _run_in_words(iterations, time.total, world_size),
+            _mfu_in_words(mfu, band),
+        ]
+        if host_seconds >= _LEAST_SHARE * time.total:
+            speed.append(
+                f"host-bound: {host_seconds / time.total:.1%} of the step waits for the host to "
+                "launch kernels; larger micro-batches wait less"
+            )
+        if band.not_trusted is not None:
+            speed.append(f"not trusted: {band.not_trusted}")
+        sections = [
+            head,
+            _memory_lines(memory, machine),
+            _time_lines(time),
+            [line for sentence in speed for line in _wrapped(sentence)],
+        ]
     if assumptions:
         sections.append(_listed("assumed", assumptions))
     return "\n\n".join("\n".join(lines) for lines in sections)
 
 
-def _title(machine: Machine, world_size: int, implementation: str) -> list[str]:
-    return _wrapped(f"{_devices(world_size, machine)}, {_IMPLEMENTATIONS[implementation]}")
+def _title(
+    machine: Machine, world_size: int, implementation: str, *, fits: bool = True
+) -> list[str]:
+    verdict = "" if fits else ": does not fit"
+    devices = _devices(world_size, machine)
+    return _wrapped(f"{devices}, {_IMPLEMENTATIONS[implementation]}{verdict}")
+
+
+def _mfu_in_words(mfu: float, band: Band) -> str:
+    low, high = mfu_band(mfu, band)
+    return (
+        f"MFU {mfu:.1%} as computed; shifted by this planner's errors on the {band.num_results} "
+        f"published results most like this plan, {low:.1%} to {high:.1%} ({band.source})"
+    )
+
+
+def _run_in_words(iterations: int, step_seconds: float, world_size: int) -> str:
+    steps = f"{iterations:,} step{'' if iterations == 1 else 's'}"
+    seconds = iterations * step_seconds
+    hours = seconds / 3600 * world_size
+    paid = in_seconds(hours) if hours >= 0.01 else "less than 0.01"
+    return f"{steps} at this speed: {duration(seconds)}, {paid} device-hours"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit in which they are read.
+
+    >>> duration(9), duration(1480), duration(360_000)
+    ('9.00 seconds', '24.7 minutes', '100 hours')
+    """
+    if seconds < 120:
+        return f"{in_seconds(seconds)} seconds"
+    if seconds < 7200:
+        return f"{in_seconds(seconds / 60)} minutes"
+    return f"{in_seconds(seconds / 3600)} hours"
+
+
+def in_parameters(number: int) -> str:
+    """A number of parameters, with three digits.
+
+    >>> in_parameters(8_030_261_248), in_parameters(124_439), in_parameters(512)
+    ('8.03 billion', '124 thousand', '512')
+    """
+    return _with_prefix(
+        number, {1e12: " trillion", 1e9: " billion", 1e6: " million", 1e3: " thousand"}
+    )
+
+
+def in_flop(number: float) -> str:
+    """FLOP with three digits.
+
+    >>> in_flop(4.053e18), in_flop(2e6)
+    ('4.05 EFLOP', '2.00 MFLOP')
+    """
+    return _with_prefix(
+        number,
+        {
+            1e21: " ZFLOP",
+            1e18: " EFLOP",
+            1e15: " PFLOP",
+            1e12: " TFLOP",
+            1e9: " GFLOP",
+            1e6: " MFLOP",
+        },
+    )
+
+
+def _with_prefix(number: float, units: Mapping[float, str]) -> str:
+    """The number in the largest of these units, the largest first, of which it has one."""
+    for size, unit in units.items():
+        # 999.6 million is 1.00 billion
+        if number >= 0.9995 * size:
+            return f"{in_seconds(number / size)}{unit}"
+    return f"{number:,.0f}"
 
 
 def _devices(world_size: int, machine: Machine) -> str:
@@ -269,8 +365,8 @@ def _notes(rows: Sequence[RankingRow], num_plans: int, unit: str, machine: Machi
         "plan: index in the ranking; plans that differ from a better one only in SP, DO or "
         "recompute are not shown. micro: micro-batch size. SP: sequence parallel. DO: distributed "
         f"optimizer. {unit}: of the fullest stage, of {usable_in_words(machine)}. tokens/s: per "
-        "device. band: the MFU to expect, from the planner's errors on the published results "
-        "nearest to the plan."
+        "device. MFU: counts attention without its mask. band: the computed MFU, shifted by this "
+        "planner's errors on the published results most like the plan."
     ]
     reasons = [reason for row in rows for reason in (row.band.not_trusted or "").split("; ")]
     distinct = [reason for reason in dict.fromkeys(reasons) if reason]
@@ -293,7 +389,7 @@ def _notes(rows: Sequence[RankingRow], num_plans: int, unit: str, machine: Machi
 def mfu_band(mfu: float, band: Band) -> tuple[float, float]:
     """The lowest and highest MFU to expect, if the plan is as wrong as the band says.
 
-    >>> mfu_band(0.5, Band(low=-0.1, high=0.2, source="some rows"))
+    >>> mfu_band(0.5, Band(low=-0.1, high=0.2, source="some rows", num_results=8))
     (0.45, 0.6)
     """
     return mfu * (1 + band.low), mfu * (1 + band.high)

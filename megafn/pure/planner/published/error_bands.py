@@ -68,6 +68,7 @@ def band_of(config: TrainConfig, layout: Layout, machine: Machine, implementatio
         low=min(errors),
         high=max(errors),
         source=", ".join(SOURCES[source].title for source in sources),
+        num_results=len(nearest),
         not_trusted="; ".join(reasons) if reasons else None,
     )
 
@@ -163,16 +164,14 @@ def _reasons(
     """Why no published row speaks for the time of a plan."""
     model = config.model
     covered = _covered()
-    family = getattr(model.family, "name", model.family)
     reasons = []
     if implementation == "megafn":
         reasons.append("megafn's own time has not been measured yet")
     if machine.fitted_on is None:
         reasons.append(f"no constant is fitted on results of {machine.name}")
-    if family != "gpt":
-        reasons.append(f"no published result is of the family {family}")
-    if config.precision.dtype == "fp32":
-        reasons.append("no published result is in fp32")
+    missing = _missing(config)
+    if missing:
+        reasons.append(f"no published result is like it: none is {' or '.join(missing)}")
     if model.hidden_size < _SMALLEST_HIDDEN:
         reasons.append(
             f"hidden size below {_SMALLEST_HIDDEN}, where some runs took twice the computed time"
@@ -186,3 +185,14 @@ def _reasons(
     if layout.world_size > covered.devices:
         reasons.append(f"no published result has more than {covered.devices:,} devices")
     return reasons
+
+
+def _missing(config: TrainConfig) -> list[str]:
+    """What a config is that no row is, near or far."""
+    family = getattr(config.model.family, "name", config.model.family)
+    missing = []
+    if family != "gpt":
+        missing.append(f"of the family {family}")
+    if config.precision.dtype == "fp32":
+        missing.append("in fp32")
+    return missing

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 
+import attrs
 from attrs import frozen
 
 from megafn.pure.config.records import TrainConfig, padded_vocab_size
@@ -63,6 +64,15 @@ def step_time(
     unknown implementation.
     """
     return price(config, layout, machine, implementation_of(implementation))
+
+
+def host_seconds(
+    config: TrainConfig, layout: Layout, machine: Machine, *, implementation: str = "megafn"
+) -> float:
+    """Seconds of `step_time` in which devices wait for the host to launch kernels."""
+    waiting = step_time(config, layout, machine, implementation=implementation)
+    prompt = attrs.evolve(machine, launch_seconds=0.0)
+    return waiting.total - step_time(config, layout, prompt, implementation=implementation).total
 
 
 def price(
@@ -201,8 +211,9 @@ def _cp_seconds(run: _Run, stack: StackDimensions, repeated: float, attention: f
     payload = tokens * run.model.key_value / layout.tp * run.speeds.element
     once = all_gather_seconds(payload, layout.cp, run.bandwidths.cp)
     if run.implementation.overlap:
-        # parts travel on while attention to the last one is computed (arXiv 2310.01889)
-        once = max(0.0, once - attention)
+        # parts travel on while attention to the last one is computed (arXiv 2310.01889); under the
+        # last of cp parts nothing travels
+        once = max(0.0, once - attention * (layout.cp - 1) / layout.cp)
     # the backward pass of attention needs keys and values too, which autograd has kept
     return (2 + repeated) * once
 
