@@ -43,7 +43,7 @@ def run(arguments: Namespace) -> int:
     if arguments.top < 1:
         raise mf.ConfigError(f"--top = {arguments.top}: must be at least 1")
     config = mf.load_config(arguments.config)
-    machine = _machine(arguments.machine)
+    machine = machine_of(arguments.machine)
     ranking = mf.rank_plans(
         config, machine, arguments.world_size, implementation=arguments.implementation
     )
@@ -65,7 +65,7 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
-def _machine(name: str) -> mf.Machine:
+def machine_of(name: str) -> mf.Machine:
     """One of MACHINES by its name, or that of a TOML file."""
     if name in mf.MACHINES:
         return mf.MACHINES[name]
