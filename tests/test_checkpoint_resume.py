@@ -54,7 +54,7 @@ def test_where_a_run_resumes_and_where_a_signal_ended_it_is_printed(tmp_path, ca
     printed = capsys.readouterr().err
     resumed = f"resuming from {tmp_path}/iteration-00000003: 4 of 7 iterations are left\n"
     assert resumed in printed
-    assert "3/7|" in printed and "0/7|" not in printed
+    assert "4/7, " in printed and "1/7, " not in printed
 
     mf.train(config)
     printed = capsys.readouterr().err

@@ -274,7 +274,11 @@ def test_of_many_micro_batches_a_few_are_run_and_the_numbers_are_the_same(rank, 
     assert len(few.memory.timeline) < len(all_of_them.memory.timeline) or config.parallel.pp == 1
 
     def without_timeline(report):
-        return attrs.evolve(report, memory=attrs.evolve(report.memory, timeline=()))
+        return attrs.evolve(
+            report,
+            memory=attrs.evolve(report.memory, timeline=()),
+            num_micro_batches_in_timeline=0,
+        )
 
     assert without_timeline(few) == without_timeline(all_of_them)
 
@@ -304,6 +308,24 @@ def test_a_step_that_cannot_read_the_example_asks_for_a_batch():
         mf.dry_run(small(), 1, step=step)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(step="gpt"), "step = 'gpt': must be a Step; give mf.step_fn"),
+        (dict(model=torch.nn.Linear(2, 2)), "model = Linear: must be a function that builds"),
+        (dict(model="gpt"), "model = str: must be a function that builds one model chunk"),
+        (
+            dict(model=lambda *_, **__: torch.nn.Linear(2, 2)),
+            "the Linear that it returned has no config; set its attribute config",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_one_sentence(arguments, message):
+    with pytest.raises(mf.ConfigError, match=message) as error:
+        mf.dry_run(small(), 1, **arguments)
+    assert "\n" not in str(error.value)
+
+
 # --------------------------------------------------------------------------- pictures, command
 
 
@@ -313,11 +335,15 @@ def test_the_command_prints_the_table_and_draws_memory(tmp_path, capsys):
     arguments = ["dry-run", str(path), "--world-size", "8", "--rank", "7"]
     assert main([*arguments, "--picture", str(tmp_path / "memory.png")]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("one step of rank 7 of 8 (tp 1, pp 1, cp 0, dp 1, ep 0): ")
-    assert re.search(r"^at the peak .* [kM]B$", out, re.M)
+    assert out.startswith(
+        "one step of rank 7 of 8: stage 1 of 2 (pp), tp 1 of 2, cp 0 of 1, dp 1 of 2\n"
+        "2 micro-batches of 1; "
+    )
+    assert re.search(r"^at the peak, on a GPU .* [kM]B$", out, re.M)
+    assert "fit" not in out and "drawn:" not in out
     assert re.search(r"^tp +[\d,]+ +[\d.]+ kB  all_reduce ", out, re.M)
     assert "A activations" in out and re.search(r"^ +0 \+ *f.*b.*o+$", out, re.M)
-    assert max(map(len, out.splitlines())) < 110
+    assert max(map(len, out.splitlines())) <= 100
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
     assert main([*arguments[:-1], "8"]) == 2
@@ -325,6 +351,68 @@ def test_the_command_prints_the_table_and_draws_memory(tmp_path, capsys):
         "",
         "megafn: rank = 8: must be 0 to 7 in a world of 8 ranks\n",
     )
+
+
+@pytest.mark.parametrize(
+    "picture, message",
+    [
+        ("nowhere/a.png", "no such folder; make .*nowhere first"),
+        ("a.jpg", "pictures are PNGs; end it in .png"),
+        ("folder.png", "cannot be written; choose another file"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(
+    picture, message, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "folder.png").mkdir()
+    path = tmp_path / "config.toml"
+    mf.dump_config(small(), path)
+    monkeypatch.setattr(mf, "dry_run", None)
+    picture = str(tmp_path / picture)
+    assert main(["dry-run", str(path), "--world-size", "1", "--picture", picture]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and re.fullmatch(f"megafn: --picture = '.*': {message}\n", error)
+
+
+@pytest.mark.parametrize("usable, verdict", [(0.9, "does not fit"), (1.1, "fits"), (9, "fits")])
+def test_the_command_says_whether_the_rank_fits_a_device(usable, verdict, tmp_path, capsys):
+    config = small()
+    path = tmp_path / "config.toml"
+    mf.dump_config(config, path)
+    on_gpu = mf.dry_run(config, 1).memory.peak_on_gpu.total
+    machine = tmp_path / "machine.toml"
+    fields = attrs.asdict(mf.MACHINES["h100"]) | dict(
+        name="toy", memory_bytes=usable * on_gpu, reserved_bytes=0
+    )
+    machine.write_text(_as_toml(fields))
+    picture = tmp_path / "memory.png"
+    arguments = ["--world-size", "1", "--machine", str(machine), "--picture", str(picture)]
+    assert main(["dry-run", str(path), *arguments]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^{verdict} toy, ", out, re.M)
+    assert ("above the picture: toy, " in out) == (usable == 9)
+    assert picture.exists()
+
+
+def _as_toml(fields):
+    lines = []
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            value = "{" + ", ".join(f"{key} = {number}" for key, number in value.items()) + "}"
+        elif isinstance(value, str):
+            value = f'"{value}"'
+        lines.append(f"{name} = {value}")
+    return "\n".join(lines)
+
+
+def test_what_only_a_cpu_keeps_has_a_row_and_a_line():
+    report = mf.dry_run(small(normalization="RMSNorm", global_batch_size=64), 2)
+    memory = report.memory
+    assert 0 < memory.cpu_only == memory.peak.total - memory.peak_on_gpu.total
+    assert re.search(r"^kept on a CPU only +(\S+ kB) +\1$", str(report), re.M)
+    drawing = mf.draw_dry_run(report)
+    assert re.search(r"^--- .*: the peak on a GPU, without what only a CPU keeps$", drawing, re.M)
+    assert re.search(r"^drawn: \d of the 32 micro-batches, which are alike$", drawing, re.M)
 
 
 def test_a_long_step_is_drawn_in_the_width_of_a_terminal():

@@ -15,6 +15,7 @@ from typing import NoReturn
 import attrs
 
 import megafn as mf
+from megafn.pure.config.problems import did_you_mean
 
 
 class Parser(ArgumentParser):
@@ -73,6 +74,18 @@ def add_weights(parser: ArgumentParser) -> None:
         "path",
         metavar="PATH",
         help="a checkpoint, a directory of them (the newest is read), or a model's directory",
+    )
+
+
+def machine_named(name: str) -> mf.Machine:
+    """One of MACHINES by its name, in upper or lower case, or that of a TOML file."""
+    if name.lower() in mf.MACHINES:
+        return mf.MACHINES[name.lower()]
+    if name.endswith(".toml") or Path(name).exists():
+        return mf.load_machine(name)
+    raise mf.ConfigError(
+        f"--machine = {name!r}: choose one of {', '.join(mf.MACHINES)}, or give a TOML file"
+        f"{did_you_mean(name, mf.MACHINES)}"
     )
 
 

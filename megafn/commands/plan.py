@@ -12,11 +12,14 @@ Examples:
 from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from pathlib import Path
 
 import megafn as mf
-from megafn.commands.arguments import add_config, check_output, check_picture
-from megafn.pure.config.problems import did_you_mean
+from megafn.commands.arguments import (
+    add_config,
+    check_output,
+    check_picture,
+    machine_named,
+)
 from megafn.pure.planner.plans.table import aligned, in_seconds, recompute_in_words
 
 # Of the fastest layout on a number of devices, named as in a ranking.
@@ -66,7 +69,7 @@ def run(arguments: Namespace) -> int:
     if arguments.picture is not None:
         check_picture("--picture", arguments.picture)
     config = mf.load_config(arguments.config)
-    machine = _machine(arguments.machine)
+    machine = machine_named(arguments.machine)
     if len(arguments.world_sizes) > 1:
         return _compare_sizes(config, machine, arguments)
     return _rank(config, machine, arguments)
@@ -139,18 +142,6 @@ def _rank(config: mf.TrainConfig, machine: mf.Machine, arguments: Namespace) -> 
         mf.plot_plan(best, arguments.picture)
         print(f"plan 0 as a picture: {arguments.picture}")
     return 0
-
-
-def _machine(name: str) -> mf.Machine:
-    """One of MACHINES by its name, in upper or lower case, or that of a TOML file."""
-    if name.lower() in mf.MACHINES:
-        return mf.MACHINES[name.lower()]
-    if name.endswith(".toml") or Path(name).exists():
-        return mf.load_machine(name)
-    raise mf.ConfigError(
-        f"--machine = {name!r}: choose one of {', '.join(mf.MACHINES)}, or give a TOML file"
-        f"{did_you_mean(name, mf.MACHINES)}"
-    )
 
 
 def _as_it_stands(config: mf.TrainConfig, ranking: mf.Ranking) -> str:

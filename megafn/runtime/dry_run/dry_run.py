@@ -60,10 +60,12 @@ def dry_run(
     is what the step does on a CPU. Other threads should not use torch.distributed meanwhile.
 
     Raises ConfigError, before anything starts, with every problem of the config for this world, for
-    a rank outside of it, and if the step cannot read the batch that is made up.
+    a rank outside of it, for a step that is not a Step, and if the step cannot read the batch that
+    is made up.
     """
     check(config, world_size)
     _check_rank(rank, world_size)
+    _check_step(step)
     groups = build_groups(config.parallel, world_size, model=config.model)
     run = partial(
         _run,
@@ -128,6 +130,8 @@ def _run(
             rank=rank,
             place=pg.place,
             num_parameters=num_parameters,
+            num_micro_batches=len(batch),
+            num_micro_batches_in_timeline=len(batch),
             memory=counter.memory(),
             largest_tensors=counter.largest_tensors(),
             flops=counter.flops,
@@ -184,6 +188,14 @@ def _check_rank(rank: int, world_size: int) -> None:
     if not isinstance(rank, int) or not 0 <= rank < world_size:
         raise ConfigError(
             f"rank = {rank!r}: must be 0 to {world_size - 1} in a world of {world_size} ranks"
+        )
+
+
+def _check_step(step: object) -> None:
+    if step is not None and not isinstance(step, Step):
+        raise ConfigError(
+            f"step = {step!r}: must be a Step; give mf.step_fn(family), or leave it out for the "
+            "step of the config"
         )
 
 

@@ -65,6 +65,7 @@ def extrapolated(first: DryRun, second: DryRun, steps: ShortSteps, config: Train
     return attrs.evolve(
         second,
         config=config,
+        num_micro_batches=steps.whole,
         memory=_extended_memory(first.memory, second.memory, extended),
         flops=extended(first.flops, second.flops),
         matmuls=extended(first.matmuls, second.matmuls),

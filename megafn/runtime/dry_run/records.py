@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import attrs
 from attrs import field, frozen
 
 from megafn.pure.planner.records import Memory
@@ -33,6 +34,16 @@ class DryRunMemory:
     cpu_only: float = 0
     # (what runs, bytes alive) at each change of the step worth drawing, in the order of time.
     timeline: tuple[tuple[str, Memory], ...] = field(default=(), repr=False)
+
+    @property
+    def peak_on_gpu(self) -> Memory:
+        """The peak without what only a CPU keeps: what a GPU has to hold.
+
+        >>> memory = DryRunMemory(setup=Memory(), peak=Memory(activations=5), cpu_only=2)
+        >>> memory.peak_on_gpu.activations
+        3
+        """
+        return attrs.evolve(self.peak, activations=self.peak.activations - self.cpu_only)
 
 
 @frozen(kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from attrs import field, frozen
 
 from megafn.pure.config.records import TrainConfig
-from megafn.pure.layout import Coordinates
+from megafn.pure.layout import Coordinates, build_groups
 from megafn.runtime.dry_run.records import DryRunMemory, LargeTensor, Messages
 from megafn.runtime.dry_run.table import dry_run_text
 
@@ -21,6 +21,10 @@ class DryRun:
     rank: int
     place: Coordinates
     num_parameters: int
+    # Of one data-parallel rank in one step.
+    num_micro_batches: int = 1
+    # Those of them that `memory.timeline` has: if there are many alike, the first few.
+    num_micro_batches_in_timeline: int = 1
     memory: DryRunMemory
     largest_tensors: tuple[LargeTensor, ...] = field(default=(), repr=False)
     # By torch's formulas (torch.utils.flop_counter), recomputation included.
@@ -30,10 +34,16 @@ class DryRun:
     messages: Mapping[str, Messages] = field(factory=dict)
 
     def __str__(self) -> str:
+        parallel = self.config.parallel
+        groups = build_groups(parallel, self.world_size, model=self.config.model)
         return dry_run_text(
             rank=self.rank,
             world_size=self.world_size,
             place=self.place,
+            sizes=Coordinates(
+                tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, dp=groups.dp_size, ep=parallel.ep
+            ),
+            micro_batches=(self.num_micro_batches, self.config.micro_batch_size),
             num_parameters=self.num_parameters,
             memory=self.memory,
             largest_tensors=self.largest_tensors,

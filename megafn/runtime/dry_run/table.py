@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
@@ -10,6 +11,24 @@ from megafn.pure.layout import Coordinates
 from megafn.pure.planner.plans.table import aligned
 from megafn.pure.planner.records import Memory
 from megafn.runtime.dry_run.records import DryRunMemory, LargeTensor, Messages
+
+_WIDTH = 96
+
+# By field of `Groups`: the ranks that exchange messages.
+_GROUP_WORDS = {
+    "tp": "tensor parallel",
+    "pp": "neighbouring pipeline stages",
+    "cp": "context parallel",
+    "dp": "data parallel",
+    "mp": "all ranks of one copy of the model, tp x pp",
+    "dp_cp": "dp x cp, which sum gradients",
+    "tp_cp": "tp x cp",
+    "tp_dp_cp": "all ranks of one pipeline stage",
+    "embd": "stages that share the word table",
+    "pos_embd": "stages that share the table of positions",
+    "half": "stages of T5's encoder, or of its decoder",
+    "world": "all ranks",
+}
 
 # Tensors that are listed of those at the peak.
 _MOST_TENSORS = 8
@@ -20,6 +39,8 @@ def dry_run_text(
     rank: int,
     world_size: int,
     place: Coordinates,
+    sizes: Coordinates,
+    micro_batches: tuple[int, int],
     num_parameters: int,
     memory: DryRunMemory,
     largest_tensors: Sequence[LargeTensor],
@@ -27,13 +48,20 @@ def dry_run_text(
     matmuls: int,
     messages: Mapping[str, Messages],
 ) -> str:
-    """Bytes by kind after set-up and at the peak, the largest tensors, FLOP, and messages."""
-    where = ", ".join(f"{axis} {number}" for axis, number in attrs.asdict(place).items())
+    """Bytes by kind after set-up and at the peak, the largest tensors, FLOP, and messages.
+
+    sizes: of each axis. micro_batches: how many the rank has, and the samples of each.
+    """
+    number, samples = micro_batches
     sections = [
-        [f"one step of rank {rank:,} of {world_size:,} ({where}): {num_parameters:,} parameters"],
+        [
+            f"one step of rank {rank:,} of {world_size:,}: {_where(place, sizes)}",
+            f"{number:,} {'micro-batch' if number == 1 else 'micro-batches'} of {samples:,}; "
+            f"{num_parameters:,} parameters on this rank",
+        ],
         _memory_lines(memory),
         _tensor_lines(largest_tensors),
-        [f"{in_units(flops, 'FLOP', 1000)}, {matmuls:,} matrix products"],
+        [f"{in_units(flops, 'FLOP', 1000)} and {matmuls:,} matrix products of this rank"],
         _message_lines(messages),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -53,20 +81,24 @@ def in_units(number: float, unit: str = "B", base: int = 1000) -> str:
     return f"{digits} {prefix}{unit}"
 
 
+def _where(place: Coordinates, sizes: Coordinates) -> str:
+    axes = ["tp", "cp", "dp", *(["ep"] if sizes.ep > 1 else [])]
+    numbers = [f"{axis} {getattr(place, axis):,} of {getattr(sizes, axis):,}" for axis in axes]
+    return ", ".join([f"stage {place.pp:,} of {sizes.pp:,} (pp)", *numbers])
+
+
 def _memory_lines(memory: DryRunMemory) -> list[str]:
     kinds = [attribute.name for attribute in attrs.fields(Memory)]
     rows = [["memory", *(kind.replace("_", " ") for kind in kinds), "total"]]
-    for name, alive in (("after set-up", memory.setup), ("at the peak", memory.peak)):
+    moments = {"after set-up": memory.setup, "at the peak, on a GPU": memory.peak_on_gpu}
+    for name, alive in moments.items():
         numbers = [getattr(alive, kind) for kind in kinds] + [alive.total]
         rows.append([name, *map(in_units, numbers)])
-    lines = aligned(rows)
     if memory.cpu_only:
-        without = in_units(memory.peak.total - memory.cpu_only)
-        lines.append(
-            f"of the activations {in_units(memory.cpu_only)} are kept on a CPU only; "
-            f"without them the total is {without}"
-        )
-    return lines
+        only = {"activations": memory.cpu_only, "total": memory.cpu_only}
+        cells = [in_units(only[kind]) if kind in only else "" for kind in [*kinds, "total"]]
+        rows.append(["kept on a CPU only", *cells])
+    return aligned(rows)
 
 
 def _tensor_lines(tensors: Sequence[LargeTensor]) -> list[str]:
@@ -79,13 +111,30 @@ def _tensor_lines(tensors: Sequence[LargeTensor]) -> list[str]:
         shape = " x ".join(map(str, tensor.shape))
         kind = tensor.kind.replace("_", " ")
         times = f"{len(modules)} x " if len(modules) > 1 else ""
-        origin = f", {modules[0]}" if modules[0] else ""
-        more = " and others" if len(set(modules)) > 1 else ""
         size = f"{times}{in_units(tensor.bytes)}"
-        lines.append(f"{size:>12}  {kind}, {tensor.dtype} [{shape}]{origin}{more}")
+        line = f"{size:>12}  {kind}, {tensor.dtype} [{shape}]"
+        more = " and others" if len(set(modules)) > 1 else ""
+        if modules[0]:
+            room = _WIDTH - len(f"{line}, {more}")
+            line += f", {_end_of(modules[0], room)}{more}"
+        lines.append(line)
     if not lines:
         return []
     return [f"the {len(tensors)} largest tensors at the peak", *lines]
+
+
+def _end_of(name: str, room: int) -> str:
+    """A dotted name, without its first parts if it is too long.
+
+    >>> _end_of("decoder.layers.0.mlp", room=20), _end_of("decoder.layers.0.mlp", room=10)
+    ('decoder.layers.0.mlp', '...0.mlp')
+    """
+    if len(name) <= room:
+        return name
+    _, *parts = name.split(".")
+    while len(parts) > 1 and len("...") + len(".".join(parts)) > room:
+        parts = parts[1:]
+    return "..." + ".".join(parts)
 
 
 def _message_lines(messages: Mapping[str, Messages]) -> list[str]:
@@ -98,8 +147,17 @@ def _message_lines(messages: Mapping[str, Messages]) -> list[str]:
         details.append(_by_collective(of_group.by_collective))
     if len(rows) == 1:
         return ["no messages"]
-    lines = aligned(rows)
-    return [f"{line}  {detail}".rstrip() for line, detail in zip(lines, details, strict=True)]
+    lines = []
+    for line, detail in zip(aligned(rows), details, strict=True):
+        indent = " " * (len(line) + 2)
+        wrapped = textwrap.wrap(detail, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+        lines += [line + "".join(wrapped[:1])[len(line) :], *wrapped[1:]]
+    return [*lines, *_group_legend(name for name, *_ in rows[1:])]
+
+
+def _group_legend(names: Iterable[str]) -> list[str]:
+    words = "; ".join(f"{name}: {_GROUP_WORDS[name]}" for name in names if name in _GROUP_WORDS)
+    return textwrap.wrap(words, _WIDTH)
 
 
 def _by_collective(bytes_by_name: Mapping[str, int]) -> str:

@@ -122,6 +122,11 @@ def _build_chunk(
     build: ModelFunction, config: TrainConfig, pg: ProcessGroups, i: int
 ) -> torch.nn.Module:
     """Chunk number i of this pipeline stage, checked."""
+    if isinstance(build, torch.nn.Module) or not callable(build):
+        raise ConfigError(
+            f"model = {type(build).__name__}: must be a function that builds one model chunk; give "
+            "one with the arguments of mf.build_chunk"
+        )
     vpp = config.parallel.vpp
     provider = partial(
         build,
@@ -137,6 +142,14 @@ def _build_chunk(
             f"model function or prepare_model: it returned a {type(chunk).__name__}; "
             "return the module of one model chunk"
         )
+    try:
+        get_model_config(chunk)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"model function or prepare_model: the {type(chunk).__name__} that it returned has no "
+            "config; set its attribute config to a megatron-core TransformerConfig, or change what "
+            "mf.build_chunk returns"
+        ) from error
     check_parallel_layers(chunk, pg)
     return chunk
 
