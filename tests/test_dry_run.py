@@ -356,9 +356,9 @@ def test_the_command_prints_the_table_and_draws_memory(tmp_path, capsys):
 @pytest.mark.parametrize(
     "picture, message",
     [
-        ("nowhere/a.png", "no such folder; make .*nowhere first"),
-        ("a.jpg", "pictures are PNGs; end it in .png"),
-        ("folder.png", "cannot be written; choose another file"),
+        ("nowhere/a.png", "there is no folder .*nowhere; make it first"),
+        ("a.jpg", "pictures are PNG; name a file that ends in .png"),
+        ("folder.png", "this is a folder; name a file in it"),
     ],
 )
 def test_a_picture_that_cannot_be_written_is_refused_before_the_work(
