@@ -1,6 +1,8 @@
 """The instruments of a dry run, on real tensors: bytes as torch's allocator counts them, FLOP as
 torch's own counter does, and every message once."""
 
+import gc
+
 import attrs
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import megafn as mf
 from equivalence import share, tiny, uneven
-from megafn.runtime.dry_run import live_bytes
+from megafn.runtime.dry_run import count, live_bytes
 from megafn.runtime.dry_run.count import Counter, counting
 from megafn.runtime.dry_run.fake_world import fake_world
 from megafn.runtime.model.layers import causal_to_the_last
@@ -67,6 +69,7 @@ def held_to_the_allocator():
     """Raises AssertionError if a counter of two steps disagrees with torch's allocator."""
     config = small()
     activities = [ProfilerActivity.CPU]
+    gc.collect()  # what earlier tests have left would be freed while the allocator is watched
     with opened(config) as pg:
         batch = share(uneven(config, 0), config, pg)
         with profile(activities=activities, profile_memory=True) as profiler, counting() as counter:
@@ -104,19 +107,31 @@ def nothing_of_tuples(values):
         yield values
 
 
+def test_every_output_of_an_operation_counts():
+    with counting() as counter:
+        ranked = kibibytes(8).sort()
+        assert alive(counter) == 8 * KIB + 8 * 8 * KIB
+        del ranked
+
+
 @pytest.mark.parametrize(
-    "module, name, bug",
+    "owner, name, bug, check",
     [
-        (live_bytes.MemoryLog, "_freed", no_frees),
-        (Counter, "_allocation", lambda counter, tensor: views_anew(counter._memory, tensor)),
-        ("megafn.runtime.dry_run.count", "tensors_in", nothing_of_tuples),
+        (live_bytes.MemoryLog, "_freed", no_frees, held_to_the_allocator),
+        (
+            Counter,
+            "_allocation",
+            lambda counter, tensor: views_anew(counter._memory, tensor),
+            held_to_the_allocator,
+        ),
+        (count, "tensors_in", nothing_of_tuples, test_every_output_of_an_operation_counts),
     ],
     ids=["frees are not seen", "views count again", "of several outputs none is seen"],
 )
-def test_a_bug_in_the_counter_shows(module, name, bug, monkeypatch):
-    monkeypatch.setattr(*([f"{module}.{name}"] if isinstance(module, str) else [module, name]), bug)
+def test_a_bug_in_the_counter_shows(owner, name, bug, check, monkeypatch):
+    monkeypatch.setattr(owner, name, bug)
     with pytest.raises(AssertionError):
-        held_to_the_allocator()
+        check()
 
 
 def test_a_storage_counts_once_for_as_long_as_anything_holds_it():
