@@ -86,11 +86,14 @@ def _run(argv: list[str]) -> int:
         return failures.BAD_INPUT
     try:
         arguments = parse(argv)
-        return arguments.run(arguments)
-    finally:
-        if sys.stdout is not None:
-            # A closed pipe or a full disk is an error here, not a remark as Python ends.
-            sys.stdout.flush()
+        exit_code = arguments.run(arguments)
+    except SystemExit:  # help was printed, or a run has ended on a signal: its exit code stays
+        failures.flush_or_discard_output()
+        raise
+    if sys.stdout is not None:
+        # A closed pipe or a full disk is an error here, not a remark as Python ends.
+        sys.stdout.flush()
+    return exit_code
 
 
 def parse(argv: list[str]) -> Namespace:

@@ -1,6 +1,7 @@
 """The commands: each has help with examples, refuses bad input in one sentence, and ends with a
 code that says how it went."""
 
+import json
 import os
 import re
 import shlex
@@ -302,6 +303,17 @@ def test_another_rank_says_what_rank_zero_did_not_say(
     assert capsys.readouterr().err == sentence
     assert slept == ([] if rank == "0" else [failures.SECONDS_FOR_RANK_ZERO])
     assert (tmp_path / "error.json").exists()
+
+
+def test_a_rank_that_is_ended_while_it_waits_has_told_the_launcher(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(failures.time, "sleep", mock.Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        failures.report(mf.ConfigError("bad"))
+    message = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert message["message"] == "rank 3: bad"
+    assert int(message["extraInfo"]["timestamp"]) > failures.time.time()
 
 
 def fail_on_rank_one():

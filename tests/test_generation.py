@@ -157,6 +157,8 @@ def without_training(config, path):
         assert not list(state.optimizer.param_groups)
         with pytest.raises(ValueError, match=r"setup\(for_training=False\) made it"):
             mf.train_step(state, [], mf.step_fn("gpt"))
+        with pytest.raises(ValueError, match="could not resume from its checkpoint"):
+            mf.save(state, path)
         return whole, mf.generate(state, PROMPTS, GREEDY).tokens
 
 

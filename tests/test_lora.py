@@ -271,6 +271,8 @@ def test_adapters_are_merged_by_export_and_to_pretrained_alike(llama, adapted, t
         state = mf.load(state, checkpoint)
         mf.to_pretrained(state, tmp_path / "written")
         logits = mf.logits(state, tokens)
+        weights_only = mf.load(mf.setup(state.config, state.pg, for_training=False), checkpoint)
+        assert torch.equal(mf.logits(weights_only, tokens), logits)
     assert export_files(tmp_path / "exported") == export_files(tmp_path / "written")
     merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "exported")
     base = transformers.LlamaForCausalLM.from_pretrained(llama)

@@ -35,7 +35,7 @@ SAYS = {
     "pure": r"stage 3 \|.*\n.*\nbubble 27\.3%",
     "plan": r"^256 x h100 of 80 GB",
     "dry_run": r"^one step of rank 0 of 1,024: ",
-    "quickstart": r"40/40\|.*loss \d",
+    "quickstart": r"40/40, .*loss \d",
     "custom_loop": r"^  20  loss \d",
     # what the script's stand-in prints; the real one has its own words
     "custom_sink": "" if WANDB else r"^ +10  train/loss \d.*  valid/loss \d.*\nfinished",

@@ -28,11 +28,16 @@ def report(error: ValueError | OSError) -> None:
     """Print an error as a sentence: on rank zero, and on another rank if rank zero does not."""
     sentence = _sentence(error)
     rank = int(os.environ.get("RANK", "0"))
-    if rank != 0:
-        time.sleep(SECONDS_FOR_RANK_ZERO)
-        sentence = f"rank {rank}: {sentence}"
+    if rank == 0:
+        print(f"megafn: {sentence}", file=sys.stderr, flush=True)
+        _tell_torchrun(sentence, time.time())
+        return
+    sentence = f"rank {rank}: {sentence}"
+    # Told before the wait: rank zero may end of the connection that this rank has closed, and then
+    # the launcher ends this rank. Dated after it: an error of rank zero's own comes first.
+    _tell_torchrun(sentence, time.time() + SECONDS_FOR_RANK_ZERO)
+    time.sleep(SECONDS_FOR_RANK_ZERO)
     print(f"megafn: {sentence}", file=sys.stderr, flush=True)
-    _tell_torchrun(sentence)
 
 
 def _sentence(error: ValueError | OSError) -> str:
@@ -48,16 +53,17 @@ def _text(error: ValueError | OSError) -> str:
     return str(error)
 
 
-def _tell_torchrun(sentence: str) -> None:
+def _tell_torchrun(sentence: str, seconds: float) -> None:
     """Have torchrun repeat the sentence where its own report ends, 30 lines below ours.
 
     torchrun names a file to each process that it starts. What it holds is described at
     `ChildFailedError` in torch.distributed.elastic.multiprocessing.errors.
+    seconds: since 1970, when it happened; torchrun takes the earliest error for the cause.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    error = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
+    error = {"message": sentence, "extraInfo": {"timestamp": str(int(seconds))}}
     try:
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": error}, file)

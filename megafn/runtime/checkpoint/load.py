@@ -39,6 +39,7 @@ from megafn.runtime.checkpoint.state_boxes import (
     frozen_names,
     kind_and_parameter,
     set_loss_scale,
+    tensor_name,
 )
 from megafn.runtime.model.state import State, donate
 from megafn.runtime.parallel.groups import ProcessGroups
@@ -239,11 +240,22 @@ class BoxReader:
     closing: contextlib.ExitStack
 
 
+def _left_to_base(state: State, manifest: Mapping[str, Any]) -> frozenset[str]:
+    """Frozen parameters that the checkpoint does not hold, as they are those of its base.
+
+    In a state that is not for training its adapters are frozen too.
+    """
+    stored = manifest["tensors"]
+    return frozenset(
+        name for name in frozen_names(state) if tensor_name(PARAMETER, name) not in stored
+    )
+
+
 def _fill(state: State, path: Path, manifest: Mapping[str, Any]) -> None:
     """Copy the checkpoint into the state. Raises CheckpointError, on every rank, if one fails."""
     problem = None
     try:
-        unchanged = frozen_names(state) if needs_base(manifest) else frozenset()
+        unchanged = _left_to_base(state, manifest) if needs_base(manifest) else frozenset()
         with open_boxes(path, manifest["tensors"]) as reader:
             fill_state(
                 state,

@@ -60,8 +60,8 @@ def save(state: State, directory: str | Path, *, data: Mapping[str, Any] | None 
     Every rank calls it. data: what the run reads, see `describe_data`; rank zero's is stored, and
     compared when a run resumes from the checkpoint.
     Raises CheckpointError, on every rank, if it cannot be written or this iteration already has
-    one; checkpoints that were there before are unchanged. RuntimeError for a state that was
-    donated, or whose process groups are closed.
+    one; checkpoints that were there before are unchanged. ValueError for a state that is not for
+    training, RuntimeError for one that was donated, or whose process groups are closed.
     """
     return finish_save(begin_save(state, directory, data=data))
 
@@ -103,6 +103,11 @@ def begin_save(
     `make_manifest`.
     """
     check_usable(state)
+    if not state.for_training:
+        raise ValueError(
+            "state: setup(for_training=False) made it, and a run could not resume from its "
+            "checkpoint; export it, or save one that setup made for training"
+        )
     pg = state.pg
     folder = Path(directory) / folder_name(state.iteration)
 

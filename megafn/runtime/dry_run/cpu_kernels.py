@@ -18,6 +18,7 @@ would then read freed memory, so on a CPU it is kept until its backward pass.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -81,12 +82,15 @@ def every_kernel(see: Callable[[Kept, Callable[[], Any]], Any]) -> Iterator[None
     """Show every call of a function in `KERNELS` to a function, which runs it.
 
     The functions are exchanged, for torch enters no TorchFunctionMode in a backward pass, in which
-    recomputed layers call them.
+    recomputed layers call them. Calls of other threads pass unseen.
     """
+    thread = threading.get_ident()
     originals = [(owner, name, getattr(owner, name)) for owner, name in _PLACES]
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
+            if threading.get_ident() != thread:
+                return function(*arguments, **named)
             # what it calls itself is a part of it, and torch compares functions by identity
             with exchanged(originals):
                 kept = KERNELS[function](*arguments, **named)

@@ -121,7 +121,15 @@ def device() -> torch.device:
 @contextlib.contextmanager
 def without_cuda() -> Iterator[None]:
     """Use the CPU until the `with` is left, also on a machine with GPUs."""
-    with exchanged([(torch.cuda, "is_available", lambda: False)]):
+
+    def manual_seed_all(_seed: int) -> None:
+        """torch.manual_seed calls it, and would seed the GPUs that the process may be using."""
+
+    answers = [
+        (torch.cuda, "is_available", lambda: False),
+        (torch.cuda, "manual_seed_all", manual_seed_all),
+    ]
+    with exchanged(answers):
         yield
 
 
