@@ -20,10 +20,10 @@ from megafn.commands.arguments import (
     check_picture,
     machine_named,
 )
-from megafn.pure.planner.plans.table import aligned, in_seconds, recompute_in_words
+from megafn.pure.planner.plans.table import LAYOUT_COLUMNS, aligned, in_seconds, layout_cells
 
 # Of the fastest layout on a number of devices, named as in a ranking.
-_COLUMNS = "tp pp vpp cp dp micro SP DO recompute s/step tokens/s MFU".split()
+_COLUMNS = (*LAYOUT_COLUMNS, "s/step", "tokens/s", "MFU")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -105,13 +105,8 @@ def _compare_sizes(config: mf.TrainConfig, machine: mf.Machine, arguments: Names
 
 
 def _cells(plan: mf.Plan) -> list[str]:
-    layout = plan.layout
-    sizes = (layout.tp, layout.pp, layout.vpp, layout.cp, layout.dp, layout.micro_batch_size)
     return [
-        *map(str, sizes),
-        "yes" if layout.sequence_parallel else "-",
-        "yes" if layout.use_distributed_optimizer else "-",
-        recompute_in_words(layout.recompute),
+        *layout_cells(plan.layout),
         in_seconds(plan.time.total),
         f"{plan.tokens_per_second:,.0f}",
         f"{plan.mfu:.1%}",

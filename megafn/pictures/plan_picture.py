@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megafn.pictures.memory_kinds import COLOURS, words
 from megafn.pure.planner.plans.records import Plan, check_plan
 from megafn.pure.planner.plans.table import (
-    gigabytes,
+    devices_in_words,
     in_seconds,
     layout_in_words,
     seconds_in_words,
@@ -43,9 +43,8 @@ def plot_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
 
 
 def _title(plan: Plan) -> str:
-    machine = plan.machine
     fits = "fits" if plan.fits else "does not fit"
-    devices = f"{plan.world_size:,} x {machine.name} of {gigabytes(machine.memory_bytes)} GB"
+    devices = devices_in_words(plan.world_size, plan.machine)
     layout = textwrap.wrap(layout_in_words(plan.layout), 90, break_on_hyphens=False)
     return "\n".join([f"{devices}: {fits}", *layout])
 

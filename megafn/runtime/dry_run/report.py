@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from attrs import field, frozen
 
 from megafn.pure.config.records import TrainConfig
-from megafn.pure.layout import Coordinates, build_groups
+from megafn.pure.layout import Coordinates
+from megafn.pure.planner.layout import layout_of
 from megafn.runtime.dry_run.records import DryRunMemory, LargeTensor, Messages
 from megafn.runtime.dry_run.table import dry_run_text
 
@@ -35,13 +36,13 @@ class DryRun:
 
     def __str__(self) -> str:
         parallel = self.config.parallel
-        groups = build_groups(parallel, self.world_size, model=self.config.model)
+        dp = layout_of(self.config, self.world_size).dp
         return dry_run_text(
             rank=self.rank,
             world_size=self.world_size,
             place=self.place,
             sizes=Coordinates(
-                tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, dp=groups.dp_size, ep=parallel.ep
+                tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, dp=dp, ep=parallel.ep
             ),
             micro_batches=(self.num_micro_batches, self.config.micro_batch_size),
             num_parameters=self.num_parameters,

@@ -61,13 +61,13 @@ def dry_run_text(
         ],
         _memory_lines(memory),
         _tensor_lines(largest_tensors),
-        [f"{in_units(flops, 'FLOP', 1000)} and {matmuls:,} matrix products of this rank"],
+        [f"{in_units(flops, 'FLOP')} and {matmuls:,} matrix products of this rank"],
         _message_lines(messages),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
-def in_units(number: float, unit: str = "B", base: int = 1000) -> str:
+def in_units(number: float, unit: str = "B") -> str:
     """A number with a prefix and three digits.
 
     >>> in_units(999), in_units(12_345), in_units(5_645_463_552)
@@ -76,7 +76,7 @@ def in_units(number: float, unit: str = "B", base: int = 1000) -> str:
     for prefix in ("", "k", "M", "G", "T", "P"):
         if abs(number) < 999.5 or prefix == "P":
             break
-        number /= base
+        number /= 1000
     digits = f"{number:.0f}" if prefix == "" or number >= 99.95 else f"{number:#.3g}"
     return f"{digits} {prefix}{unit}"
 

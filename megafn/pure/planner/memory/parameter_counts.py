@@ -161,5 +161,8 @@ def parameters_by_stage(
 def _by_stage(
     model: ModelConfig, pp: int, tp: int, first: int | None, last: int | None, split: int | None
 ) -> tuple[int, ...]:
-    stages = contents_of_stages(model, pp, first, last, split)
+    layout = Layout(
+        pp=pp, num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last
+    )
+    stages = contents_of_stages(model, layout, split)
     return tuple(_on_a_rank(model, contents, tp) for contents in stages)

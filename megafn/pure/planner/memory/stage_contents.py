@@ -9,6 +9,7 @@ from attrs import frozen
 
 from megafn.pure.config.records import ModelConfig, ParallelConfig
 from megafn.pure.families.built_in import spec_of
+from megafn.pure.planner.records import Layout
 
 
 @frozen(kw_only=True)
@@ -25,11 +26,24 @@ class StageContents:
     ends: tuple[int, ...]
 
 
-@lru_cache(maxsize=1024)
 def contents_of_stages(
+    model: ModelConfig, layout: Layout, split_rank: int | None
+) -> tuple[StageContents, ...]:
+    """By pipeline stage. split_rank: the first stage of T5's decoder, if given."""
+    return _contents_of_stages(
+        model,
+        layout.pp,
+        layout.num_layers_in_first_pipeline_stage,
+        layout.num_layers_in_last_pipeline_stage,
+        split_rank,
+    )
+
+
+# Cached by what decides the stages, which many layouts share.
+@lru_cache(maxsize=1024)
+def _contents_of_stages(
     model: ModelConfig, pp: int, first: int | None, last: int | None, split: int | None
 ) -> tuple[StageContents, ...]:
-    """By pipeline stage. first, last: layers of these stages, if given; split: T5's split rank."""
     spec = spec_of(model)
     parallel = ParallelConfig(
         pp=pp,

@@ -49,13 +49,7 @@ def memory_by_stage(
     model = config.model
     split_rank = config.parallel.pipeline_model_parallel_split_rank
     parameters = parameters_by_stage(model, layout, split_rank)
-    contents = contents_of_stages(
-        model,
-        layout.pp,
-        layout.num_layers_in_first_pipeline_stage,
-        layout.num_layers_in_last_pipeline_stage,
-        split_rank,
-    )
+    contents = contents_of_stages(model, layout, split_rank)
     cut = cut_of(layout, config.precision.dtype, implementation)
     micro_batch = micro_batch_activations(model, cut)
     state = _state_bytes(config, layout)

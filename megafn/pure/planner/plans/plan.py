@@ -33,8 +33,8 @@ def plan(
 ) -> Plan:
     """What a config costs on `world_size` devices, in the layout that it has.
 
-    A plan that does not fit into memory says so in `problems`, with what would help. Pure: nothing
-    runs, and no torch is needed.
+    If it does not fit into memory, `problems` of the plan says why and what would help. Pure:
+    nothing runs, and no torch is needed.
 
     implementation: "megafn", as this library runs it, or "megatron", with the overlap and the fused
         kernels of Megatron-LM, which published results measure.
@@ -120,7 +120,9 @@ def priced_plan(
         implementation=costs.implementation,
         memory=memory,
         time=time,
-        host_seconds=host_seconds(config, layout, machine, implementation=costs.implementation),
+        host_seconds=host_seconds(
+            config, layout, machine, time, implementation=costs.implementation
+        ),
         num_parameters=_num_parameters(config.model),
         step_flops=flops,
         iterations=config.iterations,

@@ -73,6 +73,8 @@ class Plan:
             num_parameters=self.num_parameters,
             step_flops=self.step_flops,
             iterations=self.iterations,
+            run_seconds=self.run_seconds,
+            device_hours=self.device_hours,
             tokens_per_second=self.tokens_per_second,
             mfu=self.mfu,
             band=self.band,

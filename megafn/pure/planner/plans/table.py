@@ -74,6 +74,8 @@ def plan_text(
     num_parameters: int,
     step_flops: float,
     iterations: int,
+    run_seconds: float,
+    device_hours: float,
     tokens_per_second: float,
     mfu: float,
     band: Band,
@@ -98,7 +100,7 @@ def plan_text(
     else:
         speed = [
             f"{tokens_per_second:,.0f} tokens/s per device",
-            _run_in_words(iterations, time.total, world_size),
+            _run_in_words(iterations, run_seconds, device_hours),
             _mfu_in_words(mfu, band),
         ]
         if host_seconds >= _LEAST_SHARE * time.total:
@@ -123,7 +125,7 @@ def _title(
     machine: Machine, world_size: int, implementation: str, *, fits: bool = True
 ) -> list[str]:
     verdict = "" if fits else ": does not fit"
-    devices = _devices(world_size, machine)
+    devices = devices_in_words(world_size, machine)
     return _wrapped(f"{devices}, {_IMPLEMENTATIONS[implementation]}{verdict}")
 
 
@@ -135,12 +137,10 @@ def _mfu_in_words(mfu: float, band: Band) -> str:
     )
 
 
-def _run_in_words(iterations: int, step_seconds: float, world_size: int) -> str:
+def _run_in_words(iterations: int, run_seconds: float, device_hours: float) -> str:
     steps = f"{iterations:,} step{'' if iterations == 1 else 's'}"
-    seconds = iterations * step_seconds
-    hours = seconds / 3600 * world_size
-    paid = in_seconds(hours) if hours >= 0.01 else "less than 0.01"
-    return f"{steps} at this speed: {duration(seconds)}, {paid} device-hours"
+    paid = in_seconds(device_hours) if device_hours >= 0.01 else "less than 0.01"
+    return f"{steps} at this speed: {duration(run_seconds)}, {paid} device-hours"
 
 
 def duration(seconds: float) -> str:
@@ -195,7 +195,7 @@ def _with_prefix(number: float, units: Mapping[float, str]) -> str:
     return f"{number:,.0f}"
 
 
-def _devices(world_size: int, machine: Machine) -> str:
+def devices_in_words(world_size: int, machine: Machine) -> str:
     return f"{world_size:,} x {machine.name} of {gigabytes(machine.memory_bytes)} GB"
 
 
@@ -323,17 +323,12 @@ def ranking_text(
 # The column whose heading is a unit.
 _MEMORY = "memory"
 
+# What a layout chooses, as `layout_cells` gives it.
+LAYOUT_COLUMNS = ("tp", "pp", "vpp", "cp", "dp", "micro", "SP", "DO", "recompute")
+
 _HEADER = [
     "plan",
-    "tp",
-    "pp",
-    "vpp",
-    "cp",
-    "dp",
-    "micro",
-    "SP",
-    "DO",
-    "recompute",
+    *LAYOUT_COLUMNS,
     _MEMORY,
     "s/step",
     "tokens/s",
@@ -343,20 +338,26 @@ _HEADER = [
 
 
 def _cells(row: RankingRow, unit: str) -> list[str]:
-    layout = row.layout
     low, high = mfu_band(row.mfu, row.band)
-    sizes = (layout.tp, layout.pp, layout.vpp, layout.cp, layout.dp, layout.micro_batch_size)
     return [
         str(row.index),
-        *map(str, sizes),
-        "yes" if layout.sequence_parallel else "-",
-        "yes" if layout.use_distributed_optimizer else "-",
-        recompute_in_words(layout.recompute),
+        *layout_cells(row.layout),
         in_unit(row.memory, unit),
         in_seconds(row.seconds),
         f"{row.tokens_per_second:,.0f}",
         f"{row.mfu:.1%}",
         f"{low:.0%} to {high:.0%}{' ' if row.band.not_trusted is None else '*'}",
+    ]
+
+
+def layout_cells(layout: Layout) -> list[str]:
+    """The cells of `LAYOUT_COLUMNS`."""
+    sizes = (layout.tp, layout.pp, layout.vpp, layout.cp, layout.dp, layout.micro_batch_size)
+    return [
+        *map(str, sizes),
+        "yes" if layout.sequence_parallel else "-",
+        "yes" if layout.use_distributed_optimizer else "-",
+        recompute_in_words(layout.recompute),
     ]
 
 

@@ -43,13 +43,7 @@ def distinct_stages(config: TrainConfig, layout: Layout) -> tuple[DistinctStage,
 def _distinct_stages(
     model: ModelConfig, layout: Layout, split_rank: int | None
 ) -> tuple[DistinctStage, ...]:
-    contents = contents_of_stages(
-        model,
-        layout.pp,
-        layout.num_layers_in_first_pipeline_stage,
-        layout.num_layers_in_last_pipeline_stage,
-        split_rank,
-    )
+    contents = contents_of_stages(model, layout, split_rank)
     parameters = parameters_by_stage(model, layout, split_rank)
     parameters_of: dict[tuple[tuple[int, ...], bool, bool], list[int]] = {}
     for count, held in zip(parameters, contents, strict=True):

@@ -67,12 +67,19 @@ def step_time(
 
 
 def host_seconds(
-    config: TrainConfig, layout: Layout, machine: Machine, *, implementation: str = "megafn"
+    config: TrainConfig,
+    layout: Layout,
+    machine: Machine,
+    time: StepTime,
+    *,
+    implementation: str = "megafn",
 ) -> float:
-    """Seconds of `step_time` in which devices wait for the host to launch kernels."""
-    waiting = step_time(config, layout, machine, implementation=implementation)
+    """Seconds of a step in which devices wait for the host to launch kernels.
+
+    time: what `step_time` says of the same arguments.
+    """
     prompt = attrs.evolve(machine, launch_seconds=0.0)
-    return waiting.total - step_time(config, layout, prompt, implementation=implementation).total
+    return time.total - step_time(config, layout, prompt, implementation=implementation).total
 
 
 def price(
